@@ -1,0 +1,80 @@
+"""Mistakes that the user can mend, and how a script ends on them.
+
+Everything a user can cause is a :class:`UserError`: it carries one or more problems, each saying what was found, where,
+and what to do. A script shows them as one block on stderr and exits with status 2; no traceback, nothing lost.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """One or more problems that the user can mend. ``problems`` holds each as a sentence without a trailing newline."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class OptionError(UserError):
+    """A flag, its value, or a combination of flags cannot work."""
+
+
+class DatasetError(UserError):
+    """The dataset file, an image, a caption or the way they fit together."""
+
+
+class CheckpointError(UserError):
+    """A model, LoRA or state file is missing, damaged, or of another kind than needed."""
+
+
+class NetworkError(UserError):
+    """A network module or one of its arguments."""
+
+
+class OutputError(UserError):
+    """Something could not be written."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on (for example, the loss is not finite again and again)."""
+
+
+def error_block(error: UserError) -> str:
+    """The text shown on stderr: one problem on one line, several as a list."""
+    if len(error.problems) == 1:
+        return f"error: {error.problems[0]}"
+    return "\n".join(["error: several things must be mended:", *(f"  - {problem}" for problem in error.problems)])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean X?)"`` for the nearest of ``known``, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def os_error_text(error: OSError) -> str:
+    """The reason of an operating-system error in words a user can act on."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: free some space or choose another folder"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "no permission to write there: choose another folder or change its permissions"
+    return error.strerror or str(error)
+
+
+@contextmanager
+def user_errors_end_the_script() -> Iterator[None]:
+    """Wraps ``main()``: a :class:`UserError` becomes its block on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        sys.stdout.flush()
+        print(error_block(error), file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,87 @@
+"""Writing files that a user could lose: a temporary name in the same folder, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from library.errors import OutputError, os_error_text
+
+TEMPORARY_MARK = ".tmp-"  # temporary names are NAME.tmp-PID: readers never match them, a later run may delete them
+REPLACED_MARK = ".replaced"  # the old folder while a new one takes its name
+
+
+def temporary_name(final: Path) -> Path:
+    return final.with_name(f"{final.name}{TEMPORARY_MARK}{os.getpid()}")
+
+
+def write_atomically(final: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Makes ``final`` hold what ``write`` writes, or leaves it as it was.
+
+    Raises OutputError naming the file when the disk is full or the folder cannot be written.
+    """
+    temporary = temporary_name(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(final: Path, text: str) -> None:
+    write_atomically(final, lambda file: file.write(text.encode("utf-8")))
+
+
+@contextmanager
+def folder_written_atomically(final: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; on success it takes the place of ``final``, on failure it is removed.
+
+    A complete folder exists under ``final`` or under ``final`` + ``.replaced`` at every moment.
+    """
+    temporary = temporary_name(final)
+    replaced = final.with_name(final.name + REPLACED_MARK)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.replace(replaced)
+        temporary.replace(final)
+        sync_folder(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flushes every file directly inside ``folder``, and the folder, to disk."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's list of names to disk; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,194 @@
+"""Safetensors files: the header without torch, the tensors one by one, and deterministic atomic writing.
+
+Format: 8 bytes little-endian header length N, N bytes of JSON {name: {dtype, shape, data_offsets}, __metadata__: {str: str}},
+then the tensors' bytes. Reading goes through plain file reads instead of a memory map, so that a checkpoint never counts
+twice against memory: once as mapped pages, once as the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from library.errors import CheckpointError
+from library.files.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
+# sizes in bytes; the names are the format's
+DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+               "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+FINGERPRINT_CHUNKS = 64
+FINGERPRINT_CHUNK_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: ``start`` and ``end`` are byte offsets in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> SafetensorsHeader:
+    """Reads and checks the header; needs no torch. Raises CheckpointError for a missing, damaged or truncated file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw, data_start = _raw_header(path, file, size)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    metadata = raw.pop("__metadata__", {})
+    try:
+        tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in raw.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path) from error
+    expected = max((info.end for info in tensors.values()), default=data_start)
+    if expected > size:
+        raise CheckpointError(f"{path} is truncated: it has {size:,} bytes of {expected:,}; copy or download it again")
+    return SafetensorsHeader(path, tensors, metadata)
+
+
+def _raw_header(path: Path, file: BinaryIO, size: int) -> tuple[dict, int]:
+    start = file.read(8)
+    if len(start) < 8:
+        raise CheckpointError(f"{path} is not a safetensors file: it has only {size} bytes")
+    (length,) = struct.unpack("<Q", start)
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path)
+    if length > size - 8:
+        raise CheckpointError(f"{path} is truncated inside its header; copy or download it again")
+    try:
+        raw = json.loads(file.read(length))
+    except ValueError as error:
+        raise _damaged(path) from error
+    if not isinstance(raw, dict):
+        raise _damaged(path)
+    return raw, 8 + length
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is not a safetensors file, or its header is damaged; copy or download it again")
+
+
+def _tensor_info(path: Path, name: str, entry: dict, data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(side) for side in entry["shape"])
+    count = 1
+    for side in shape:
+        count *= side
+    if entry["dtype"] not in DTYPE_BYTES:
+        raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {entry['dtype']}")
+    if end - begin != count * DTYPE_BYTES[entry["dtype"]]:
+        raise ValueError(name)
+    return TensorInfo(entry["dtype"], shape, data_start + begin, data_start + end)
+
+
+def read_tensors(header: SafetensorsHeader, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, CPU tensor in the file's dtype) in the order of the file, one at a time.
+
+    The caller casts and moves each before it asks for the next: peak memory is the model plus one tensor.
+    """
+    import torch
+
+    dtypes = torch_dtypes()
+    wanted = set(header.tensors if names is None else names)
+    in_file_order = sorted((info.start, name) for name, info in header.tensors.items() if name in wanted)
+    with header.path.open("rb", buffering=0) as file:
+        for start, name in in_file_order:
+            info = header.tensors[name]
+            buffer = bytearray(info.end - info.start)
+            file.seek(start)
+            _read_fully(file, memoryview(buffer), header.path)
+            if buffer:
+                yield name, torch.frombuffer(buffer, dtype=dtypes[info.dtype]).reshape(info.shape)
+            else:
+                yield name, torch.empty(info.shape, dtype=dtypes[info.dtype])
+
+
+def _read_fully(file: BinaryIO, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])  # type: ignore[attr-defined]  # raw files have it
+        if not got:
+            raise CheckpointError(f"{path} ended while it was read: was it replaced or truncated?")
+        done += got
+
+
+def torch_dtypes() -> dict[str, object]:
+    """The format's dtype names -> torch dtypes."""
+    import torch
+
+    return {"F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "F32": torch.float32, "I32": torch.int32,
+            "U32": torch.uint32, "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16, "U16": torch.uint16,
+            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+            "BOOL": torch.bool}  # fmt: skip
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file. Equal tensors and metadata give equal bytes."""
+    from safetensors.torch import save
+
+    ordered = dict(sorted(metadata.items())) if metadata else None
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return _sorted_metadata(save(contiguous, metadata=ordered))
+
+
+def _sorted_metadata(data: bytes) -> bytes:
+    # the format's writer keeps metadata in a hash map, whose order differs from process to process
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" not in header:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes atomically. Raises OutputError when the disk is full or the folder cannot be written."""
+    data = serialize(tensors, metadata)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def file_fingerprint(path: Path) -> str:
+    """32 hex digits that change when a model file changes, without reading all of it.
+
+    Covers the size and 64 chunks of 64 KiB spread evenly from the first byte to the last; fine-tuned weights differ in all
+    of them. Independent of name and place, so that moving a model keeps the caches. A folder counts with all its files.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file_path in files:
+        if path.is_dir():
+            digest.update(str(file_path.relative_to(path).as_posix()).encode("utf-8"))
+        _digest_chunks(digest, file_path)
+    return digest.hexdigest()
+
+
+def _digest_chunks(digest: hashlib.blake2b, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(struct.pack("<Q", size))
+    last = max(size - FINGERPRINT_CHUNK_BYTES, 0)
+    with path.open("rb") as file:
+        for offset in sorted({last * i // (FINGERPRINT_CHUNKS - 1) for i in range(FINGERPRINT_CHUNKS)}):
+            file.seek(offset)
+            digest.update(file.read(FINGERPRINT_CHUNK_BYTES))
