@@ -1,0 +1,101 @@
+"""Trains a LoRA for Anima. The smallest command that works:
+
+    accelerate launch --num_cpu_threads_per_process 1 anima_train_network.py \\
+      --pretrained_model_name_or_path anima.safetensors --qwen3 qwen3_06b.safetensors --vae qwen_image_vae.safetensors \\
+      --train_data_dir pictures --resolution 1024 --output_dir out --output_name my_lora --network_module networks.lora_anima
+
+See docs/anima_train_network.md.
+"""
+
+from __future__ import annotations
+
+from library.anima.architecture import ANIMA
+from library.options.anima import AnimaTrainOptions
+from library.options.command_line import read_options
+from library.training.preflight import checked_run
+
+if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
+    RUN = checked_run(lambda: read_options(AnimaTrainOptions), ANIMA)
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.anima.checkpoint import build_denoiser, load_denoiser
+from library.anima.denoiser import AnimaDenoiser
+from library.anima.sampling import initial_noise, sample_latents
+from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
+from library.anima.vae import QwenImageVae, load_vae
+from library.sampling.prompts import SamplePrompt
+from library.training.objective import FlowObjective, NoisyLatents
+from train_network import NetworkTrainer, run_training
+
+# defaults of sample prompts: specs of the reference's sampler
+SAMPLE_SIZE_PX, SAMPLE_SIZE_STEP_PX, SAMPLE_STEPS, SAMPLE_SCALE, SAMPLE_SHIFT = 512, 16, 30, 7.5, 3.0
+
+
+class AnimaNetworkTrainer(NetworkTrainer):
+    """Anima: a Cosmos-Predict2 DiT with an LLM adapter, Qwen3-0.6B text states, the Qwen-Image VAE, rectified flow."""
+
+    def build_denoiser(self) -> AnimaDenoiser:
+        return build_denoiser(self.run.layouts.denoiser.config)
+
+    def load_denoiser(self, denoiser: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        load_denoiser(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
+
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> QwenImageVae:
+        anima = self.options.anima
+        return load_vae(
+            self.run.layouts.vae, device=device, dtype=dtype, chunk_size=anima.vae_chunk_size, disable_cache=anima.vae_disable_cache
+        )
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> AnimaTextEncoder:
+        return load_text_encoder(self.run.layouts.text, self.run.layouts.tokenizers, device=device, dtype=dtype)
+
+    def conditioning_type(self) -> type[AnimaConditioning]:
+        return AnimaConditioning
+
+    def encode_images(self, vae: QwenImageVae, pixels: Tensor) -> Tensor:
+        return vae.encode(pixels.to(vae.dtype))
+
+    def encode_text(self, text_encoder: AnimaTextEncoder, captions: Sequence[str]) -> AnimaConditioning:
+        return text_encoder.encode(captions, self.device)
+
+    def create_objective(self) -> FlowObjective:
+        return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
+
+    def predict(self, denoiser: Any, noisy: NoisyLatents, text: AnimaConditioning) -> Tensor:  # type: ignore[override]
+        context = denoiser.encode_context(text.prompt_embeds, text.qwen_mask, text.t5_ids, text.t5_mask)  # (B, 512, C)
+        return denoiser(noisy.latents, noisy.sigmas, context)
+
+    def draw_sample(self, prompt: SamplePrompt, positive: Any, negative: Any, seed: int) -> Tensor:
+        denoiser: Any = self.denoiser
+        contexts = [denoiser.encode_context(c.prompt_embeds, c.qwen_mask, c.t5_ids, c.t5_mask) for c in (positive, negative)]
+        size_wh = tuple(max(64, side - side % SAMPLE_SIZE_STEP_PX) for side in (prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX))
+        noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
+        latents = sample_latents(
+            denoiser,
+            noise.to(self.device, self.weight_dtype),
+            positive=contexts[0],
+            negative=contexts[1],
+            scale=SAMPLE_SCALE if prompt.scale is None else prompt.scale,
+            steps=prompt.sample_steps or SAMPLE_STEPS,
+            shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
+        )
+        return self.vae.decode(latents.to(self.vae.dtype))[0]
+
+    def describe_model(self) -> dict[str, str]:
+        flow = self.options.flow
+        names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "discrete_flow_shift")
+        return {
+            "ss_base_model_version": "anima",
+            **{f"ss_{name}": str(getattr(flow, name)) for name in names},
+            "modelspec.architecture": "anima-preview/lora",
+            "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
+        }
+
+
+if __name__ == "__main__":
+    run_training(AnimaNetworkTrainer, RUN)

@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM: finish the step, save, and leave with the exit status the signal stands for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM are remembered instead of ending the process; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, object] = {}
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM: 128 + the signal's number."""
+        return 128 + (self.signal_number or signal.SIGTERM)
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal_number is None and os.environ.get("RANK", "0") == "0":
+            # os.write: a handler may run inside another print
+            os.write(2, b"\nstopping after this step; the state and the LoRA will be saved (Ctrl-C again: stop at once)\n")
+        self.signal_number = number

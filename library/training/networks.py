@@ -1,0 +1,112 @@
+"""Using a network module: import, creation, optimizer groups. The protocol is third-party modules' as well."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from library.errors import CheckpointError, NetworkError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from library.options.network import NetworkOptions
+    from library.options.optimizer import OptimizerOptions
+
+PIP_NAMES = {"lycoris": "lycoris-lora"}
+
+
+def import_network_module(name: str) -> ModuleType:
+    """Imports --network_module. Raises NetworkError naming the pip package or the nearest module."""
+    scripts = str(Path(__file__).resolve().parents[2])
+    if scripts not in sys.path:
+        sys.path.append(scripts)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and not name.startswith(error.name):
+            raise NetworkError(f"--network_module {name} needs the package {error.name}: pip install {error.name}") from error
+        own = [f"networks.{path.stem}" for path in (Path(scripts) / "networks").glob("lora*.py")]
+        package = name.split(".")[0]
+        hint = did_you_mean(name, own) or f"; if it is a package of its own: pip install {PIP_NAMES.get(package, package)}"
+        raise NetworkError(f"--network_module {name} cannot be found{hint}") from error
+    if not hasattr(module, "create_network"):
+        raise NetworkError(f"--network_module {name} is not a network module: it has no create_network; use networks.lora_anima")
+    return module
+
+
+def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
+    """--network_args ["key=value", ...] -> {key: value}; values stay text."""
+    wrong = [pair for pair in pairs or () if "=" not in pair]
+    if wrong:
+        raise NetworkError(*(f"--network_args {pair}: write it as key=value" for pair in wrong))
+    return dict(pair.split("=", 1) for pair in pairs or ())
+
+
+def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> Any:
+    """The network for this run, not yet applied. ``denoiser`` may still be on the meta device."""
+    module = import_network_module(options.network_module or "")
+    arguments = network_arguments(options.network_args)
+    if options.network_dropout is not None:
+        arguments.setdefault("dropout", str(options.network_dropout))
+    encoders = list(text_encoders)
+    if options.dim_from_weights:
+        check_weights_file("--network_weights", options.network_weights)
+        return module.create_network_from_weights(1.0, str(options.network_weights), None, encoders, denoiser, **arguments)[0]
+    network = module.create_network(
+        1.0, options.network_dim, options.network_alpha, None, encoders, denoiser, neuron_dropout=options.network_dropout, **arguments
+    )
+    if network is None:
+        raise NetworkError(f"--network_module {options.network_module} made no network for this model")
+    return network
+
+
+def merge_base_weights(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Merges each of --base_weights into the frozen model, in order, with its multiplier (1.0 where none is given)."""
+    files = options.base_weights or []
+    multipliers = [*(options.base_weights_multiplier or []), *[1.0] * len(files)]
+    module = import_network_module(options.network_module or "")
+    for file, multiplier in zip(files, multipliers):  # noqa: B905  # the padding makes multipliers the longer one
+        check_weights_file("--base_weights", file)
+        device = next(denoiser.parameters()).device
+        network, weights = module.create_network_from_weights(
+            multiplier, str(file), None, list(text_encoders), denoiser, for_inference=True
+        )
+        network.merge_to(list(text_encoders), denoiser, weights, dtype, device)
+
+
+def check_weights_file(flag: str, file: str | Path | None) -> None:
+    if file is None or not Path(file).is_file():
+        folder = Path(file).parent if file is not None else None
+        near = [path.name for path in folder.iterdir()] if folder is not None and folder.is_dir() else []
+        raise CheckpointError(f"{flag} {file}: there is no such file{did_you_mean(Path(str(file)).name, near)}")
+
+
+def load_network_weights(network: Any, file: str | Path) -> str:
+    """--network_weights: starts from an existing file; returns a line about it."""
+    check_weights_file("--network_weights", file)
+    info = network.load_weights(str(file))
+    return f"network weights loaded from {file}: {info}"
+
+
+def optimizer_groups(network: Any, options: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parameter groups and their descriptions (the names of logged learning rates), asked in the protocol's order."""
+    text_lr: Any = options.text_encoder_lr
+    if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
+        result = network.prepare_optimizer_params_with_multiple_te_lrs(text_lr, options.unet_lr, options.learning_rate)
+    else:
+        first = text_lr[0] if text_lr else None
+        try:
+            result = network.prepare_optimizer_params(first, options.unet_lr, options.learning_rate)
+        except TypeError:  # older modules know no default learning rate
+            result = network.prepare_optimizer_params(first, options.unet_lr)
+    groups, descriptions = result if isinstance(result, tuple) else (result, None)
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise NetworkError("nothing would be trained: every learning rate is 0 or no module was selected; check --unet_lr and --network_args")
+    return groups, list(descriptions or [f"group{index}" for index in range(len(groups))])

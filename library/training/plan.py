@@ -1,0 +1,96 @@
+"""What a run is going to do, in lines: printed at the start of every run and by --dry_run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.dataset.items import DatasetSettings, Item
+from library.training.preflight import CheckedRun
+
+MIB = 2**20
+MAX_BUCKET_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSize:
+    """What the network module would train: modules, parameters, and the file's size in bytes."""
+
+    modules: int
+    parameters: int
+    file_bytes: int
+
+
+def plan_lines(run: CheckedRun, size: NetworkSize) -> list[str]:
+    """The whole plan. One fact a line, with its numbers and units."""
+    return [f"plan for {run.names.last_file()}", *_dataset_lines(run), *_step_lines(run), *_cache_lines(run), *_output_lines(run, size)]
+
+
+def _dataset_lines(run: CheckedRun) -> Iterator[str]:
+    items = run.training_set.items
+    for index, dataset in enumerate(run.training_set.datasets):
+        mine = [item for item in items if item.dataset_index == index]
+        yield _dataset_line(index, dataset, mine)
+        yield from _bucket_lines(mine)
+    if run.training_set.skipped:
+        yield f"  left out: {len(run.training_set.skipped)} bad images (--skip_bad_images)"
+
+
+def _dataset_line(index: int, dataset: DatasetSettings, items: list[Item]) -> str:
+    regular = [item for item in items if not item.subset.is_reg]
+    reg = [item for item in items if item.subset.is_reg]
+    width, height = dataset.resolution_wh
+    text = (
+        f"  dataset {index + 1}: {len(regular)} images, {sum(i.repeats for i in regular)} with repeats, {width}x{height} px, "
+        f"{dataset.batch_size} per batch"
+    )
+    return text + (f"; {len(reg)} regularization images, {sum(i.repeats for i in reg)} with repeats" if reg else "")
+
+
+def _bucket_lines(items: list[Item]) -> Iterator[str]:
+    counts: Counter[tuple[int, int]] = Counter()
+    for item in items:
+        counts[item.bucket_wh] += item.repeats
+    for (width, height), count in sorted(counts.items())[:MAX_BUCKET_LINES]:
+        yield f"    bucket {width}x{height}: {count} images with repeats"
+    if len(counts) > MAX_BUCKET_LINES:
+        yield f"    and {len(counts) - MAX_BUCKET_LINES} more buckets"
+
+
+def _step_lines(run: CheckedRun) -> Iterator[str]:
+    length = run.length
+    processes = f" over {run.processes} processes" if run.processes > 1 else ""
+    accumulation = f", {length.accumulation} batches a step" if length.accumulation > 1 else ""
+    yield (
+        f"  steps: {length.batches_per_epoch} batches per epoch{processes}{accumulation}, {length.steps_per_epoch} steps per epoch, "
+        f"{length.epochs} epochs, {length.total_steps} steps in all"
+    )
+    if run.start.step:
+        source = f" (state {run.resume_folder})" if run.resume_folder else ""
+        yield f"  starts after step {run.start.step}{source}: {length.total_steps - run.start.step} steps are left"
+    yield f"  seed: {run.seed}"
+
+
+def _cache_lines(run: CheckedRun) -> Iterator[str]:
+    for kind, cache in (("latents", run.latent_cache), ("text outputs", run.text_cache)):
+        if cache is None:
+            yield f"  {kind}: not cached, encoded at every step"
+            continue
+        state = cache.state()
+        if not cache.on_disk:
+            yield f"  {kind}: {state.total} cached in memory"
+            continue
+        stale = f", {len(state.stale)} to be made again" if state.stale else ""
+        yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing{stale}"
+    if run.text_cache is not None and run.text_cache.variants > 1:
+        yield f"  captions: {run.text_cache.variants} variants of each are cached (--caption_variants)"
+
+
+def _output_lines(run: CheckedRun, size: NetworkSize) -> Iterator[str]:
+    yield f"  LoRA: {size.modules} modules, {size.parameters:,} parameters, a file of about {size.file_bytes / MIB:.2f} MiB"
+    epochs = [epoch for epoch in range(1, run.length.epochs + 1) if run.saves.saves_epoch(epoch)]
+    steps = run.length.total_steps // run.saves.every_n_steps if run.saves.every_n_steps else 0
+    yield f"  saves: {len(epochs)} at epochs, {steps} at steps, 1 at the end, in {run.names.folder}"
+    if run.prompts:
+        yield f"  samples: {len(run.prompts)} prompts, in {run.names.folder / 'sample'}"

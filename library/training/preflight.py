@@ -1,0 +1,242 @@
+"""Everything that can be checked before a model is loaded, and before torch is imported.
+
+``check_run`` turns parsed options into a :class:`CheckedRun`: the dataset is read and every image decoded once, the headers
+of the model files are compared with the architecture, prompts are parsed, the caches are looked through, and it is tried
+whether the output folder can be written. What is wrong is reported together.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.dataset.items import TrainingSet
+from library.dataset.order import batches_per_epoch
+from library.dataset.scan import scan
+from library.dataset.toml_config import read_datasets
+from library.errors import DatasetError, OptionError, OutputError, UserError, os_error_text
+from library.sampling.prompts import SamplePrompt, read_prompts
+from library.training.architecture import Architecture
+from library.training.optimizer_names import optimizer_problems
+from library.training.saving_names import OutputNames, SaveSchedule
+from library.training.schedule_names import schedule_problems
+from library.training.state import StateDescription, find_state, read_description
+from library.training.steps import Progress, RunLength, initial_progress
+
+if TYPE_CHECKING:
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.text_cache import TextCache
+
+DISK_RESERVE_BYTES = 64 * 2**20  # left free on the disk of the caches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun:
+    """A run that passed every check. ``options`` are the architecture's option groups; nothing here changes later."""
+
+    options: Any
+    architecture: Architecture
+    layouts: Any
+    training_set: TrainingSet
+    prompts: tuple[SamplePrompt, ...]
+    seed: int
+    processes: int
+    length: RunLength
+    saves: SaveSchedule
+    names: OutputNames
+    start: Progress
+    resume_folder: Path | None
+    resumed: StateDescription | None
+    latent_cache: LatentCache | None
+    text_cache: TextCache | None
+    warnings: tuple[str, ...]
+
+    @property
+    def is_main_process(self) -> bool:
+        return os.environ.get("RANK", "0") == "0"
+
+
+def check_run(options: Any, architecture: Architecture) -> CheckedRun:
+    """Raises one UserError with all that was found. Needs no torch; loads no model."""
+    problems = ProblemList()
+    problems.add(*optimizer_problems(options.optimizer), *schedule_problems(options.schedule, options.optimizer))
+    with problems.collect():
+        check_writable(Path(options.saving.output_dir))
+    prompts: tuple[SamplePrompt, ...] = ()
+    with problems.collect():
+        prompts = checked_prompts(options)
+    layouts = training_set = None
+    with problems.collect():
+        layouts = architecture.read_layouts(options)
+    with problems.collect():
+        training_set = read_training_set(options, architecture)
+    problems.raise_if_any()
+    assert training_set is not None
+    return _complete(options, architecture, layouts, training_set, prompts)
+
+
+class ProblemList:
+    """Collects what goes wrong in independent checks, to report it together."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+        self._kind: type[UserError] = OptionError
+
+    def add(self, *problems: str) -> None:
+        self._problems += problems
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self._kind = type(error)
+            self._problems += error.problems
+
+    def raise_if_any(self) -> None:
+        if self._problems:
+            raise self._kind(*self._problems)
+
+
+def _complete(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet,
+              prompts: tuple[SamplePrompt, ...]) -> CheckedRun:  # fmt: skip
+    """The part of the checks that needs the dataset: counts, resuming, caches."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    length = RunLength.of(options.run, batches_per_epoch(training_set, processes=processes))
+    names = OutputNames.of(options.saving)
+    resume_folder = find_state(options.resume.resume, names.states()) if options.resume.resume else None
+    resumed = read_description(resume_folder) if resume_folder else None
+    start = initial_progress(options.resume, length, resumed.progress if resumed else None)
+    if start.step >= length.total_steps:
+        raise OptionError(
+            f"the state {resume_folder} has done {start.step} steps and the run ends at {length.total_steps}: "
+            "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
+        )
+    latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
+    check_disk(latent_cache, text_cache, options)
+    return CheckedRun(
+        options=options,
+        architecture=architecture,
+        layouts=layouts,
+        training_set=training_set,
+        prompts=prompts,
+        seed=run_seed(options, resumed),
+        processes=processes,
+        length=length,
+        saves=SaveSchedule.of(options.saving, length.epochs),
+        names=names,
+        start=start,
+        resume_folder=resume_folder,
+        resumed=resumed,
+        latent_cache=latent_cache,
+        text_cache=text_cache,
+        warnings=(*training_set.warnings, *prompt_warnings(prompts, architecture)),
+    )
+
+
+def run_seed(options: Any, resumed: StateDescription | None) -> int:
+    """--seed, else the seed of the resumed state, else a random one (the main process's counts)."""
+    if options.run.seed is not None:
+        return options.run.seed
+    return resumed.seed if resumed is not None else secrets.randbits(32)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the output folder and tries to write into it."""
+    probe = folder / f".write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+    except OSError as error:
+        raise OutputError(f"--output_dir {folder}: {os_error_text(error)}") from error
+    finally:
+        try:
+            probe.unlink(missing_ok=True)
+        except OSError:  # the folder itself is not one: the error above says so
+            probe = folder
+
+
+def checked_prompts(options: Any) -> tuple[SamplePrompt, ...]:
+    samples = options.samples
+    return tuple(read_prompts(Path(samples.sample_prompts))) if samples.sample_prompts else ()
+
+
+def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> Iterator[str]:
+    unused = sorted({name for prompt in prompts for name in prompt.unused(set(architecture.prompt_settings))})
+    if unused:
+        yield f"--sample_prompts: {architecture.name} does not use {', '.join(unused)}; the pictures ignore it"
+
+
+def read_training_set(options: Any, architecture: Architecture, progress: bool = True) -> TrainingSet:
+    datasets = read_datasets(options.dataset, options.captions, bucket_step=architecture.bucket_step)
+    workers = worker_count(options)
+    training_set = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, workers=workers, progress=progress)
+    if all(item.subset.is_reg for item in training_set.items):
+        raise DatasetError("there are only regularization images: add a subset of images to train")
+    return training_set
+
+
+def worker_count(options: Any) -> int:
+    """Threads that read and decode: --max_data_loader_n_workers, at most one for each core."""
+    return min(options.dataset.max_data_loader_n_workers, os.cpu_count() or 1)
+
+
+def make_caches(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet,
+                prompts: tuple[SamplePrompt, ...], length: RunLength) -> tuple[LatentCache | None, TextCache | None]:  # fmt: skip
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.text_cache import TextCache, default_variants
+
+    caches = options.caches
+    latent_cache = text_cache = None
+    where: dict[str, Any] = {"cache_dir": caches.cache_dir, "skip_check": caches.skip_cache_check}
+    if caches.latents_cached:
+        recipe = architecture.latent_recipe(layouts, options)
+        latent_cache = LatentCache(training_set, recipe, on_disk=caches.cache_latents_to_disk, **where)
+    if caches.text_cached:
+        variants = caches.caption_variants or default_variants(training_set, length.epochs)
+        text_cache = TextCache(
+            training_set,
+            architecture.text_recipe(layouts, options),
+            variants=variants,
+            extra_texts=extra_texts(training_set, prompts),
+            on_disk=caches.cache_text_encoder_outputs_to_disk,
+            **where,
+        )
+    return latent_cache, text_cache
+
+
+def extra_texts(training_set: TrainingSet, prompts: tuple[SamplePrompt, ...]) -> tuple[str, ...]:
+    """Texts besides captions whose conditioning a run needs: the empty one for dropout, and the sample prompts."""
+    texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")]
+    drops = any(i.subset.caption_dropout_rate or i.subset.caption_dropout_every_n_epochs for i in training_set.items)
+    return tuple(dict.fromkeys([*([""] if drops else []), *texts]))
+
+
+def check_disk(latent_cache: LatentCache | None, text_cache: TextCache | None, options: Any) -> None:
+    """Raises OutputError when the disk of the caches has less room than they still need."""
+    needed = sum(cache.state().bytes_needed for cache in (latent_cache, text_cache) if cache is not None and cache.on_disk)
+    if not needed:
+        return
+    folder = Path(options.caches.cache_dir or options.saving.output_dir)
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed + DISK_RESERVE_BYTES > free:
+        raise OutputError(
+            f"the caches still need about {needed / 2**20:,.0f} MiB but {place} has {free / 2**20:,.0f} MiB free: "
+            "free some space, or choose another disk with --cache_dir"
+        )
+
+
+def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedRun:
+    """For a script's first lines: reads the command line and checks the run, ending the script on a mistake."""
+    from library.errors import user_errors_end_the_script
+
+    with user_errors_end_the_script():
+        return check_run(read(), architecture)
+    raise AssertionError("user_errors_end_the_script does not return after an error")

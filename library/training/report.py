@@ -1,0 +1,73 @@
+"""What a person sees while training: the progress bar and the trackers' curves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from library.training.meters import StepNumbers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+GIB = 2**30
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: on the GPU where there is one, else resident memory of the host."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    if sys.platform == "win32":
+        import psutil  # accelerate depends on it
+
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class Report:
+    """Shows and logs each finished step. ``total`` and ``done`` count optimizer steps."""
+
+    def __init__(self, accelerator: Accelerator, *, total: int, done: int, visible: bool):
+        from tqdm import tqdm
+
+        self._accelerator = accelerator
+        self._bar = tqdm(total=total, initial=done, desc="steps", unit="it", disable=not visible, dynamic_ncols=True)
+        self._images = 0
+        self._last_time = time.perf_counter()
+        self._last_images = 0
+        self._last_waited_s = 0.0
+
+    def count_images(self, count: int) -> None:
+        self._images += count
+
+    def step(self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int, rates: dict[str, float], waited_s: float) -> None:
+        """``waited_s``: seconds that training has waited for data so far."""
+        self._bar.set_description(f"epoch {min(epoch, epochs)}/{epochs}", refresh=False)
+        self._bar.set_postfix(loss=f"{numbers.loss:.4f}", average=f"{average:.4f}", refresh=False)
+        self._bar.update(numbers.step - self._bar.n)
+        if self._accelerator.trackers:
+            self._accelerator.log(self._values(numbers, average, rates, waited_s), step=numbers.step)
+
+    def _values(self, numbers: StepNumbers, average: float, rates: dict[str, float], waited_s: float) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, images = now - self._last_time, self._images - self._last_images
+        waited, self._last_waited_s = waited_s - self._last_waited_s, waited_s
+        self._last_time, self._last_images = now, self._images
+        values = {
+            "loss/average": average,
+            "norm/grad": numbers.grad_norm,
+            "speed/images_per_s": images / max(seconds, 1e-9),
+            "speed/data_wait_s": waited,
+            "memory/peak_gib": peak_memory_gib(),
+            **rates,
+        }
+        return {"loss/current": numbers.loss, **values} if numbers.finite else values
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,166 @@
+"""Resumable states: a folder that is complete or absent, and the checks before a run goes on from one.
+
+A state holds what the next step depends on and cannot be computed again: the network's weights, the optimizer, the schedule,
+the gradient scaler and the position. Everything random is a pure function of the seed and the position, so no generator is
+saved. ``train_state.json`` is written last and lists the other files with their sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import CheckpointError, OptionError, did_you_mean
+from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
+from library.training.steps import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE_FORMAT = 1
+DESCRIPTION_FILE = "train_state.json"
+NETWORK_FILE = "network.safetensors"
+TENSORS_FILE = "optimizer.pt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateDescription:
+    """``train_state.json``: readable, and enough to decide whether a run can go on from this state.
+
+    ``identity`` names the settings that must be equal (flag -> value as text); ``history`` those that should be, for the same
+    result as an uninterrupted run. ``losses`` are the values behind the shown average.
+    """
+
+    epoch: int
+    progress: Progress
+    seed: int
+    identity: dict[str, str]
+    history: dict[str, str]
+    losses: list[float]
+
+    def to_json(self, files: Mapping[str, int]) -> str:
+        content = {
+            "format": STATE_FORMAT,
+            "current_epoch": self.epoch,
+            "current_step": self.progress.step,
+            "data_position": self.progress.position,
+            "seed": self.seed,
+            "identity": self.identity,
+            "history": self.history,
+            "losses": self.losses,
+            "files": dict(files),
+        }
+        return json.dumps(content, indent=1)
+
+
+def save_state(folder: Path, description: StateDescription, *, network: Mapping[str, Tensor], training: Any) -> None:
+    """Writes a complete state or leaves the old one. ``training``: optimizer, schedule and scaler states (torch.save)."""
+    import torch
+
+    from library.files.safetensors_file import serialize
+
+    with folder_written_atomically(folder) as temporary:
+        (temporary / NETWORK_FILE).write_bytes(serialize(network))
+        with (temporary / TENSORS_FILE).open("wb") as file:
+            torch.save(training, file)
+        files = {name: (temporary / name).stat().st_size for name in (NETWORK_FILE, TENSORS_FILE)}
+        write_text_atomically(temporary / DESCRIPTION_FILE, description.to_json(files))
+
+
+def read_description(folder: Path) -> StateDescription:
+    """Reads and checks a state without loading tensors. Raises CheckpointError naming what is missing or damaged."""
+    content = _read_json(folder)
+    missing = [name for name, size in content["files"].items() if _file_size(folder / name) != size]
+    if missing:
+        raise CheckpointError(
+            f"the state {folder} is incomplete: {', '.join(missing)} missing or truncated; choose another state, or use --resume latest"
+        )
+    try:
+        return StateDescription(
+            epoch=int(content["current_epoch"]),
+            progress=Progress(int(content["current_step"]), int(content["data_position"])),
+            seed=int(content["seed"]),
+            identity=dict(content["identity"]),
+            history=dict(content["history"]),
+            losses=list(content["losses"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION_FILE} is damaged ({error!r}); choose another state") from error
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION_FILE
+    if not folder.is_dir():
+        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise CheckpointError(f"--resume {folder}: there is no such state folder{did_you_mean(folder.name, near)}")
+    if not path.is_file():
+        raise CheckpointError(
+            f"the state {folder} is incomplete: it has no {DESCRIPTION_FILE}; choose another state, or use --resume latest"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged; choose another state") from error
+    if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or not isinstance(content.get("files"), dict):
+        raise CheckpointError(
+            f"{folder} is a state of another trainer or version; to go on from its weights, give its LoRA file as --network_weights"
+        )
+    return content
+
+
+def _file_size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
+    """The state folder that ``--resume`` means: a path, or ``latest`` = the complete one with the most steps (None: none yet)."""
+    if resume != "latest":
+        folder = Path(resume)
+        replaced = folder.with_name(folder.name + REPLACED_MARK)
+        return replaced if replaced.is_dir() and not folder.exists() else folder
+    complete: list[tuple[int, bool, Path]] = []
+    for folder in candidates:
+        try:
+            description = read_description(folder)
+        except CheckpointError:
+            continue  # half or foreign: an older complete one is what "latest" promises
+        complete.append((description.progress.step, not folder.name.endswith(REPLACED_MARK), folder))
+    return max(complete)[2] if complete else None
+
+
+def check_identity(folder: Path, saved: StateDescription, identity: Mapping[str, str], history: Mapping[str, str]) -> list[str]:
+    """Raises OptionError when the state belongs to other settings; returns lines about changes that are allowed."""
+    problems = [
+        f"the state {folder} was saved with {flag} {saved.identity.get(flag)}, but this run has {value}: "
+        "give the old value, or start a new run with --network_weights"
+        for flag, value in identity.items()
+        if saved.identity.get(flag) != value
+    ]
+    if problems:
+        raise OptionError(*problems)
+    return [
+        f"{flag} was {saved.history.get(flag)} when the state was saved and is {value} now: the run goes on, but not as one "
+        "uninterrupted run would"
+        for flag, value in history.items()
+        if saved.history.get(flag) != value
+    ]
+
+
+def load_network_tensors(folder: Path) -> dict[str, Tensor]:
+    from library.files.safetensors_file import read_header, read_tensors
+
+    return dict(read_tensors(read_header(folder / NETWORK_FILE)))
+
+
+def load_training_tensors(folder: Path) -> Any:
+    """Optimizer, schedule and scaler states. Raises CheckpointError when the file is damaged."""
+    import torch
+
+    path = folder / TENSORS_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a damaged file
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); choose another state") from error

@@ -1,0 +1,74 @@
+"""Logging to TensorBoard or wandb through accelerate."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import OptionError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from library.options.trackers import LoggingOptions
+
+DEFAULT_TRACKER_NAME = "network_train"
+
+
+def tracker_names(logging: LoggingOptions) -> list[str]:
+    """Names of the trackers in use: --log_with, or tensorboard when only --logging_dir is given."""
+    if logging.log_with == "all":
+        return ["tensorboard", "wandb"]
+    if logging.log_with:
+        return [logging.log_with]
+    return ["tensorboard"] if logging.logging_dir else []
+
+
+def tracker_problems(logging: LoggingOptions) -> list[str]:
+    """Trackers whose package is not installed."""
+    return [
+        f"--log_with {name} needs the package {name}: pip install {name}" for name in tracker_names(logging) if find_spec(name) is None
+    ]
+
+
+def run_log_dir(logging: LoggingOptions) -> Path | None:
+    """--logging_dir / [--log_prefix]YYYYmmddHHMMSS, a folder for each run."""
+    if not logging.logging_dir:
+        return None
+    return Path(logging.logging_dir) / f"{logging.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+
+
+def start_trackers(accelerator: Accelerator, logging: LoggingOptions, config: dict[str, Any]) -> None:
+    """Starts the trackers that the Accelerator was made with; the main process only."""
+    import toml
+
+    if not tracker_names(logging) or not accelerator.is_main_process:
+        return
+    settings: dict[str, Any] = {}
+    if logging.log_tracker_config:
+        try:
+            settings = toml.load(logging.log_tracker_config)
+        except (OSError, toml.TomlDecodeError) as error:
+            raise OptionError(f"--log_tracker_config {logging.log_tracker_config}: {error}") from error
+    if logging.wandb_run_name:
+        settings.setdefault("wandb", {})["name"] = logging.wandb_run_name
+    if logging.wandb_api_key:
+        os.environ.setdefault("WANDB_API_KEY", logging.wandb_api_key)
+    plain = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
+    accelerator.init_trackers(logging.log_tracker_name or DEFAULT_TRACKER_NAME, config=plain, init_kwargs=settings)
+
+
+def log_picture(accelerator: Accelerator, name: str, pixels: Tensor, step: int, caption: str) -> None:
+    """One picture, (3, H, W) in [-1, 1], to every tracker."""
+    image = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()  # (H, W, 3)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(name, image, global_step=step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Image(image, caption=caption)}, step=step)

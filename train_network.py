@@ -1,0 +1,662 @@
+"""NetworkTrainer: the training algorithm that every architecture shares, and the questions an architecture answers.
+
+A script such as ``anima_train_network.py`` subclasses it and answers the hooks below ``HOOKS``; see docs/architecture.md.
+Read ``train()`` first, then ``update()`` and ``compute_loss()``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.dataset.batch import Batch
+from library.dataset.conditioning import Conditioning
+from library.dataset.loader import BatchSource
+from library.errors import EXIT_USER_ERROR, TrainingError, UserError, error_block
+from library.randomness import derive_seed
+from library.sampling.pictures import is_due, picture_name, save_picture
+from library.sampling.prompts import SamplePrompt
+from library.training import networks, trackers
+from library.training.good_weights import GoodWeights
+from library.training.gradients import Gradients
+from library.training.interrupts import StopRequest
+from library.training.metadata import LoraMetadata
+from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
+from library.training.objective import NoisyLatents, Objective
+from library.training.optimizers import create_optimizer, load_optimizer_state, optimizer_state
+from library.training.plan import NetworkSize, plan_lines
+from library.training.preflight import CheckedRun, worker_count
+from library.training.report import Report
+from library.training.saving import remove_old, save_dtype, save_network
+from library.training.schedules import create_schedule
+from library.training.state import StateDescription, check_identity, load_network_tensors, load_training_tensors, save_state
+from library.training.steps import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_SKIPPED_STEPS = 5  # in a row; then the run has diverged
+PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
+
+
+class NetworkTrainer:
+    """Trains a network (LoRA) on a frozen model. One object, one run."""
+
+    def __init__(self, run: CheckedRun):
+        self.run = run
+        self.options = run.options
+        self.progress: Progress = run.start
+        self.vae: Any = None  # stays None while latents are cached and no samples are drawn
+        self.text_encoder: Any = None  # stays None once its outputs are cached
+        self.skipped_in_a_row = 0
+
+    def train(self) -> None:
+        """The whole run. Leaves with SystemExit(130 or 143) after a signal, having saved the LoRA and a state."""
+        self.set_up()
+        if self.options.run.dry_run:
+            return
+        with StopRequest() as self.stop:
+            self.sample_pictures(epoch=0)
+            while self.progress.step < self.run.length.total_steps and not self.must_stop():
+                numbers = self.update()
+                self.report(numbers)
+                self.run_due_events()
+            self.finish()
+
+    # ------------------------------------------------------------------ HOOKS: what an architecture answers
+
+    def build_denoiser(self) -> nn.Module:
+        """The denoiser without weights (on the meta device). Called once, before anything is loaded."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_denoiser()")
+
+    def load_denoiser(self, denoiser: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_denoiser()")
+
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Any:
+        """The image coder. Called only if latents must be encoded or samples drawn."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_vae()")
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> Any:
+        """The text encoders with their tokenizers. Called only if some text must be encoded."""
+        raise NotImplementedError(f"{type(self).__name__} must define load_text_encoder()")
+
+    def conditioning_type(self) -> type[Conditioning]:
+        """The class that ``encode_text`` returns."""
+        raise NotImplementedError(f"{type(self).__name__} must define conditioning_type()")
+
+    def encode_images(self, vae: Any, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8). The caller sets gradient mode."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_images()")
+
+    def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of the captions. The caller sets gradient mode."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_text()")
+
+    def create_objective(self) -> Objective:
+        """How latents are corrupted, what the target is, and the loss."""
+        raise NotImplementedError(f"{type(self).__name__} must define create_objective()")
+
+    def predict(self, denoiser: nn.Module, noisy: NoisyLatents, text: Conditioning) -> Tensor:
+        """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
+
+        Used for training and validation; the caller sets autocast and gradient mode.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define predict()")
+
+    def draw_sample(self, prompt: SamplePrompt, positive: Conditioning, negative: Conditioning, seed: int) -> Tensor:
+        """One sample picture, (3, H, W) in [-1, 1]; ``self.vae`` is on the device."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw_sample()")
+
+    def describe_model(self) -> dict[str, str]:
+        """Metadata that only the architecture knows: ss_base_model_version, modelspec.architecture and the like."""
+        raise NotImplementedError(f"{type(self).__name__} must define describe_model()")
+
+    # ------------------------------------------------------------------ set-up, in the order in which memory is used
+
+    def set_up(self) -> None:
+        self.start_accelerator()
+        self.create_network()
+        self.print_plan()
+        if self.options.run.dry_run:
+            return
+        self.fill_caches()
+        self.load_models()
+        self.create_optimizer()
+        self.resume()
+        self.start_logging()
+        self.start_data()
+
+    def start_accelerator(self) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        names = trackers.tracker_names(self.options.logging)
+        self.log_dir = trackers.run_log_dir(self.options.logging)
+        self.accelerator: Accelerator = Accelerator(
+            mixed_precision=self.options.run.mixed_precision,
+            log_with=names or None,
+            project_dir=str(self.log_dir) if self.log_dir else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_WAIT)],
+        )
+        self.device = self.accelerator.device
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]
+        self.vae_dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
+        self.seed = self.shared_seed()
+        if self.options.run.deterministic:
+            use_deterministic_kernels()
+
+    def shared_seed(self) -> int:
+        """The main process's seed; without --seed each process has drawn its own."""
+        if self.processes == 1:
+            return self.run.seed
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([self.run.seed])[0]
+
+    def create_network(self) -> None:
+        """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
+        self.denoiser = self.build_denoiser()
+        torch.manual_seed(derive_seed(self.seed, "network"))
+        self.network = networks.create_network(self.options.network, self.denoiser, [])
+
+    def print_plan(self) -> None:
+        parameters = sum(p.numel() for p in self.network_modules_parameters())
+        dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
+        modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
+        size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
+        self.say(*plan_lines(self.run, size))
+        for warning in self.run.warnings:
+            self.say(f"warning: {warning}")
+
+    def network_modules_parameters(self) -> list[nn.Parameter]:
+        """Parameters of a network that may not be applied yet: then its modules are only in its lists."""
+        loras = [*getattr(self.network, "text_encoder_loras", []), *getattr(self.network, "unet_loras", [])]
+        return list(self.network.parameters()) or [p for lora in loras for p in lora.parameters()]
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """LoRA weights stay float32 unless --full_bf16 or --full_fp16 is given."""
+        run = self.options.run
+        return self.weight_dtype if run.full_bf16 or run.full_fp16 else torch.float32
+
+    def fill_caches(self) -> None:
+        """Encodes what the caches lack; the VAE and the text encoder are loaded only then, and gone afterwards."""
+        with torch.no_grad():
+            self.fill_latent_cache()
+            self.fill_text_cache()
+
+    def fill_latent_cache(self) -> None:
+        cache = self.run.latent_cache
+        if cache is None or not self.anywhere(not cache.state().is_complete):
+            return
+        vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
+        cache.fill(
+            lambda pixels: self.encode_images(vae, pixels.to(self.device)).cpu(),
+            batch_size=self.options.caches.vae_batch_size,
+            workers=worker_count(self.options),
+            **self.cache_shares(),
+        )
+        del vae
+        self.after_caching()
+
+    def fill_text_cache(self) -> None:
+        cache = self.run.text_cache
+        if cache is None or not self.anywhere(not cache.state().is_complete):
+            return
+        text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
+        cache.fill(
+            lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
+            batch_size=self.options.caches.text_encoder_batch_size or 1,
+            **self.cache_shares(),
+        )
+        del text_encoder
+        self.after_caching()
+
+    def cache_shares(self) -> dict[str, Any]:
+        return {"rank": self.rank, "processes": self.processes, "gather": self.gather_objects}
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def anywhere(self, condition: bool) -> bool:
+        """True when the condition holds in any process, so that all take the same way."""
+        return condition if self.processes == 1 else any(self.gather_objects(condition))
+
+    def after_caching(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load_models(self) -> None:
+        """Loads the denoiser, merges --base_weights, applies the network, and loads what must encode at every step."""
+        self.load_denoiser(self.denoiser, device=self.device, dtype=self.weight_dtype)
+        networks.merge_base_weights(self.options.network, self.denoiser, [], self.weight_dtype)
+        self.network.apply_to([], self.denoiser, False, True)
+        if self.options.network.network_weights:
+            self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
+        if self.options.run.gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+            self.network.enable_gradient_checkpointing()
+        self.network.to(device=self.device, dtype=self.trained_dtype)
+        if self.run.latent_cache is None:
+            self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
+        if self.run.text_cache is None:
+            self.text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
+        self.objective = self.create_objective()
+
+    def create_optimizer(self) -> None:
+        groups, self.group_names = networks.optimizer_groups(self.network, self.options.optimizer)
+        made = create_optimizer(groups, self.options.optimizer)
+        self.optimizer_name, self.schedule_free = made.description, made.schedule_free
+        self.schedule = create_schedule(
+            made.optimizer, self.options.schedule, total_steps=self.run.length.total_steps, optimizer=self.options.optimizer
+        )
+        self.raw_optimizer = made.optimizer
+        self.optimizer = self.accelerator.prepare_optimizer(made.optimizer)
+        self.network.prepare_grad_etc([], self.denoiser)
+        self.network.train()
+        self.trained = [p for group in made.optimizer.param_groups for p in group["params"]]
+        self.gradients = Gradients(self.trained, max_norm=self.options.optimizer.max_grad_norm)
+        self.good_weights = GoodWeights(self.trained)
+        if self.options.run.full_fp16 and self.accelerator.scaler is not None:
+            allow_fp16_gradients(self.accelerator.scaler)
+        self.set_optimizer_mode(training=True)
+
+    def resume(self) -> None:
+        """Goes on from --resume, and puts the schedule where --initial_step says."""
+        self.average = LossAverage(self.run.length.steps_per_epoch, self.run.resumed.losses if self.run.resumed else ())
+        folder, saved = self.run.resume_folder, self.run.resumed
+        if folder is None or saved is None:
+            if self.options.resume.resume:
+                self.say("--resume latest: no complete state is there yet, so the run starts from the beginning")
+            self.advance_schedule(self.progress.step)
+            return
+        for line in check_identity(folder, saved, self.identity(), self.history()):
+            self.say(f"warning: {line}")
+        training = load_training_tensors(folder)
+        self.load_network_state(load_network_tensors(folder))
+        load_optimizer_state(self.raw_optimizer, training["optimizer"])
+        self.schedule.load_state_dict(training["schedule"])
+        if training["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(training["scaler"])
+        self.good_weights = GoodWeights(self.trained)
+        self.say(f"resumed from {folder} after step {self.progress.step}")
+
+    def advance_schedule(self, steps: int) -> None:
+        for _ in range(steps):
+            self.schedule.step()
+
+    @torch.no_grad()
+    def load_network_state(self, tensors: dict[str, Tensor]) -> None:
+        own = self.network.state_dict()
+        if own.keys() != tensors.keys():
+            raise UserError(f"the state {self.run.resume_folder} holds another network: its modules differ from this run's")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def identity(self) -> dict[str, str]:
+        """Settings without which a state cannot go on: the network's shape and the optimizer's kind."""
+        network, optimizer = self.options.network, self.options.optimizer
+        names = ("network_module", "network_dim", "network_alpha", "network_args")
+        identity = {f"--{name}": str(getattr(network, name)) for name in names}
+        return {**identity, "--optimizer_type": self.optimizer_name.partition("(")[0], "architecture": self.run.architecture.name}
+
+    def history(self) -> dict[str, str]:
+        """Settings that should stay for the result of an uninterrupted run."""
+        length = self.run.length
+        return {
+            "the seed": str(self.seed),
+            "the number of batches per epoch": str(length.batches_per_epoch),
+            "--gradient_accumulation_steps": str(length.accumulation),
+            "--mixed_precision": self.options.run.mixed_precision,
+            "--learning_rate": str(self.options.optimizer.learning_rate),
+        }
+
+    def start_logging(self) -> None:
+        from library.options.reference_table import redacted
+
+        self.metadata = LoraMetadata(self.run, seed=self.seed, model=self.describe_model(), optimizer=self.optimizer_name)
+        config = redacted(self.options) if self.options.logging.log_config else {}
+        trackers.start_trackers(self.accelerator, self.options.logging, config)
+        self.numbers = DelayedNumbers()
+
+    def start_data(self) -> None:
+        pin = self.device.type == "cuda"
+        source = BatchSource(
+            self.run.training_set,
+            seed=self.seed,
+            rank=self.rank,
+            processes=self.processes,
+            latent_cache=self.run.latent_cache,
+            text_cache=self.run.text_cache,
+            prior_loss_weight=self.options.dataset.prior_loss_weight,
+            pin_memory=pin,
+        )
+        epoch, batches = self.run.length.batches_of_update(self.progress.position)
+        self.batches = source.batches(epoch, batches.start, workers=worker_count(self.options))
+        total = self.run.length.total_steps
+        self.reporter = Report(self.accelerator, total=total, done=self.progress.step, visible=self.accelerator.is_main_process)
+
+    # ------------------------------------------------------------------ one step
+
+    def update(self) -> StepNumbers | None:
+        """One optimizer step over its micro-batches. Returns the numbers of the step before: the host never waits."""
+        epoch, batch_numbers = self.run.length.batches_of_update(self.progress.position)
+        if batch_numbers.start == 0:
+            self.network.on_epoch_start([], self.denoiser)
+        self.good_weights.before_update(self.progress.step)
+        loss = torch.zeros((), device=self.device)
+        for number in batch_numbers:
+            batch = self.next_batch(epoch, number)
+            if batch is not None:  # with several processes, the last batch of a bucket may leave some without images
+                loss += self.backward(batch, self.run.length.micro_step(epoch, number), parts=len(batch_numbers))
+        numbers = self.step_optimizer(loss)
+        self.progress = self.progress.after_update()
+        return numbers
+
+    def next_batch(self, epoch: int, number: int) -> Batch | None:
+        got_epoch, got_number, batch = next(self.batches)
+        assert (got_epoch, got_number) == (epoch, number)
+        self.reporter.count_images(batch.global_size if batch is not None else 0)
+        return None if batch is None else batch.to(self.device, non_blocking=True)
+
+    def backward(self, batch: Batch, micro_step: int, *, parts: int) -> Tensor:
+        """Adds a micro-batch's gradient; returns its share of the step's loss (detached)."""
+        torch.manual_seed(derive_seed(self.seed, "dropout", micro_step, self.rank))  # dropout inside networks
+        if hasattr(self.network, "on_step_start"):
+            self.network.on_step_start([], self.denoiser)
+        loss = self.compute_loss(batch, micro_step) / parts
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss(self, batch: Batch, micro_step: int) -> Tensor:
+        """The loss of a micro-batch as its part of the mean over the global batch."""
+        with torch.no_grad():
+            latents = batch.latents if batch.latents is not None else self.encode_images(self.vae, batch.pixels)
+            text = batch.text if batch.text is not None else self.encode_text(self.text_encoder, batch.captions)
+        noisy = self.objective.corrupt(
+            latents, seed=self.seed, step=micro_step, positions=batch.positions, dtype=self.weight_dtype
+        )
+        with self.accelerator.autocast():
+            prediction = self.predict(self.denoiser, noisy, text)
+        losses = self.objective.loss(prediction, noisy, sample_weights=batch.loss_weights)  # (B,)
+        return losses.sum() / batch.global_size
+
+    def step_optimizer(self, loss: Tensor) -> StepNumbers | None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        self.gradients.reduce()
+        shared = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(float(bool(self.stop)))]), reduction="sum")
+        norm = self.gradients.clip()
+        finite = self.gradients.drop_if_not_finite(shared[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.gradients.zero()
+        if self.options.network.scale_weight_norms:
+            self.norm_report = self.network.apply_max_norm_regularization(self.options.network.scale_weight_norms, self.device)
+        before = self.numbers.put(torch.stack([shared[0], norm.float(), finite.float(), shared[1]]))
+        return self.step_numbers(self.progress.step, before)
+
+    def step_numbers(self, step: int, values: list[float] | None) -> StepNumbers | None:
+        """``values`` as they were put, of the step that ended as number ``step``."""
+        if values is None:
+            return None
+        loss, norm, finite, stop = values
+        return StepNumbers(step, loss, norm, bool(finite), bool(stop))
+
+    # ------------------------------------------------------------------ between steps
+
+    def must_stop(self) -> bool:
+        """A signal came. Several processes agree by the number that travelled with the losses, so all stop at one step."""
+        return bool(self.stop) if self.processes == 1 else self.stop_agreed
+
+    stop_agreed = False
+
+    def report(self, numbers: StepNumbers | None) -> None:
+        if numbers is None:
+            return
+        self.stop_agreed = self.stop_agreed or numbers.stop_wanted
+        self.good_weights.learned(numbers.step - 1, numbers.finite)
+        self.guard_against_divergence(numbers)
+        if numbers.finite:
+            self.average.add(numbers.loss)
+        epoch, _ = self.run.length.batches_of_update(max(self.progress.position - 1, 0))
+        self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
+                           rates=self.learning_rates(), waited_s=self.batches.waited_s)  # fmt: skip
+
+    def learning_rates(self) -> dict[str, float]:
+        rates: dict[str, float] = {}
+        for name, group in zip(self.group_names, self.raw_optimizer.param_groups, strict=True):
+            rates[f"lr/{name}"] = float(group["lr"])
+            if "d" in group:  # D-Adaptation and Prodigy estimate the step size
+                rates[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
+        return rates
+
+    def guard_against_divergence(self, numbers: StepNumbers) -> None:
+        """A step whose loss or gradient is not finite was skipped; after several in a row the run ends with good weights."""
+        if numbers.finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.say(f"step {numbers.step}: the loss or its gradient is not finite; the step was skipped")
+        if self.skipped_in_a_row < MAX_SKIPPED_STEPS:
+            return
+        self.good_weights.restore()
+        file = self.run.names.last_file()
+        self.save_lora(file)
+        raise TrainingError(
+            f"the loss was not finite in {MAX_SKIPPED_STEPS} steps in a row, the last one step {numbers.step}; the last good weights are "
+            f"in {file}. Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a smaller --max_grad_norm"
+        )
+
+    def run_due_events(self) -> None:
+        """Samples, LoRA files and states due after this step; a state comes last, so that it knows of all the others."""
+        length, saves, names, step = self.run.length, self.run.saves, self.run.names, self.progress.step
+        ended = self.progress.position // length.steps_per_epoch if length.ends_epoch(self.progress.position) else None
+        self.sample_pictures(epoch=None)
+        if saves.saves_step(step):
+            self.save_lora(names.step_file(step))
+            self.save_state_if_asked(names.step_state(step))
+            self.remove(saves.step_to_remove(step), names.step_file)
+            self.remove(saves.step_state_to_remove(step), names.step_state)
+        if ended is None:
+            return
+        self.sample_pictures(epoch=ended)
+        if saves.saves_epoch(ended):
+            self.save_lora(names.epoch_file(ended))
+            self.save_state_if_asked(names.epoch_state(ended))
+            self.remove(saves.epoch_to_remove(ended), names.epoch_file)
+            self.remove(saves.epoch_state_to_remove(ended), names.epoch_state)
+
+    def finish(self) -> None:
+        """The last files. After a signal: a state and the LoRA of this step, and how to go on."""
+        self.report(self.step_numbers(self.progress.step, self.numbers.take()))
+        self.batches.close()
+        names, saving = self.run.names, self.options.saving
+        if self.must_stop() and self.progress.step < self.run.length.total_steps:
+            self.stop_early()
+        self.save_lora(names.last_file())
+        if saving.save_state or saving.save_state_on_train_end:
+            self.save_state(names.last_state())
+        self.close_logging()
+        self.say(f"training is done: {self.progress.step} steps, average loss {self.average.mean:.4f}, LoRA in {names.last_file()}")
+
+    def stop_early(self) -> None:
+        names, step = self.run.names, self.progress.step
+        self.save_lora(names.step_file(step))
+        self.save_state(names.step_state(step))
+        self.close_logging()
+        self.say(f"stopped after step {step}; to go on: {resume_command(names.step_state(step))}")
+        sys.exit(self.stop.exit_status)
+
+    def close_logging(self) -> None:
+        self.reporter.close()
+        self.accelerator.end_training()
+
+    # ------------------------------------------------------------------ files
+
+    def save_lora(self, file: Path) -> None:
+        """Main process only; optimizers that keep an average of the weights swap it in for the moment."""
+        if not self.accelerator.is_main_process:
+            return
+        epochs_done = self.progress.position // self.run.length.steps_per_epoch
+        metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done)
+        with self.evaluating():
+            save_network(self.network, file, dtype=save_dtype(self.options.saving.save_precision), metadata=metadata)
+        self.say(f"saved {file}")
+
+    def save_state_if_asked(self, folder: Path) -> None:
+        if self.options.saving.save_state:
+            self.save_state(folder)
+
+    def save_state(self, folder: Path) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        description = StateDescription(
+            epoch=self.progress.position // self.run.length.steps_per_epoch,
+            progress=self.progress,
+            seed=self.seed,
+            identity=self.identity(),
+            history=self.history(),
+            losses=self.average.values(),
+        )
+        scaler = self.accelerator.scaler
+        training = {
+            "optimizer": optimizer_state(self.raw_optimizer),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        save_state(folder, description, network=self.network.state_dict(), training=training)
+        self.say(f"saved the state {folder}")
+
+    def remove(self, number: int | None, path: Callable[[int], Path]) -> None:
+        if number is not None and self.accelerator.is_main_process:
+            remove_old(path(number))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off, averaged weights in; back to training afterwards."""
+        self.network.eval()
+        self.set_optimizer_mode(training=False)
+        try:
+            yield
+        finally:
+            self.network.train()
+            self.set_optimizer_mode(training=True)
+
+    def set_optimizer_mode(self, *, training: bool) -> None:
+        if self.schedule_free:
+            self.raw_optimizer.train() if training else self.raw_optimizer.eval()
+
+    # ------------------------------------------------------------------ sample pictures
+
+    def sample_pictures(self, *, epoch: int | None) -> None:
+        """Draws the sample prompts if they are due; each process draws its share."""
+        step = self.progress.step
+        if not self.run.prompts or not is_due(self.options.samples, step=step, epoch=epoch):
+            return
+        with self.evaluating(), torch.no_grad(), self.vae_on_device():
+            pictures = [self.sample_picture(prompt, epoch) for prompt in self.run.prompts[self.rank :: self.processes]]
+        gathered = pictures if self.processes == 1 else [p for part in self.gather_objects(pictures) for p in part]
+        if self.accelerator.is_main_process:
+            for prompt, pixels in gathered:
+                trackers.log_picture(self.accelerator, f"sample_{prompt.index}", pixels, step, prompt.prompt)
+
+    def sample_picture(self, prompt: SamplePrompt, epoch: int | None) -> tuple[SamplePrompt, Tensor]:
+        seed = prompt.seed if prompt.seed is not None else derive_seed(self.seed, "sample", prompt.index) % 2**32
+        texts = (prompt.prompt, prompt.negative_prompt or "")
+        positive, negative = (self.prompt_conditioning(text).to(self.device) for text in texts)
+        with self.accelerator.autocast():
+            pixels = self.draw_sample(prompt, positive, negative, seed).float().cpu()  # (3, H, W)
+        name = picture_name(
+            self.options.saving.output_name, step=self.progress.step, epoch=epoch, index=prompt.index, seed=prompt.seed, now=time.localtime()
+        )
+        save_picture(pixels, self.run.names.folder / "sample" / name, prompt)
+        return prompt, pixels
+
+    def prompt_conditioning(self, text: str) -> Conditioning:
+        if self.run.text_cache is not None:
+            return self.run.text_cache.load_text(text)
+        return self.encode_text(self.text_encoder, [text])
+
+    @contextmanager
+    def vae_on_device(self) -> Iterator[None]:
+        """The VAE, loaded when the first samples are drawn; between samples it waits in CPU memory."""
+        if self.vae is None:
+            self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
+        self.vae.to(self.device)
+        try:
+            yield
+        finally:
+            if self.run.latent_cache is not None:
+                self.vae.to("cpu")
+
+    def say(self, *lines: str) -> None:
+        """Lines for people, from the main process, above the progress bar."""
+        if not self.accelerator.is_main_process:
+            return
+        from tqdm import tqdm
+
+        for line in lines:
+            tqdm.write(line)
+        sys.stdout.flush()
+
+
+def use_deterministic_kernels() -> None:
+    """--deterministic: kernels whose sums have a fixed order, also on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
+
+
+def allow_fp16_gradients(scaler: Any) -> None:
+    """--full_fp16 keeps gradients in fp16, which the scaler refuses to unscale unless told."""
+    unscale = scaler._unscale_grads_
+    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, allow_fp16: unscale(optimizer, inv_scale, found_inf, True)
+
+
+SECRET_FLAGS = ("--wandb_api_key", "--huggingface_token")
+
+
+def resume_command(folder: Path) -> str:
+    """The command line of this run with --resume; secrets and an older --resume are left out."""
+    words, kept, skip = sys.argv, [], False
+    for word in words:
+        flag = word.split("=", 1)[0]
+        if skip:
+            skip = False
+        elif flag in (*SECRET_FLAGS, "--resume"):
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [Path(sys.executable).name]
+    return shlex.join([*launcher, *kept, "--resume", str(folder)])
+
+
+def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
+    """Trains, and ends the script with one message for what a user can mend."""
+    try:
+        trainer_class(run).train()
+    except UserError as error:
+        sys.stdout.flush()
+        if run.is_main_process:
+            print(error_block(error), file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("\nstopped; what the caches hold stays valid, and the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
