@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from library.dataset.conditioning import Conditioning
 
@@ -42,3 +45,12 @@ class Batch:
 
         return replace(self, pixels=pin(self.pixels), latents=pin(self.latents), text=pin(self.text),
                        loss_weights=pin(self.loss_weights))  # fmt: skip
+
+
+def normalized_pixels(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """B pictures (H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], contiguous."""
+    batch = np.empty((len(pictures), 3, *pictures[0].shape[:2]), np.float32)  # (B, 3, H, W)
+    for row, picture in zip(batch, pictures, strict=True):
+        np.divide(picture.transpose(2, 0, 1), np.float32(127.5), out=row)
+    batch -= 1.0
+    return batch

@@ -1,0 +1,343 @@
+"""One cache file: its name, what it says about how it was made, and whether that is still what a run wants.
+
+A cache file is a safetensors file with this metadata (all strings, JSON where said):
+
+- ``format``: the version of this layout and of the code that makes the content;
+- ``fingerprint``: hex digest of format and ingredients; a file whose two disagree is damaged;
+- ``ingredients``: JSON, all that the content depends on, readable, so that a mismatch can be named;
+- ``source`` (latents): JSON {size, mtime_ns} of the image. While both are unchanged the image is trusted to be the one whose
+  sha256 stands in the ingredients; otherwise it is hashed again, and equal content stays valid;
+- ``crc32``: JSON {tensor name: checksum}, compared whenever a tensor is read.
+
+The header is read without torch, so a dry run can tell the state of a cache at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import CheckpointError, DatasetError, OutputError, os_error_text
+from library.files.atomic import TEMPORARY_MARK, write_atomically
+from library.files.safetensors_file import SafetensorsHeader, read_header, read_tensors, save_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "1"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
+SUFFIX = ".safetensors"
+MAX_NAME_BYTES = 230  # file systems allow 255; the rest is for the temporary name's ".tmp-PID"
+HASH_CHUNK_BYTES = 1 << 20
+SECONDS_PER_DAY = 86_400
+FRESH_S = 60  # a temporary file this young may belong to a process of another machine that shares the folder
+
+REASONS = {
+    "format": "made by another version of this program",
+    "arch": "made for another architecture",
+    "model": "model changed",
+    "dtype": "dtype changed",
+    "bucket": "size changed",
+    "resized": "size changed",
+    "crop": "size changed",
+    "interpolation": "resize interpolation changed",
+    "settings": "encoder settings changed",
+    "image": "image changed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``kind`` is "valid", "missing", "stale" or "damaged"; the last two carry a reason.
+
+    ``touched``: valid, but the image's time is another than noted, so that it had to be hashed.
+    """
+
+    kind: str
+    reason: str = ""
+    touched: bool = False
+
+    @property
+    def valid(self) -> bool:
+        return self.kind == "valid"
+
+    @property
+    def line(self) -> str:
+        return f"damaged: {self.reason}" if self.kind == "damaged" else self.reason
+
+
+VALID = Verdict("valid")
+MISSING = Verdict("missing")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """What a run finds in its cache: ``total == valid + missing + len(stale)``.
+
+    Counts images for latents, and different texts per file for text. ``stale`` holds (cache file, reason), damaged ones
+    included; ``bytes_needed`` is about what writing the missing and the stale will take.
+    """
+
+    total: int
+    valid: int
+    missing: int
+    stale: tuple[tuple[Path, str], ...]
+    bytes_needed: int
+
+    @property
+    def is_complete(self) -> bool:
+        return self.valid == self.total
+
+
+@dataclass(frozen=True, slots=True)
+class SourceIdentity:
+    """An image file as it was when its cache entry was made."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class SourceHashes:
+    """sha256 of image files, each computed once per object as long as the file's size and time stay the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, int, int], str] = {}
+
+    def identity(self, path: Path) -> SourceIdentity:
+        """Raises DatasetError when the image cannot be read."""
+        try:
+            stat = path.stat()
+            key = (path, stat.st_size, stat.st_mtime_ns)
+            if key not in self._known:
+                self._known[key] = sha256_of(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return SourceIdentity(stat.st_size, stat.st_mtime_ns, self._known[key])
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> DatasetError:
+    return DatasetError(f"cannot read {path}: {error.strerror or error}; was it moved or deleted after the start?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a run expects of one cache file. ``ingredients`` leaves the image's hash out: that comes from ``source``."""
+
+    ingredients: Mapping[str, object]
+    source: Path | None = None
+    tensors: Collection[str] = ()
+
+
+def cache_path(beside: Path, kind: str, cache_dir: Path | None) -> Path:
+    """Where the cache of kind ``kind`` ("512x512.anima-latents") of the image ``beside`` lies.
+
+    Under ``cache_dir`` a hash of the image's folder leads the name, so that equal names of two folders stay apart.
+    """
+    name = _short_enough(beside.name, f".{kind}{SUFFIX}")
+    if cache_dir is None:
+        return beside.with_name(name)
+    folder = hashlib.sha256(os.fsencode(beside.parent.absolute())).hexdigest()[:8]
+    return cache_dir / f"{folder}-{name}"
+
+
+def _short_enough(name: str, ending: str) -> str:
+    encoded = os.fsencode(name)
+    room = MAX_NAME_BYTES - len(ending)
+    if len(encoded) <= room:
+        return name + ending
+    mark = "~" + hashlib.sha256(encoded).hexdigest()[:8]
+    return encoded[: room - len(mark)].decode("utf-8", "ignore") + mark + ending
+
+
+def fingerprint(ingredients: Mapping[str, object]) -> str:
+    """Hex digest of the format and of every ingredient."""
+    text = json.dumps([FORMAT, ingredients], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def check(path: Path, wanted: Wanted, *, hashes: SourceHashes | None = None) -> Verdict:
+    """Compares a cache file's header with what a run wants; reads no tensor, and the image only when it may have changed."""
+    if not path.is_file():
+        return MISSING
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        return unreadable(error)
+    return check_header(header, wanted, hashes=hashes or SourceHashes())
+
+
+def unreadable(error: CheckpointError) -> Verdict:
+    return Verdict("damaged", "truncated" if "truncated" in str(error) else "not a readable cache file")
+
+
+def check_header(header: SafetensorsHeader, wanted: Wanted, *, hashes: SourceHashes) -> Verdict:
+    if header.metadata.get("format") != FORMAT:
+        return Verdict("stale", REASONS["format"])
+    try:
+        stored = json.loads(header.metadata["ingredients"])
+        source = json.loads(header.metadata.get("source", "null"))
+        intact = header.metadata["fingerprint"] == fingerprint(stored)
+    except (KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        return Verdict("damaged", "its description is broken")
+    for name, value in plain(wanted.ingredients).items():
+        if stored.get(name) != value:
+            return Verdict("stale", REASONS.get(name, f"{name} changed"))
+    if not set(wanted.tensors) <= set(header.tensors):
+        return Verdict("stale", "has no flipped latents" if "latents" in header.tensors else "incomplete")
+    return VALID if wanted.source is None else _check_source(wanted.source, source, stored.get("image"), hashes)
+
+
+def plain(ingredients: Mapping[str, object]) -> dict[str, object]:
+    """As JSON gives them back (tuples become lists)."""
+    return json.loads(json.dumps(ingredients))
+
+
+def _check_source(path: Path, noted: object, sha256: object, hashes: SourceHashes) -> Verdict:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if noted == {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}:
+        return VALID
+    same_size = isinstance(noted, dict) and noted.get("size") == stat.st_size
+    if same_size and hashes.identity(path).sha256 == sha256:
+        return Verdict("valid", touched=True)
+    return Verdict("stale", REASONS["image"])
+
+
+def note_source(path: Path, source: SourceIdentity) -> None:
+    """Puts the image's new time into a valid cache file, so that the next start can trust it unhashed. Where the folder cannot
+    be written nothing happens."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["source"] = _noted(source)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with suppress(OutputError):
+        write_atomically(path, lambda file: file.write(struct.pack("<Q", len(text)) + text + data[8 + length :]))
+
+
+def _noted(source: SourceIdentity) -> str:
+    return json.dumps({"size": source.size, "mtime_ns": source.mtime_ns})
+
+
+def write_cache_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    ingredients: Mapping[str, object],
+    source: SourceIdentity | None = None,
+    details: Mapping[str, str] | None = None,
+) -> None:
+    """Writes atomically; equal arguments give equal bytes. ``details`` is metadata beyond the common keys.
+
+    Raises OutputError when the disk is full or the folder cannot be written.
+    """
+    metadata = dict(details or {})
+    if source is not None:
+        ingredients = {**ingredients, "image": source.sha256}
+        metadata["source"] = _noted(source)
+    metadata["format"] = FORMAT
+    metadata["ingredients"] = json.dumps(ingredients, sort_keys=True)
+    metadata["fingerprint"] = fingerprint(plain(ingredients))
+    metadata["crc32"] = json.dumps({name: checksum(tensors[name]) for name in sorted(tensors)})
+    save_safetensors(path, tensors, metadata)
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a CPU tensor's bytes."""
+    import torch
+
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_cache_tensors(path: Path, names: Collection[str] | Callable[[str], bool]) -> dict[str, Tensor]:
+    """The named tensors (or those that ``names`` accepts), in the dtype they were stored in, with their checksums compared.
+
+    Raises DatasetError that says how to go on when the file was damaged or removed since it was checked.
+    """
+    try:
+        header = read_header(path)
+        wanted = [name for name in header.tensors if names(name)] if callable(names) else list(names)
+        missing = set(wanted) - set(header.tensors)
+        if missing:
+            raise CheckpointError(f"it lacks {', '.join(sorted(missing))}")
+        tensors = dict(read_tensors(header, wanted))
+        sums = json.loads(header.metadata["crc32"])
+        broken = [name for name, tensor in tensors.items() if checksum(tensor) != sums[name]]
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged_in_use(path, str(error)) from error
+    if broken:
+        raise _damaged_in_use(path, f"the bytes of {', '.join(broken)} are not those that were written")
+    return tensors
+
+
+def _damaged_in_use(path: Path, why: str) -> DatasetError:
+    return DatasetError(f"the cache file {path} cannot be used ({why}): delete it and start again, it will be made anew")
+
+
+def clean_left_overs(folders: Iterable[Path]) -> int:
+    """Removes temporary cache files that killed runs left in ``folders``; says how many.
+
+    Only those of processes that are gone from this machine, and those older than a day.
+    """
+    removed = 0
+    for folder in sorted(set(folders)):
+        if not folder.is_dir():
+            continue
+        for path in folder.glob(f"*{SUFFIX}{TEMPORARY_MARK}*"):
+            if _is_left_over(path):
+                path.unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _is_left_over(path: Path) -> bool:
+    pid = path.name.rpartition(TEMPORARY_MARK)[2]
+    try:
+        age_s = time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    if not pid.isdigit():
+        return False
+    return age_s > SECONDS_PER_DAY or (age_s > FRESH_S and not _is_running(int(pid)))
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # there os.kill(pid, 0) would end it; such files go by their age
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a cache folder. Raises DatasetError naming it when that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"cannot create the cache folder {folder}: {os_error_text(error)}") from error
