@@ -1,0 +1,116 @@
+"""The noise of a training step, and where its random numbers come from.
+
+Every function is pure: tensors and random numbers in, tensors out. The options act for every model family. What the reference
+draws once for a batch (random strengths, the sizes of multires noise) is drawn for each sample here, and what it measures over
+a batch (the deviation of multires noise) is measured for each sample, so that a batch may be split over processes at will.
+Facts: specs/cli/semantics.md ("Noise").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.randomness import python_random, torch_generator
+
+if TYPE_CHECKING:
+    from library.options.noise import NoiseOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Random numbers of one micro-batch: each sample's depend on (seed, step, its position in the global batch, purpose).
+
+    ``step`` counts micro-batches over the whole run. Asking twice for one purpose gives the same numbers.
+    """
+
+    seed: int
+    step: int
+    positions: Sequence[int]
+    device: torch.device | str = "cpu"
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """N(0, 1), (B, *shape) float32."""
+        result = torch.empty((len(self.positions), *shape), device=self.device)
+        for sample, position in enumerate(self.positions):
+            result[sample].normal_(generator=self._generator(position, purpose))
+        return result
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """U(0, 1), (B, *shape) float32."""
+        result = torch.empty((len(self.positions), *shape), device=self.device)
+        for sample, position in enumerate(self.positions):
+            result[sample].uniform_(generator=self._generator(position, purpose))
+        return result
+
+    def host_uniform(self, sample: int, purpose: str) -> float:
+        """U(0, 1) as a Python number, for choices that the host must know (tensor sizes)."""
+        return python_random(self.seed, self.step, self.positions[sample], purpose).random()
+
+    def sample(self, index: int) -> Draws:
+        """The draws of one sample alone."""
+        return Draws(self.seed, self.step, self.positions[index : index + 1], self.device)
+
+    def _generator(self, position: int, purpose: str) -> torch.Generator:
+        return torch_generator(self.seed, self.step, position, purpose, device=self.device)
+
+
+def training_noise(latents: Tensor, options: NoiseOptions, draws: Draws) -> Tensor:
+    """The noise that is mixed into latents (B, C, h, w) and that the target is made of. Float32, same shape."""
+    noise = draws.normal("noise", *latents.shape[1:])
+    if options.noise_offset:
+        strength = offset_strength(latents, options, draws)
+        noise = noise + strength * draws.normal("noise offset", latents.shape[1], 1, 1)
+    if options.multires_noise_iterations:
+        noise = multires_noise(noise, options, draws)
+    return noise
+
+
+def offset_strength(latents: Tensor, options: NoiseOptions, draws: Draws) -> Tensor | float:
+    """How much of a constant is added to each channel: a number, (B, 1, 1, 1), or (B, C, 1, 1) when adaptive."""
+    strength: Tensor | float = options.noise_offset or 0.0
+    if options.noise_offset_random_strength:
+        strength = strength * draws.uniform("noise offset strength", 1, 1, 1)
+    if options.adaptive_noise_scale:
+        channel_mean = latents.float().mean(dim=(2, 3), keepdim=True).abs()  # (B, C, 1, 1)
+        strength = (strength + options.adaptive_noise_scale * channel_mean).clamp_min(0)
+    return strength
+
+
+def multires_noise(noise: Tensor, options: NoiseOptions, draws: Draws) -> Tensor:
+    """Adds noise of ever lower resolution to noise (B, C, h, w); each sample is scaled to deviation 1 at the end."""
+    samples = [_multires_sample(noise[index], options, draws.sample(index)) for index in range(len(noise))]
+    return torch.stack(samples)
+
+
+def _multires_sample(noise: Tensor, options: NoiseOptions, draws: Draws) -> Tensor:
+    height, width = noise.shape[-2:]  # noise (C, h, w)
+    total = noise
+    for level in range(options.multires_noise_iterations or 0):
+        ratio = (2 + 2 * draws.host_uniform(0, f"multires size {level}")) ** level
+        size_hw = max(1, int(height / ratio)), max(1, int(width / ratio))
+        coarse = draws.normal(f"multires noise {level}", noise.shape[0], *size_hw)  # (1, C, h', w')
+        total = total + F.interpolate(coarse, size=(height, width), mode="bilinear")[0] * options.multires_noise_discount**level
+        if 1 in size_hw:
+            break  # nothing coarser is left
+    return total / total.std()
+
+
+def model_input_noise(noise: Tensor, options: NoiseOptions, draws: Draws) -> Tensor | None:
+    """The noise that only the model's input gets (input perturbation, arXiv 2301.11706); None when it is the target's."""
+    if not options.ip_noise_gamma:
+        return None
+    gamma: Tensor | float = options.ip_noise_gamma
+    if options.ip_noise_gamma_random_strength:
+        gamma = gamma * draws.uniform("input noise strength", 1, 1, 1)
+    return perturbed_noise(noise, draws.normal("input noise", *noise.shape[1:]), gamma)
+
+
+def perturbed_noise(noise: Tensor, perturbation: Tensor, gamma: Tensor | float) -> Tensor:
+    """noise + gamma * perturbation; gamma a number or (B, 1, 1, 1)."""
+    return noise + gamma * perturbation
