@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+
+from library.errors import CheckpointError
+from library.files.model_path import (
+    ANIMA_DIT,
+    COSMOS_DIT,
+    LLM_ADAPTER,
+    LORA,
+    QWEN3,
+    QWEN_IMAGE_VAE,
+    find_model_file,
+    recognise,
+    recognise_keys,
+    refuse_other_kind,
+)
+from library.files.safetensors_file import SafetensorsHeader, TensorInfo
+
+KEYS = {
+    ANIMA_DIT: ["net.blocks.0.mlp.layer1.weight", "net.llm_adapter.blocks.0.cross_attn.q_proj.weight"],
+    COSMOS_DIT: ["blocks.0.mlp.layer1.weight", "x_embedder.proj.1.weight"],
+    LLM_ADAPTER: ["blocks.0.cross_attn.o_proj.weight", "embed.weight"],
+    LORA: ["lora_unet_blocks_0_mlp_layer1.lora_down.weight", "lora_unet_blocks_0_mlp_layer1.alpha"],
+    "SDXL checkpoint": ["conditioner.embedders.1.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"],
+    "Stable Diffusion 2.x checkpoint": ["cond_stage_model.model.ln_final.bias", "model.diffusion_model.input_blocks.1.0.weight"],
+    "Stable Diffusion 1.x checkpoint": ["cond_stage_model.transformer.text_model.final_layer_norm.bias"],
+    "SD3 or SD3.5 checkpoint": [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "first_stage_model.encoder.conv_in.bias",
+    ],
+    "Lumina Image 2.0 checkpoint": ["cap_embedder.0.weight", "layers.0.attention.qkv.weight"],
+    "FLUX checkpoint": ["double_blocks.0.img_attn.qkv.weight"],
+    QWEN_IMAGE_VAE: ["conv1.bias", "encoder.downsamples.0.residual.0.gamma"],
+    "Stable Diffusion VAE": ["encoder.mid.block_1.norm1.weight", "decoder.conv_in.bias"],
+    QWEN3: ["model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"],
+    "Gemma text encoder": ["model.layers.0.pre_feedforward_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"],
+    "T5 text encoder": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
+    "CLIP text encoder": ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+}
+
+
+def header_of(path, keys) -> SafetensorsHeader:
+    return SafetensorsHeader(path, {key: TensorInfo("F32", (1,), 0, 4) for key in keys}, {})
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_kinds_are_recognised_by_their_keys(kind, tmp_path):
+    assert recognise(header_of(tmp_path / "x.safetensors", KEYS[kind])) == kind
+
+
+def test_unknown_keys_are_not_guessed():
+    assert recognise_keys(["some.weight", "other.bias"]) is None
+
+
+def test_diffusers_layout_of_the_vae_is_recognised():
+    assert (
+        recognise_keys(["encoder.conv_in.bias", "decoder.mid_block.resnets.0.norm1.gamma", "quant_conv.weight"]) == QWEN_IMAGE_VAE
+    )
+
+
+def test_another_kind_is_refused_by_name(tmp_path):
+    header = header_of(tmp_path / "model.safetensors", KEYS["SDXL checkpoint"])
+    with pytest.raises(CheckpointError, match="--qwen3 .*model.safetensors is an SDXL checkpoint, not a Qwen3 text encoder"):
+        refuse_other_kind(header, QWEN3, "--qwen3")
+    refuse_other_kind(header_of(tmp_path, KEYS[QWEN3]), QWEN3, "--qwen3")
+    refuse_other_kind(header_of(tmp_path, ["mystery"]), QWEN3, "--qwen3")  # left to the check of the keys
+
+
+def test_file_is_found(tmp_path):
+    file = tmp_path / "vae.safetensors"
+    file.write_bytes(b"x")
+    assert find_model_file("--vae", str(file), QWEN_IMAGE_VAE) == file
+    assert find_model_file("--qwen3", tmp_path, QWEN3, allow_folder=True) == tmp_path
+
+
+def test_mistyped_name_suggests_its_neighbour(tmp_path):
+    (tmp_path / "qwen_image_vae.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="--vae .* does not exist.*did you mean qwen_image_vae.safetensors") as caught:
+        find_model_file("--vae", tmp_path / "qwen_image_vea.safetensors", QWEN_IMAGE_VAE)
+    assert "Qwen-Image VAE" in str(caught.value)
+
+
+def test_mistyped_folder_is_named(tmp_path):
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match="there is no folder .*modles; did you mean .*models"):
+        find_model_file("--vae", tmp_path / "modles" / "deep" / "vae.safetensors", QWEN_IMAGE_VAE)
+
+
+def test_folder_instead_of_a_file_names_the_files_in_it(tmp_path):
+    (tmp_path / "anima.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is a folder: give the file of the Anima DiT .in it: anima.safetensors"):
+        find_model_file("--pretrained_model_name_or_path", tmp_path, ANIMA_DIT)
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_missing_value_names_the_flag(nothing):
+    with pytest.raises(CheckpointError, match="--qwen3 is missing: give the path of the Qwen3 text encoder"):
+        find_model_file("--qwen3", nothing, QWEN3)
