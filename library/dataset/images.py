@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from library.dataset.items import Item
-from library.errors import DatasetError, os_error_text
+from library.errors import DatasetError
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 4
 UPRIGHT = {  # EXIF orientation -> what makes the picture upright
@@ -143,7 +143,7 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "its content is no image that Pillow knows"
     if isinstance(error, OSError):
-        return os_error_text(error)
+        return error.strerror or str(error)
     return str(error) or type(error).__name__
 
 

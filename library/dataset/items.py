@@ -45,6 +45,7 @@ class DatasetSettings:
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
     subsets: tuple[SubsetSettings, ...]
+    warnings: tuple[str, ...] = ()  # found while the settings were read; scan() passes them on in TrainingSet.warnings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
