@@ -12,6 +12,7 @@ from __future__ import annotations
 from library.anima.architecture import ANIMA
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
+
 from library.training.preflight import checked_run
 
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
@@ -21,14 +22,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.sampling import initial_noise, sample_latents
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
-from library.anima.vae import QwenImageVae, load_vae
 from library.sampling.prompts import SamplePrompt
+from torch import Tensor, nn
+
+from library.anima.vae import QwenImageVae, load_vae
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
 
@@ -48,7 +49,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> QwenImageVae:
         anima = self.options.anima
         return load_vae(
-            self.run.layouts.vae, device=device, dtype=dtype, chunk_size=anima.vae_chunk_size, disable_cache=anima.vae_disable_cache
+            self.run.layouts.vae,
+            device=device,
+            dtype=dtype,
+            chunk_size=anima.vae_chunk_size,
+            disable_cache=anima.vae_disable_cache,
         )
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> AnimaTextEncoder:
@@ -73,7 +78,10 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def draw_sample(self, prompt: SamplePrompt, positive: Any, negative: Any, seed: int) -> Tensor:
         denoiser: Any = self.denoiser
         contexts = [denoiser.encode_context(c.prompt_embeds, c.qwen_mask, c.t5_ids, c.t5_mask) for c in (positive, negative)]
-        size_wh = tuple(max(64, side - side % SAMPLE_SIZE_STEP_PX) for side in (prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX))
+        size_wh = tuple(
+            max(64, side - side % SAMPLE_SIZE_STEP_PX)
+            for side in (prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX)
+        )
         noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
         latents = sample_latents(
             denoiser,
@@ -88,7 +96,15 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def describe_model(self) -> dict[str, str]:
         flow = self.options.flow
-        names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_sampling", "sigmoid_scale", "discrete_flow_shift")
+        names = (
+            "weighting_scheme",
+            "logit_mean",
+            "logit_std",
+            "mode_scale",
+            "timestep_sampling",
+            "sigmoid_scale",
+            "discrete_flow_shift",
+        )
         return {
             "ss_base_model_version": "anima",
             **{f"ss_{name}": str(getattr(flow, name)) for name in names},

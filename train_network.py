@@ -6,10 +6,7 @@ Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from library.sampling.prompts import SamplePrompt
 from torch import Tensor, nn
 
 from library.dataset.batch import Batch
@@ -24,19 +22,19 @@ from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
 from library.errors import EXIT_USER_ERROR, TrainingError, UserError, error_block
 from library.randomness import derive_seed
-from library.sampling.pictures import is_due, picture_name, save_picture
-from library.sampling.prompts import SamplePrompt
 from library.training import networks, trackers
 from library.training.good_weights import GoodWeights
 from library.training.gradients import Gradients
-from library.training.interrupts import StopRequest
+from library.training.interrupts import StopRequest, resume_command
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
 from library.training.objective import NoisyLatents, Objective
 from library.training.optimizers import create_optimizer, load_optimizer_state, optimizer_state
 from library.training.plan import NetworkSize, plan_lines
+from library.training.precision import WEIGHT_DTYPES, allow_fp16_gradients, use_deterministic_kernels
 from library.training.preflight import CheckedRun, worker_count
 from library.training.report import Report
+from library.training.sample_pictures import SamplePictures
 from library.training.saving import remove_old, save_dtype, save_network
 from library.training.schedules import create_schedule
 from library.training.state import StateDescription, check_identity, load_network_tensors, load_training_tensors, save_state
@@ -45,7 +43,9 @@ from library.training.steps import Progress
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.text_cache import TextCache
+
 MAX_SKIPPED_STEPS = 5  # in a row; then the run has diverged
 PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
 
@@ -194,35 +194,29 @@ class NetworkTrainer:
     def fill_caches(self) -> None:
         """Encodes what the caches lack; the VAE and the text encoder are loaded only then, and gone afterwards."""
         with torch.no_grad():
-            self.fill_latent_cache()
-            self.fill_text_cache()
+            for cache, fill in ((self.run.latent_cache, self.fill_latent_cache), (self.run.text_cache, self.fill_text_cache)):
+                if cache is not None and self.anywhere(not cache.state().is_complete):
+                    fill(cache)
+                    self.accelerator.wait_for_everyone()
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
 
-    def fill_latent_cache(self) -> None:
-        cache = self.run.latent_cache
-        if cache is None or not self.anywhere(not cache.state().is_complete):
-            return
+    def fill_latent_cache(self, cache: LatentCache) -> None:
         vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
         cache.fill(
-            lambda pixels: self.encode_images(vae, pixels.to(self.device)).cpu(),
+            lambda pixels: self.encode_images(vae, pixels.to(self.device)),
             batch_size=self.options.caches.vae_batch_size,
             workers=worker_count(self.options),
             **self.cache_shares(),
         )
-        del vae
-        self.after_caching()
 
-    def fill_text_cache(self) -> None:
-        cache = self.run.text_cache
-        if cache is None or not self.anywhere(not cache.state().is_complete):
-            return
+    def fill_text_cache(self, cache: TextCache) -> None:
         text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
         cache.fill(
             lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
             batch_size=self.options.caches.text_encoder_batch_size or 1,
             **self.cache_shares(),
         )
-        del text_encoder
-        self.after_caching()
 
     def cache_shares(self) -> dict[str, Any]:
         return {"rank": self.rank, "processes": self.processes, "gather": self.gather_objects}
@@ -235,11 +229,6 @@ class NetworkTrainer:
     def anywhere(self, condition: bool) -> bool:
         """True when the condition holds in any process, so that all take the same way."""
         return condition if self.processes == 1 else any(self.gather_objects(condition))
-
-    def after_caching(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def load_models(self) -> None:
         """Loads the denoiser, merges --base_weights, applies the network, and loads what must encode at every step."""
@@ -310,7 +299,7 @@ class NetworkTrainer:
 
     def identity(self) -> dict[str, str]:
         """Settings without which a state cannot go on: the network's shape and the optimizer's kind."""
-        network, optimizer = self.options.network, self.options.optimizer
+        network = self.options.network
         names = ("network_module", "network_dim", "network_alpha", "network_args")
         identity = {f"--{name}": str(getattr(network, name)) for name in names}
         return {**identity, "--optimizer_type": self.optimizer_name.partition("(")[0], "architecture": self.run.architecture.name}
@@ -333,6 +322,9 @@ class NetworkTrainer:
         config = redacted(self.options) if self.options.logging.log_config else {}
         trackers.start_trackers(self.accelerator, self.options.logging, config)
         self.numbers = DelayedNumbers()
+        self.pictures = SamplePictures(
+            self.run, self.accelerator, seed=self.seed, draw=self.draw_sample, encode=self.prompt_conditioning
+        )
 
     def start_data(self) -> None:
         pin = self.device.type == "cuda"
@@ -459,8 +451,9 @@ class NetworkTrainer:
         file = self.run.names.last_file()
         self.save_lora(file)
         raise TrainingError(
-            f"the loss was not finite in {MAX_SKIPPED_STEPS} steps in a row, the last one step {numbers.step}; the last good weights are "
-            f"in {file}. Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a smaller --max_grad_norm"
+            f"the loss was not finite in {MAX_SKIPPED_STEPS} steps in a row, the last one step {numbers.step}; the last good "
+            f"weights are in {file}. Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a "
+            "smaller --max_grad_norm"
         )
 
     def run_due_events(self) -> None:
@@ -493,7 +486,9 @@ class NetworkTrainer:
         if saving.save_state or saving.save_state_on_train_end:
             self.save_state(names.last_state())
         self.close_logging()
-        self.say(f"training is done: {self.progress.step} steps, average loss {self.average.mean:.4f}, LoRA in {names.last_file()}")
+        self.say(
+            f"training is done: {self.progress.step} steps, average loss {self.average.mean:.4f}, LoRA in {names.last_file()}"
+        )
 
     def stop_early(self) -> None:
         names, step = self.run.names, self.progress.step
@@ -565,33 +560,18 @@ class NetworkTrainer:
     # ------------------------------------------------------------------ sample pictures
 
     def sample_pictures(self, *, epoch: int | None) -> None:
-        """Draws the sample prompts if they are due; each process draws its share."""
-        step = self.progress.step
-        if not self.run.prompts or not is_due(self.options.samples, step=step, epoch=epoch):
-            return
-        with self.evaluating(), torch.no_grad(), self.vae_on_device():
-            pictures = [self.sample_picture(prompt, epoch) for prompt in self.run.prompts[self.rank :: self.processes]]
-        gathered = pictures if self.processes == 1 else [p for part in self.gather_objects(pictures) for p in part]
-        if self.accelerator.is_main_process:
-            for prompt, pixels in gathered:
-                trackers.log_picture(self.accelerator, f"sample_{prompt.index}", pixels, step, prompt.prompt)
-
-    def sample_picture(self, prompt: SamplePrompt, epoch: int | None) -> tuple[SamplePrompt, Tensor]:
-        seed = prompt.seed if prompt.seed is not None else derive_seed(self.seed, "sample", prompt.index) % 2**32
-        texts = (prompt.prompt, prompt.negative_prompt or "")
-        positive, negative = (self.prompt_conditioning(text).to(self.device) for text in texts)
-        with self.accelerator.autocast():
-            pixels = self.draw_sample(prompt, positive, negative, seed).float().cpu()  # (3, H, W)
-        name = picture_name(
-            self.options.saving.output_name, step=self.progress.step, epoch=epoch, index=prompt.index, seed=prompt.seed, now=time.localtime()
-        )
-        save_picture(pixels, self.run.names.folder / "sample" / name, prompt)
-        return prompt, pixels
+        """Draws the sample prompts if they are due after this step (epoch None), or at the end of ``epoch``."""
+        self.pictures.draw_if_due(step=self.progress.step, epoch=epoch, ready=self.ready_to_sample)
 
     def prompt_conditioning(self, text: str) -> Conditioning:
         if self.run.text_cache is not None:
             return self.run.text_cache.load_text(text)
         return self.encode_text(self.text_encoder, [text])
+
+    @contextmanager
+    def ready_to_sample(self) -> Iterator[None]:
+        with self.evaluating(), self.vae_on_device():
+            yield
 
     @contextmanager
     def vae_on_device(self) -> Iterator[None]:
@@ -614,38 +594,6 @@ class NetworkTrainer:
         for line in lines:
             tqdm.write(line)
         sys.stdout.flush()
-
-
-def use_deterministic_kernels() -> None:
-    """--deterministic: kernels whose sums have a fixed order, also on a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
-
-
-def allow_fp16_gradients(scaler: Any) -> None:
-    """--full_fp16 keeps gradients in fp16, which the scaler refuses to unscale unless told."""
-    unscale = scaler._unscale_grads_
-    scaler._unscale_grads_ = lambda optimizer, inv_scale, found_inf, allow_fp16: unscale(optimizer, inv_scale, found_inf, True)
-
-
-SECRET_FLAGS = ("--wandb_api_key", "--huggingface_token")
-
-
-def resume_command(folder: Path) -> str:
-    """The command line of this run with --resume; secrets and an older --resume are left out."""
-    words, kept, skip = sys.argv, [], False
-    for word in words:
-        flag = word.split("=", 1)[0]
-        if skip:
-            skip = False
-        elif flag in (*SECRET_FLAGS, "--resume"):
-            skip = "=" not in word
-        else:
-            kept.append(word)
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [Path(sys.executable).name]
-    return shlex.join([*launcher, *kept, "--resume", str(folder)])
 
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
+from pathlib import Path
 from types import FrameType, TracebackType
 
 
@@ -38,3 +41,21 @@ class StopRequest:
             # os.write: a handler may run inside another print
             os.write(2, b"\nstopping after this step; the state and the LoRA will be saved (Ctrl-C again: stop at once)\n")
         self.signal_number = number
+
+
+SECRET_FLAGS = ("--wandb_api_key", "--huggingface_token")
+
+
+def resume_command(folder: Path) -> str:
+    """The command line of this run with --resume; secrets and an older --resume are left out."""
+    words, kept, skip = sys.argv, [], False
+    for word in words:
+        flag = word.split("=", 1)[0]
+        if skip:
+            skip = False
+        elif flag in (*SECRET_FLAGS, "--resume"):
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [Path(sys.executable).name]
+    return shlex.join([*launcher, *kept, "--resume", str(folder)])

@@ -42,7 +42,15 @@ OPTION_KEYS: dict[str, Any] = {
     "resize_interpolation": None,
 }  # fmt: skip
 # written only where the dataset is described by flags instead of a file
-FLAG_DATASET_KEYS = ("shuffle_caption", "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "keep_tokens", "flip_aug")
+FLAG_DATASET_KEYS = (
+    "shuffle_caption",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    "keep_tokens",
+    "flip_aug",
+)
 
 
 class LoraMetadata:

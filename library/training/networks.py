@@ -59,14 +59,23 @@ def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: 
         check_weights_file("--network_weights", options.network_weights)
         return module.create_network_from_weights(1.0, str(options.network_weights), None, encoders, denoiser, **arguments)[0]
     network = module.create_network(
-        1.0, options.network_dim, options.network_alpha, None, encoders, denoiser, neuron_dropout=options.network_dropout, **arguments
+        1.0,
+        options.network_dim,
+        options.network_alpha,
+        None,
+        encoders,
+        denoiser,
+        neuron_dropout=options.network_dropout,
+        **arguments,
     )
     if network is None:
         raise NetworkError(f"--network_module {options.network_module} made no network for this model")
     return network
 
 
-def merge_base_weights(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype) -> None:
+def merge_base_weights(
+    options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype
+) -> None:
     """Merges each of --base_weights into the frozen model, in order, with its multiplier (1.0 where none is given)."""
     files = options.base_weights or []
     multipliers = [*(options.base_weights_multiplier or []), *[1.0] * len(files)]
@@ -108,5 +117,7 @@ def optimizer_groups(network: Any, options: OptimizerOptions) -> tuple[list[dict
     groups, descriptions = result if isinstance(result, tuple) else (result, None)
     groups = [{**group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
-        raise NetworkError("nothing would be trained: every learning rate is 0 or no module was selected; check --unet_lr and --network_args")
+        raise NetworkError(
+            "nothing would be trained: every learning rate is 0 or no module was selected; check --unet_lr and --network_args"
+        )
     return groups, list(descriptions or [f"group{index}" for index in range(len(groups))])

@@ -24,7 +24,13 @@ class NetworkSize:
 
 def plan_lines(run: CheckedRun, size: NetworkSize) -> list[str]:
     """The whole plan. One fact a line, with its numbers and units."""
-    return [f"plan for {run.names.last_file()}", *_dataset_lines(run), *_step_lines(run), *_cache_lines(run), *_output_lines(run, size)]
+    return [
+        f"plan for {run.names.last_file()}",
+        *_dataset_lines(run),
+        *_step_lines(run),
+        *_cache_lines(run),
+        *_output_lines(run, size),
+    ]
 
 
 def _dataset_lines(run: CheckedRun) -> Iterator[str]:
@@ -63,8 +69,8 @@ def _step_lines(run: CheckedRun) -> Iterator[str]:
     processes = f" over {run.processes} processes" if run.processes > 1 else ""
     accumulation = f", {length.accumulation} batches a step" if length.accumulation > 1 else ""
     yield (
-        f"  steps: {length.batches_per_epoch} batches per epoch{processes}{accumulation}, {length.steps_per_epoch} steps per epoch, "
-        f"{length.epochs} epochs, {length.total_steps} steps in all"
+        f"  steps: {length.batches_per_epoch} batches per epoch{processes}{accumulation}, {length.steps_per_epoch} steps per "
+        f"epoch, {length.epochs} epochs, {length.total_steps} steps in all"
     )
     if run.start.step:
         source = f" (state {run.resume_folder})" if run.resume_folder else ""

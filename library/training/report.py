@@ -46,7 +46,9 @@ class Report:
     def count_images(self, count: int) -> None:
         self._images += count
 
-    def step(self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int, rates: dict[str, float], waited_s: float) -> None:
+    def step(
+        self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int, rates: dict[str, float], waited_s: float
+    ) -> None:
         """``waited_s``: seconds that training has waited for data so far."""
         self._bar.set_description(f"epoch {min(epoch, epochs)}/{epochs}", refresh=False)
         self._bar.set_postfix(loss=f"{numbers.loss:.4f}", average=f"{average:.4f}", refresh=False)

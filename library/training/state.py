@@ -76,7 +76,8 @@ def read_description(folder: Path) -> StateDescription:
     missing = [name for name, size in content["files"].items() if _file_size(folder / name) != size]
     if missing:
         raise CheckpointError(
-            f"the state {folder} is incomplete: {', '.join(missing)} missing or truncated; choose another state, or use --resume latest"
+            f"the state {folder} is incomplete: {', '.join(missing)} missing or truncated; choose another state, "
+            "or use --resume latest"
         )
     try:
         return StateDescription(
@@ -106,7 +107,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged; choose another state") from error
     if not isinstance(content, dict) or content.get("format") != STATE_FORMAT or not isinstance(content.get("files"), dict):
         raise CheckpointError(
-            f"{folder} is a state of another trainer or version; to go on from its weights, give its LoRA file as --network_weights"
+            f"{folder} is a state of another trainer or version; to go on from its weights, give its LoRA file as "
+            "--network_weights"
         )
     return content
 

@@ -31,7 +31,9 @@ def tracker_names(logging: LoggingOptions) -> list[str]:
 def tracker_problems(logging: LoggingOptions) -> list[str]:
     """Trackers whose package is not installed."""
     return [
-        f"--log_with {name} needs the package {name}: pip install {name}" for name in tracker_names(logging) if find_spec(name) is None
+        f"--log_with {name} needs the package {name}: pip install {name}"
+        for name in tracker_names(logging)
+        if find_spec(name) is None
     ]
 
 
