@@ -1,0 +1,121 @@
+"""States are complete or absent, and are checked before a run goes on from one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from library.errors import CheckpointError, OptionError
+from library.training.state import (
+    DESCRIPTION_FILE,
+    NETWORK_FILE,
+    TENSORS_FILE,
+    StateDescription,
+    check_identity,
+    find_state,
+    load_network_tensors,
+    load_training_tensors,
+    read_description,
+    save_state,
+)
+from library.training.steps import Progress
+
+
+def description(step: int = 4) -> StateDescription:
+    return StateDescription(
+        epoch=1,
+        progress=Progress(step, step),
+        seed=7,
+        identity={"--network_dim": "8"},
+        history={"the seed": "7"},
+        losses=[0.5, 0.25],
+    )
+
+
+def make(folder, step: int = 4):
+    training = {"optimizer": {"state": {0: {"exp_avg": torch.arange(3.0)}}}, "schedule": {"last_epoch": step}, "scaler": None}
+    save_state(folder, description(step), network={"a.alpha": torch.tensor(2.0)}, training=training)
+    return folder
+
+
+def test_round_trip(tmp_path):
+    folder = make(tmp_path / "x-state")
+    assert read_description(folder) == description()
+    assert load_network_tensors(folder)["a.alpha"] == 2.0
+    assert torch.equal(load_training_tensors(folder)["optimizer"]["state"][0]["exp_avg"], torch.arange(3.0))
+
+
+def test_a_new_state_replaces_the_old_one_and_leaves_nothing_behind(tmp_path):
+    make(tmp_path / "x-state", step=4)
+    make(tmp_path / "x-state", step=8)
+    assert read_description(tmp_path / "x-state").progress.step == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["x-state"]
+
+
+@pytest.mark.parametrize("name", [NETWORK_FILE, TENSORS_FILE, DESCRIPTION_FILE])
+def test_a_half_state_is_an_error_that_names_the_file(tmp_path, name):
+    folder = make(tmp_path / "x-state")
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        read_description(folder)
+
+
+def test_a_truncated_file_is_noticed(tmp_path):
+    folder = make(tmp_path / "x-state")
+    data = (folder / TENSORS_FILE).read_bytes()
+    (folder / TENSORS_FILE).write_bytes(data[:-10])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_description(folder)
+
+
+def test_a_foreign_state_is_named(tmp_path):
+    folder = tmp_path / "x-state"
+    folder.mkdir()
+    (folder / DESCRIPTION_FILE).write_text(json.dumps({"current_epoch": 1, "current_step": 5}))
+    with pytest.raises(CheckpointError, match="another trainer"):
+        read_description(folder)
+
+
+def test_a_missing_state_suggests_a_near_one(tmp_path):
+    make(tmp_path / "lora-000002-state")
+    with pytest.raises(CheckpointError, match="did you mean lora-000002-state"):
+        read_description(tmp_path / "lora-000003-state")
+
+
+def test_latest_is_the_complete_one_with_the_most_steps(tmp_path):
+    folders = [make(tmp_path / "a-000001-state", 4), make(tmp_path / "a-000002-state", 8), make(tmp_path / "a-000003-state", 12)]
+    (folders[2] / NETWORK_FILE).unlink()
+    assert find_state("latest", folders) == folders[1]
+    assert find_state("latest", []) is None
+
+
+def test_a_state_whose_replacement_was_interrupted_is_found(tmp_path):
+    old = make(tmp_path / "a-state.replaced", 4)
+    assert find_state("latest", [old]) == old
+    assert find_state(str(tmp_path / "a-state"), []) == old
+
+
+def test_other_settings_are_refused_and_changed_ones_told(tmp_path):
+    saved = description()
+    with pytest.raises(OptionError, match="--network_dim 8, but this run has 16"):
+        check_identity(tmp_path, saved, {"--network_dim": "16"}, {})
+    assert check_identity(tmp_path, saved, {"--network_dim": "8"}, {"the seed": "7"}) == []
+    assert "the seed was 7" in check_identity(tmp_path, saved, {"--network_dim": "8"}, {"the seed": "8"})[0]
+
+
+def test_damaged_tensors_are_an_error(tmp_path):
+    folder = make(tmp_path / "x-state")
+    (folder / TENSORS_FILE).write_bytes(b"x" * (folder / TENSORS_FILE).stat().st_size)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_training_tensors(folder)
+
+
+def test_a_failed_save_leaves_the_old_state(tmp_path):
+    folder = make(tmp_path / "x-state", 4)
+    with pytest.raises(AttributeError):
+        save_state(folder, replace(description(8)), network={"a": object()}, training={})  # type: ignore[dict-item]
+    assert read_description(folder).progress.step == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["x-state"]

@@ -1,0 +1,176 @@
+"""The trainer itself, driven by a fake architecture in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from library.options.anima import AnimaTrainOptions
+from library.options.command_line import read_options
+
+from library.errors import OptionError, TrainingError
+from library.files.safetensors_file import read_header, read_tensors
+from library.training.preflight import check_run
+from tests.tiny_arch import TinyArchitecture, TinyTrainer
+
+
+@pytest.fixture
+def train(picture_folder, tmp_path):
+    """``train("--max_train_steps", 2, ...)`` runs the real ``train()``; the output folder is tmp_path/"out"."""
+    folder = picture_folder(5)
+    (tmp_path / "set.toml").write_text(
+        f"[general]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\n"
+        f'bucket_reso_steps = 16\ncaption_extension = ".txt"\n[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{folder.as_posix()}"\n'
+    )
+
+    def run(*arguments: object, output: str = "out") -> TinyTrainer:
+        base = ["--pretrained_model_name_or_path=x", "--qwen3=x", "--vae=x", f"--dataset_config={tmp_path / 'set.toml'}"]
+        base += [
+            f"--output_dir={tmp_path / output}",
+            "--output_name=t",
+            "--network_module=networks.lora_anima",
+            "--network_dim=2",
+        ]
+        options = read_options(AnimaTrainOptions, [*base, "--learning_rate=1e-2", "--seed=1", *map(str, arguments)])
+        trainer = TinyTrainer(check_run(options, TinyArchitecture()))
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(read_tensors(read_header(path)))
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+CACHED = ("--cache_latents", "--cache_text_encoder_outputs")
+
+
+@pytest.mark.parametrize("caches", [(), CACHED, ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")])
+def test_two_steps_train(train, tmp_path, caches):
+    trainer = train("--max_train_steps=2", *caches)
+    assert trainer.progress.step == 2
+    up = weights(tmp_path / "out" / "t.safetensors")["lora_unet_blocks_0_mlp_layer1.lora_up.weight"]
+    assert up.abs().sum() > 0
+
+
+def test_cold_warm_and_live_give_the_same_weights(train, tmp_path):
+    disk = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
+    for output, caches in (("live", ()), ("memory", CACHED), ("cold", disk), ("warm", disk)):
+        train("--max_train_steps=4", *caches, output=output)
+    for output in ("memory", "cold", "warm"):
+        assert same(tmp_path / "live" / "t.safetensors", tmp_path / output / "t.safetensors"), output
+
+
+@pytest.mark.parametrize(
+    "extra", [("--max_data_loader_n_workers=0",), ("--max_data_loader_n_workers=4",), ("--save_every_n_steps=1",)]
+)
+def test_workers_and_saves_change_nothing(train, tmp_path, extra):
+    train("--max_train_steps=5", output="plain")
+    train("--max_train_steps=5", *extra, output="other")
+    assert same(tmp_path / "plain" / "t.safetensors", tmp_path / "other" / "t.safetensors")
+
+
+def test_logging_and_sampling_change_nothing(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --d 3\n")
+    train("--max_train_steps=5", *CACHED, output="plain")
+    train("--max_train_steps=5", *CACHED, f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_every_n_steps=2",
+          "--sample_at_first", f"--logging_dir={tmp_path / 'logs'}", output="other")  # fmt: skip
+    assert same(tmp_path / "plain" / "t.safetensors", tmp_path / "other" / "t.safetensors")
+    names = sorted(p.name for p in (tmp_path / "other" / "sample").iterdir())
+    assert len(names) == 3 and names[-1].startswith("t_e000000_00_") and names[0].startswith("t_000002_00_")
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Adafactor"])
+def test_resumed_equals_uninterrupted(train, tmp_path, optimizer):
+    settings = (
+        f"--optimizer_type={optimizer}",
+        "--network_dropout=0.2",
+        "--gradient_accumulation_steps=2",
+        "--lr_scheduler=cosine",
+    )
+    train("--max_train_steps=7", *settings, output="whole")
+    train("--max_train_steps=7", "--save_every_n_steps=3", "--save_state", *settings, output="parts")
+    (tmp_path / "parts" / "t.safetensors").unlink()
+    train("--max_train_steps=7", *settings, f"--resume={tmp_path / 'parts' / 't-step00000003-state'}", output="parts")
+    assert same(tmp_path / "whole" / "t.safetensors", tmp_path / "parts" / "t.safetensors")
+
+
+def test_resume_latest_begins_anew_where_there_is_no_state_and_goes_on_where_there_is(train, tmp_path):
+    train("--max_train_steps=3", "--resume=latest", "--save_state_on_train_end")
+    trainer = train("--max_train_steps=5", "--resume=latest")
+    assert trainer.run.start.step == 3 and trainer.progress.step == 5
+
+
+def test_the_seed_of_a_state_is_kept(train, tmp_path):
+    train("--max_train_steps=2", "--save_state_on_train_end", "--seed=77")
+    description = json.loads((tmp_path / "out" / "t-state" / "train_state.json").read_text())
+    assert description["seed"] == 77
+
+
+def test_other_settings_than_the_states_are_refused(train, tmp_path):
+    train("--max_train_steps=2", "--save_state_on_train_end")
+    with pytest.raises(OptionError, match="--network_dim 2, but this run has 4"):
+        train("--max_train_steps=4", "--resume=latest", "--network_dim=4")
+
+
+def test_files_and_states_are_kept_and_removed_as_asked(train, tmp_path):
+    train("--max_train_epochs=4", "--save_every_n_epochs=1", "--save_last_n_epochs=2", "--save_state")
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == [
+        "t-000002-state",
+        "t-000002.safetensors",
+        "t-000003-state",
+        "t-000003.safetensors",
+        "t-state",
+        "t.safetensors",
+    ]
+
+
+def test_initial_step_skips_the_data_before_it(train, tmp_path):
+    trainer = train("--max_train_steps=6", "--initial_step=4", "--skip_until_initial_step")
+    assert trainer.progress.step == 6 and trainer.progress.position == 6
+
+
+def test_a_diverging_run_stops_with_good_weights(train, tmp_path):
+    with pytest.raises(TrainingError, match="--learning_rate"):
+        train("--max_train_steps=40", "--learning_rate=1e38", "--max_grad_norm=0")
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out" / "t.safetensors").values())
+
+
+def test_max_norm_is_kept(train, tmp_path):
+    train("--max_train_steps=8", "--learning_rate=1", "--scale_weight_norms=0.5")
+    w = weights(tmp_path / "out" / "t.safetensors")
+    name = "lora_unet_blocks_0_mlp_layer1"
+    delta = w[f"{name}.lora_up.weight"] @ w[f"{name}.lora_down.weight"] * w[f"{name}.alpha"] / 2
+    assert delta.norm() <= 0.5 + 1e-5
+
+
+def test_network_weights_are_the_start(train, tmp_path):
+    train("--max_train_steps=3", output="first")
+    train("--max_train_steps=1", "--learning_rate=0", f"--network_weights={tmp_path / 'first' / 't.safetensors'}", "--unet_lr=1e-30",
+          output="second")  # fmt: skip
+    assert same(tmp_path / "first" / "t.safetensors", tmp_path / "second" / "t.safetensors")
+
+
+def test_metadata_tells_what_was_trained(train, tmp_path):
+    train("--max_train_epochs=2", "--metadata_author=Me", "--training_comment=hello")
+    metadata = read_header(tmp_path / "out" / "t.safetensors").metadata
+    assert metadata["ss_epoch"] == "2" and metadata["ss_network_dim"] == "2" and metadata["modelspec.author"] == "Me"
+    assert json.loads(metadata["ss_datasets"])[0]["num_train_images"] == 5
+    assert sum(json.loads(metadata["ss_tag_frequency"])["pictures"].values()) > 0
+    assert str(tmp_path) not in json.dumps(metadata)
+
+
+def test_dry_run_trains_and_writes_nothing(train, tmp_path, capsys):
+    train("--max_train_steps=2", "--dry_run", "--cache_latents_to_disk")
+    assert not any((tmp_path / "out").iterdir())
+    assert "5 images" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""A fake architecture in about forty lines: the proof that the trainer's seams are right. It trains through the real ``train()``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from library.dataset.latent_cache import LatentRecipe
+from library.dataset.text_cache import TextRecipe
+from library.training.objective import FlowObjective
+from train_network import NetworkTrainer
+
+
+class TinyArchitecture:
+    name, bucket_step, caches_text = "tiny", 16, True
+    prompt_settings = frozenset({"prompt", "negative_prompt", "width", "height", "seed"})
+
+    def read_layouts(self, options):
+        return SimpleNamespace()
+
+    def latent_recipe(self, layouts, options):
+        return LatentRecipe(arch="tiny", vae_fingerprint="0", dtype="float32", channels=3)
+
+    def text_recipe(self, layouts, options):
+        return TextRecipe(arch="tiny", encoder_fingerprint="0", dtype="float32", settings={})
+
+
+@dataclass(frozen=True)
+class TinyConditioning:
+    lengths: Tensor  # (B, 1): the caption's number of characters
+
+    def to(self, device, *, non_blocking=False):
+        return TinyConditioning(self.lengths.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        return TinyConditioning(self.lengths.pin_memory())
+
+    def split(self):
+        return [TinyConditioning(one[None]) for one in self.lengths]
+
+    def cache_tensors(self):
+        return {"lengths": self.lengths[0]}
+
+    @classmethod
+    def from_cache(cls, tensors):
+        return cls(tensors["lengths"][None])
+
+    @classmethod
+    def stack(cls, parts):
+        return cls(torch.cat([part.lengths for part in parts]))
+
+
+class TinyDenoiser(nn.Module):
+    """Names like Anima's, so that networks.lora_anima finds ``blocks.0.mlp.layer1``."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"layer1": nn.Linear(3, 3, bias=False)})})])
+
+    def forward(self, latents: Tensor, shift: Tensor) -> Tensor:
+        mixed = self.blocks[0]["mlp"]["layer1"](latents.movedim(1, -1)).movedim(-1, 1)  # (B, 3, h, w)
+        return mixed + shift[:, :, None, None]
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.checkpointed = True
+
+
+class TinyTrainer(NetworkTrainer):
+    def build_denoiser(self):
+        return TinyDenoiser().to("meta")
+
+    def load_denoiser(self, denoiser, *, device, dtype):
+        weight = nn.Parameter(torch.eye(3, device=device, dtype=dtype) * 0.5, requires_grad=False)
+        denoiser.blocks[0]["mlp"]["layer1"].weight = weight
+
+    def load_vae(self, *, device, dtype):
+        return nn.AvgPool2d(8)
+
+    def load_text_encoder(self, *, device, dtype):
+        return len
+
+    def conditioning_type(self):
+        return TinyConditioning
+
+    def encode_images(self, vae, pixels):
+        return vae(pixels)
+
+    def encode_text(self, text_encoder, captions):
+        return TinyConditioning(torch.tensor([[float(text_encoder(caption))] for caption in captions]))
+
+    def create_objective(self):
+        return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
+
+    def predict(self, denoiser, noisy, text):
+        return denoiser(noisy.latents, text.lengths * 0.001)
+
+    def draw_sample(self, prompt, positive, negative, seed):
+        noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        return self.denoiser(noise, positive.lengths * 0.001)[0].clamp(-1, 1)
+
+    def describe_model(self):
+        return {"ss_base_model_version": "tiny", "modelspec.architecture": "tiny/lora"}
