@@ -1,0 +1,170 @@
+"""The ``key=value`` pairs of --network_args: each is declared once, parsed, and checked together with the others.
+
+A pattern is a Python regular expression that must match a module's whole dotted path, such as ``blocks.0.self_attn.q_proj``.
+
+* A list of patterns is one bare regex (``exclude_patterns=.*mlp.*``) or a Python literal
+  (``exclude_patterns=[r'.*mlp.*', r'.*v_proj']``).
+* A table of patterns is ``regex=value`` pairs with commas between them (``network_reg_dims=.*self_attn.*=8, .*mlp.*=4``).
+  Each pair is cut at its last ``=``. A regex with a comma in it goes in quotes: ``"blocks\\.\\d{1,2}\\..*"=8``.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from library.errors import NetworkError, did_you_mean
+
+TRUE_WORDS = ("true", "1", "yes", "on")
+FALSE_WORDS = ("false", "0", "no", "off", "none", "")
+PAIR = re.compile(r"""\s*(?P<pair>(?:"[^"]*"|'[^']*'|[^,"'])+)\s*(?:,|$)""")
+
+Patterns = tuple[re.Pattern, ...]
+PatternTable = tuple[tuple[re.Pattern, Any], ...]
+A = TypeVar("A", bound="NetworkArguments")
+
+
+def parse_bool(value: Any) -> bool:
+    word = str(value).strip().lower()
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise ValueError("give true or false")
+    return word in TRUE_WORDS
+
+
+def parse_probability(value: Any) -> float:
+    number = _number(value, float)
+    if not 0.0 <= number < 1.0:
+        raise ValueError("give a number from 0 up to, but not including, 1")
+    return number
+
+
+def parse_ratio(value: Any) -> float:
+    number = _number(value, float)
+    if not (0.0 < number < math.inf):
+        raise ValueError("give a number above 0; LoRA+ papers use 16")
+    return number
+
+
+def parse_patterns(value: Any) -> Patterns:
+    items = _literal(value) if isinstance(value, str) else value
+    items = [items] if isinstance(items, str) else items
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise ValueError("""give one regular expression, or a list such as "[r'.*mlp.*', r'.*v_proj']" """.rstrip())
+    return tuple(compile_pattern(item) for item in items)
+
+
+def _literal(text: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\.' in a literal without the r prefix means itself, and warns
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text.strip()  # a bare regex
+
+
+def compile_pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"the regular expression {text!r} is not valid: {error}") from error
+
+
+def parse_ranks(value: Any) -> PatternTable:
+    """``regex=rank`` pairs; rank 0 leaves the modules without a LoRA."""
+    return _pattern_table(value, int, "a rank: a whole number, 0 or more")
+
+
+def parse_learning_rates(value: Any) -> PatternTable:
+    """``regex=learning rate`` pairs; 0 leaves the modules untrained."""
+    return _pattern_table(value, float, "a learning rate: a number, 0 or more")
+
+
+def _pattern_table(value: Any, kind: Callable[[str], Any], wanted: str) -> PatternTable:
+    if not isinstance(value, str):
+        raise ValueError("give text such as '.*self_attn.*=8, .*mlp.*=4'")
+    table = []
+    for pair in _split_pairs(value):
+        pattern, found, number = pair.rpartition("=")
+        if not found or not pattern.strip():
+            raise ValueError(f"{pair!r} is not a pair 'regex=value'; put a regex that contains a comma in quotes")
+        try:
+            parsed = _number(number, kind)
+        except ValueError:
+            parsed = None
+        if parsed is None or parsed < 0 or not math.isfinite(parsed):
+            raise ValueError(f"{number.strip()!r} after {pattern.strip()!r} is not {wanted}")
+        table.append((compile_pattern(_unquoted(pattern.strip())), parsed))
+    return tuple(table)
+
+
+def _split_pairs(text: str) -> list[str]:
+    pairs, position = [], 0
+    while position < len(text):
+        match = PAIR.match(text, position)
+        if not match:
+            raise ValueError(
+                f"cannot read it from {text[position:].strip()!r} on: give 'regex=value, regex=value', quotes in pairs"
+            )
+        pairs.append(match["pair"].strip())
+        position = match.end()
+    return [pair for pair in pairs if pair]
+
+
+def _unquoted(text: str) -> str:
+    text = text[1:] if re.match(r"r[\"']", text) and text[-1] == text[1] else text  # r'...' as in Python
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _number(value: Any, kind: Callable[[Any], Any]) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError("give a whole number" if kind is int else "give a number") from error
+
+
+def argument(parse: Callable[[Any], Any], help: str, *, default: Any = None) -> Any:
+    """One network argument: how its text is read, and what it does."""
+    return field(default=default, metadata={"parse": parse, "help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkArguments:
+    """The arguments that every network of this project understands."""
+
+    exclude_patterns: Patterns = argument(parse_patterns, "modules that get no LoRA", default=())
+    include_patterns: Patterns = argument(parse_patterns, "modules that get one although they are excluded", default=())
+    network_reg_dims: PatternTable = argument(parse_ranks, "rank by pattern, first match counts, 0 = no LoRA", default=())
+    network_reg_lrs: PatternTable = argument(parse_learning_rates, "learning rate by pattern, first match counts", default=())
+    dropout: float | None = argument(parse_probability, "as --network_dropout; trainers always pass it")
+    rank_dropout: float | None = argument(parse_probability, "chance to drop one rank of one sample")
+    module_dropout: float | None = argument(parse_probability, "chance to bypass one LoRA in a forward pass")
+    loraplus_lr_ratio: float | None = argument(parse_ratio, "learning rate of lora_up over that of lora_down")
+    loraplus_unet_lr_ratio: float | None = argument(parse_ratio, "the same for the denoiser only")
+    loraplus_text_encoder_lr_ratio: float | None = argument(parse_ratio, "the same for text encoders only")
+    verbose: bool = argument(parse_bool, "log every module", default=False)
+
+
+def parse_arguments(kind: type[A], given: Mapping[str, Any]) -> A:
+    """Reads the pairs into ``kind``. Raises one NetworkError with every unknown name and every value that cannot be read.
+
+    None stands for "not given": callers in Python, and trainers for ``dropout``, pass it.
+    """
+    known = {item.name: item for item in fields(kind)}
+    problems, values = [], {}
+    for name, value in given.items():
+        if name not in known:
+            near = did_you_mean(name, known)
+            problems.append(f"--network_args: {name} is not an argument of this network{near}; it knows {', '.join(known)}")
+        elif value is not None:
+            try:
+                values[name] = known[name].metadata["parse"](value)
+            except ValueError as error:
+                problems.append(f"--network_args: {name}={value} cannot be used: {error}")
+    if problems:
+        raise NetworkError(*problems)
+    return kind(**values)

@@ -1,0 +1,335 @@
+"""LoRA networks: the container that trainers drive, its files, and the way an architecture builds one.
+
+An architecture's file (``lora_<arch>.py``) supplies data: ModelRules and an arguments class. It calls
+:func:`build_network` and :func:`build_network_from_weights`. The layer is in ``lora_layer.py``, the choice of modules in
+``selection.py``, the files' contents in ``weights_file.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import NetworkError
+from library.files.atomic import write_atomically
+from library.files.safetensors_file import save_safetensors
+from networks.arguments import NetworkArguments
+from networks.lora_layer import Dropouts, LoRAModule
+from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
+from networks.weights_file import LoadReport, by_module, check_shapes, no_module_fits, read_lora_file, sshs_hashes
+
+__all__ = ["LoRAModule", "LoRANetwork", "build_network", "build_network_from_weights"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RANK = 4
+DEFAULT_ALPHA = 1.0
+DENOISER = "unet"  # the label of the denoiser's optimizer groups and list, whatever it is; the others are text encoders
+SELECTING = ("exclude_patterns", "include_patterns", "network_reg_dims")  # arguments that a weights file answers already
+
+Models = Sequence[tuple[nn.Module, ModelRules]]
+LearningRates = float | Sequence[float] | None
+Group = dict[str, Any]  # {"params": list of parameters, "lr": float}
+
+
+class LoRANetwork(nn.Module):
+    """All LoRAs of a run, with the methods that trainers call on a network module.
+
+    ``text_encoder_loras`` and ``unet_loras`` hold the modules; apply_to() registers them under their names, so that before it
+    the network has no parameters. Parameter order is the order of the models' modules, text encoders first.
+    """
+
+    def __init__(self, targets: Iterable[Target], *, multiplier: float, dropouts: Dropouts, arguments: NetworkArguments):
+        super().__init__()
+        self.multiplier = multiplier
+        self.arguments = arguments
+        self.text_encoder_loras: list[LoRAModule] = []
+        self.unet_loras: list[LoRAModule] = []
+        self._targets: dict[str, Target] = {}  # by lora_name
+        self._backup: dict[str, Tensor] = {}
+        for target in targets:
+            place = target.candidate
+            lora = LoRAModule(place.name, place.module, lora_dim=target.rank, alpha=target.alpha, multiplier=multiplier,
+                              dropouts=dropouts)  # fmt: skip
+            (self.unet_loras if place.rules.label == DENOISER else self.text_encoder_loras).append(lora)
+            self._targets[place.name] = target
+
+    @property
+    def loras(self) -> list[LoRAModule]:
+        return [*self.text_encoder_loras, *self.unet_loras]
+
+    # --- into the models
+
+    def apply_to(self, text_encoders: Any, unet: Any, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
+        """Patches the forward of the chosen modules; the LoRAs of a model that is not chosen are dropped.
+
+        The models are those the network was built for; they are taken for the protocol's sake.
+        """
+        self.text_encoder_loras = self.text_encoder_loras if apply_text_encoder else []
+        self.unet_loras = self.unet_loras if apply_unet else []
+        if not self.loras:
+            raise NetworkError("no LoRA is left to train: --network_train_unet_only or --network_train_text_encoder_only leaves "
+                               "only a model without LoRA modules; drop the flag")  # fmt: skip
+        for lora in self.loras:
+            lora.apply_to()
+            self.add_module(lora.lora_name, lora)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
+        for lora in self.loras:
+            lora.multiplier = multiplier
+
+    def set_enabled(self, is_enabled: bool) -> None:
+        """False: the models act as if there were no LoRA."""
+        for lora in self.loras:
+            lora.enabled = is_enabled
+
+    def is_mergeable(self) -> bool:
+        return True
+
+    def merge_to(self, text_encoders: Any, unet: Any, weights_sd: Mapping[str, Tensor], dtype: torch.dtype | None = None,
+                 device: torch.device | str | None = None) -> None:  # fmt: skip
+        """Adds the LoRA of ``weights_sd`` to the models' weights, computed in float32 on ``device`` (None: where they are).
+
+        ``dtype`` is part of the protocol: every weight keeps its own.
+        """
+        weights = by_module(weights_sd)
+        for lora in self.loras:
+            if lora.lora_name in weights:
+                lora.add_to_weight(weights[lora.lora_name], device)
+
+    @torch.no_grad()
+    def backup_weights(self) -> None:
+        """Keeps a CPU copy of every frozen weight that pre_calculation() changes."""
+        self._backup = {lora.lora_name: lora.org_module_ref[0].weight.detach().cpu().clone() for lora in self.loras}
+
+    def pre_calculation(self) -> None:
+        """Merges this network's own weights into the models and takes the LoRAs out of the forward pass."""
+        for lora in self.loras:
+            lora.add_to_weight(lora.state_dict())
+        self.set_enabled(False)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Undoes pre_calculation(), from backup_weights()'s copies."""
+        for lora in self.loras:
+            lora.org_module_ref[0].weight.copy_(self._backup[lora.lora_name])
+        self.set_enabled(True)
+
+    # --- optimizer
+
+    def prepare_optimizer_params(self, text_encoder_lr: LearningRates, unet_lr: float | None,
+                                 default_lr: float | None = None) -> tuple[list[Group], list[str]]:  # fmt: skip
+        """-> (optimizer groups {"params", "lr"}, their names in logs).
+
+        Per model: one group per network_reg_lrs pattern in the order met, then the rest; with LoRA+ each split in two. A learning
+        rate that is not given is ``default_lr``; a group of learning rate 0 is left out: its parameters are frozen, but saved.
+        """
+        groups: list[Group] = []
+        names: list[str] = []
+        for label, loras in self._by_label().items():
+            rate = unet_lr if label == DENOISER else text_encoder_rate(text_encoder_lr, label)
+            base, ratio = (default_lr or 0.0) if rate is None else rate, self._plus_ratio(label)
+            for name, lr, members in self._by_learning_rate(label, base, loras):
+                for suffix, params, group_lr in split_for_lora_plus(members, lr, ratio):
+                    if group_lr:
+                        groups.append({"params": params, "lr": group_lr})
+                        names.append(name + suffix)
+        if not groups:
+            raise NetworkError("nothing would be trained: every learning rate is 0; set --learning_rate or --unet_lr")
+        self.requires_grad_(False)
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        return groups, names
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: LearningRates, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[Group], list[str]]:
+        """As prepare_optimizer_params: that takes one learning rate for each text encoder already."""
+        return self.prepare_optimizer_params(text_encoder_lr, unet_lr, default_lr)
+
+    def _by_label(self) -> dict[str, list[LoRAModule]]:
+        found: dict[str, list[LoRAModule]] = {}
+        for lora in self.loras:
+            found.setdefault(self._targets[lora.lora_name].candidate.rules.label, []).append(lora)
+        return found
+
+    def _plus_ratio(self, label: str) -> float | None:
+        given = self.arguments
+        own = given.loraplus_unet_lr_ratio if label == DENOISER else given.loraplus_text_encoder_lr_ratio
+        return own if own is not None else given.loraplus_lr_ratio
+
+    def _by_learning_rate(
+        self, label: str, base: float, loras: Sequence[LoRAModule]
+    ) -> Iterator[tuple[str, float, list[LoRAModule]]]:
+        regular: list[LoRAModule] = []
+        special: dict[int, tuple[float, list[LoRAModule]]] = {}
+        for lora in loras:
+            reg_lr = self._targets[lora.lora_name].reg_lr
+            if reg_lr is None:
+                regular.append(lora)
+            else:
+                special.setdefault(reg_lr[0], (reg_lr[1], []))[1].append(lora)
+        for index, (rate, members) in special.items():
+            yield f"{label} reg_lr_{index}", rate, members
+        yield label, base, regular
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # --- events of a run
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Part of the protocol. A LoRA lies inside its layer's forward, so the model's own checkpointing covers it."""
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
+        """Part of the protocol. prepare_optimizer_params() has chosen what gets gradients."""
+
+    def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
+        self.train()
+
+    def on_step_start(self, text_encoder: Any, unet: Any) -> None:
+        """Part of the protocol. Dropouts are drawn in the forward pass."""
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Shrinks every pair whose product's norm is above ``max_norm_value``, both halves by the same factor.
+
+        -> (pairs that changed, mean norm, largest norm) as 0-d tensors on the network's device: nothing waits for it here.
+        """
+        norms = torch.stack([lora.norm() for lora in self.loras])
+        # a floor keeps an all-zero pair from dividing by zero; it is under the limit, so it changes no other
+        floored = norms.clamp_min(max_norm_value / 2)
+        ratios = floored.clamp_max(max_norm_value) / floored
+        for lora, factor in zip(self.loras, ratios.sqrt().unbind(), strict=True):
+            lora.lora_down.weight.mul_(factor)
+            lora.lora_up.weight.mul_(factor)
+        norms = norms * ratios
+        return (ratios != 1.0).sum(), norms.mean(), norms.max()
+
+    # --- files
+
+    def load_weights(self, file: str | Path) -> LoadReport:
+        """Copies what the file has for this network's modules, whatever its dtype. Needs every shape to fit.
+
+        Raises CheckpointError for an unreadable file, NetworkError when shapes differ or nothing fits.
+        """
+        weights = by_module(read_lora_file(Path(file)))
+        own = {lora.lora_name: lora for lora in self.loras}
+        fitting = [name for name in own if name in weights]
+        if not fitting:
+            raise no_module_fits(file, weights, own)
+        check_shapes(file, [(self._targets[name].candidate, self._targets[name].rank) for name in fitting], weights)
+        for name in fitting:
+            own[name].load_pair(weights[name])
+        return LoadReport(file=str(file), loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
+                          unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
+
+    def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Writes the file atomically; ``dtype`` None keeps each tensor's. Equal weights and metadata give equal bytes.
+
+        .safetensors files get ``metadata`` and the two sshs_* hashes, others are pickles of a plain dict, which hold no metadata.
+        """
+        path = Path(file)
+        tensors = {key: value.detach().to(device="cpu", dtype=dtype or value.dtype) for key, value in self.state_dict().items()}
+        if path.suffix == ".safetensors":
+            save_safetensors(path, tensors, {**(metadata or {}), **sshs_hashes(tensors, metadata or {})})
+        else:
+            write_atomically(path, lambda stream: torch.save(tensors, stream))
+
+
+def split_for_lora_plus(loras: Sequence[LoRAModule], lr: float, ratio: float | None) -> Iterator[tuple[str, list[Tensor], float]]:
+    """(suffix of the group's name, parameters, learning rate): all at once, or lora_down and lora_up apart.
+
+    The second is LoRA+, arXiv 2402.12354.
+    """
+    if not loras:
+        return
+    downs, ups = [lora.lora_down.weight for lora in loras], [lora.lora_up.weight for lora in loras]
+    if ratio is None:
+        yield "", [weight for pair in zip(downs, ups, strict=True) for weight in pair], lr
+    else:
+        yield "", downs, lr
+        yield " plus", ups, lr * ratio
+
+
+def text_encoder_rate(rates: LearningRates, label: str) -> float | None:
+    """The learning rate of "textencoder N": the Nth of the list, the last one where there are fewer, or the only number."""
+    if not isinstance(rates, Sequence):
+        return rates
+    position = int(label.rpartition(" ")[2])
+    return rates[min(position, len(rates)) - 1] if rates else None
+
+
+def build_network(models: Models, arguments: NetworkArguments, *, multiplier: float, rank: int | None, alpha: float | None,
+                  neuron_dropout: float | None) -> LoRANetwork:  # fmt: skip
+    """A new network, which changes nothing until it is trained. ``rank`` None is 4, ``alpha`` None is 1.0, ``alpha`` 0 the rank.
+
+    Raises NetworkError, with all problems, for impossible numbers and for patterns that match nothing.
+    """
+    rank = DEFAULT_RANK if rank is None else rank
+    alpha = DEFAULT_ALPHA if alpha is None else float(alpha)
+    neuron_dropout = arguments.dropout if neuron_dropout is None else neuron_dropout
+    problems = []
+    if rank < 1:
+        problems.append(f"--network_dim is {rank}: give a whole number from 1 on, such as 16")
+    if alpha < 0:
+        problems.append(f"--network_alpha is {alpha}: give 0 (the same as the rank) or a number above it")
+    if neuron_dropout is not None and not 0.0 <= neuron_dropout < 1.0:
+        problems.append(f"--network_dropout is {neuron_dropout}: give a number from 0 up to, but not including, 1")
+    try:
+        targets = select(candidates_of(models), arguments, rank=rank, alpha=alpha)
+    except NetworkError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise NetworkError(*problems)
+    return _network(targets, arguments, multiplier, _dropouts(arguments, neuron_dropout))
+
+
+def build_network_from_weights(models: Models, arguments: NetworkArguments, *, multiplier: float, file: str | Path,
+                               weights_sd: dict[str, Tensor] | None) -> tuple[LoRANetwork, dict[str, Tensor]]:  # fmt: skip
+    """A network with the modules, ranks and alphas of a LoRA file; -> (network, the file's tensors). It is not loaded yet.
+
+    Dropouts, LoRA+ and learning rates by pattern act as given; arguments that select modules do not, which is logged.
+    Raises NetworkError for a file of another architecture.
+    """
+    weights = read_lora_file(Path(file)) if weights_sd is None else weights_sd
+    modules, candidates = by_module(weights), candidates_of(models)
+    targets = targets_of_file([place for place in candidates if place.name in modules], weights, arguments)
+    if not targets:
+        raise no_module_fits(file, modules or weights, [place.name for place in candidates])
+    check_shapes(file, [(target.candidate, target.rank) for target in targets], modules)
+    used = {target.candidate.name for target in targets}
+    if len(used) < len(modules):
+        homeless = [name for name in modules if name not in used]
+        logger.warning("%s: %d modules have no place in the models here: left out (%s)", file, len(homeless), examples(homeless))
+    if idle := [name for name in SELECTING if getattr(arguments, name)]:
+        logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
+    return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights
+
+
+def _dropouts(arguments: NetworkArguments, neuron: float | None) -> Dropouts:
+    return Dropouts(neuron=neuron or 0.0, rank=arguments.rank_dropout or 0.0, module=arguments.module_dropout or 0.0)
+
+
+def _network(targets: Sequence[Target], arguments: NetworkArguments, multiplier: float, dropouts: Dropouts) -> LoRANetwork:
+    network = LoRANetwork(targets, multiplier=multiplier, dropouts=dropouts, arguments=arguments)
+    log_network(targets, arguments)
+    return network
+
+
+def log_network(targets: Sequence[Target], arguments: NetworkArguments) -> None:
+    """One line per model: modules, ranks, parameters; with ``verbose`` one more per module."""
+    for label in dict.fromkeys(target.candidate.rules.label for target in targets):
+        members = [target for target in targets if target.candidate.rules.label == label]
+        ranks = sorted({target.rank for target in members})
+        logger.info("LoRA for %s: %d modules, rank %s", label, len(members), ", ".join(map(str, ranks)))
+    for target in targets if arguments.verbose else ():
+        alpha = target.alpha or target.rank
+        logger.info("  %s: rank %d, alpha %g (%s)", target.candidate.path, target.rank, alpha, target.candidate.name)

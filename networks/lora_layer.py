@@ -1,0 +1,230 @@
+"""One LoRA: a low-rank pair beside a frozen Linear or Conv2d.
+
+y = org(x) + multiplier * alpha / rank * up(down(x))          arXiv 2106.09685, section 4.1
+
+For a plain Linear both terms are one autograd function that writes the second term into the first one's output: three matrix
+products forward (frozen, down, up) and five backward, nothing added element by element, and the gradient of x made in place.
+Everything else (convolutions, layers whose forward is already someone else's) takes the formula as it is.
+
+N rows (tokens of all samples) · K inputs · M outputs · r rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import NetworkError
+from networks.selection import Layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropouts:
+    """Chances in [0, 1). They act in train() mode only, on down(x), and what is kept is scaled so that its mean stays.
+
+    neuron: each value; rank: one rank of one sample at all its tokens; module: the whole LoRA (kept ones are not scaled).
+    """
+
+    neuron: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return bool(self.neuron or self.rank or self.module)
+
+
+NO_DROPOUT = Dropouts()
+
+
+class LoRAModule(nn.Module):
+    """The trained pair of one frozen layer. ``apply_to()`` puts it into the layer's forward; until then nothing changes.
+
+    State dict: alpha (0-d float32), lora_down.weight (r, K) or (r, C_in, kh, kw), lora_up.weight (M, r) or (C_out, r, 1, 1).
+    The frozen layer is held in a list, so that its weights are not counted among this module's parameters, and its weight is read
+    when it is needed: it may still be on the meta device now, and may be replaced later.
+    """
+
+    alpha: Tensor
+    lora_down: Layer
+    lora_up: Layer
+
+    def __init__(self, lora_name: str, org_module: Layer, *, lora_dim: int, alpha: float = 0.0, multiplier: float = 1.0,
+                 dropouts: Dropouts = NO_DROPOUT):  # fmt: skip
+        """``alpha`` 0 means the rank. lora_down is drawn from torch's global CPU generator, lora_up is zero."""
+        super().__init__()
+        self.lora_name = lora_name
+        self.lora_dim = lora_dim
+        self.multiplier = multiplier
+        self.dropouts = dropouts
+        self.enabled = True
+        self.org_module_ref = [org_module]
+        self.lora_down, self.lora_up = _new_pair(lora_name, org_module, lora_dim)
+        self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim), dtype=torch.float32, device="cpu"))
+        self.scale = float(self.alpha) / lora_dim
+        self.org_forward = org_module.forward
+        self.fused = _is_plain_linear(org_module)
+
+    def apply_to(self) -> None:
+        org = self.org_module_ref[0]
+        self.org_forward = org.forward
+        self.fused = _is_plain_linear(org)
+        org.forward = self.forward  # type: ignore[method-assign,assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) or (B, C, H, W), in the frozen layer's dtype or under autocast -> the frozen output plus the LoRA's."""
+        strength = self.scale * self.multiplier
+        if not self.enabled or strength == 0.0:
+            return self.org_forward(x)
+        dtype = _compute_dtype(x)
+        if self.fused:
+            org = self.org_module_ref[0]
+            bias = None if org.bias is None else org.bias.to(dtype)
+            mask = self.dropout_mask((*x.shape[:-1], self.lora_dim), x.device)
+            return LoRALinear.apply(x.to(dtype), org.weight, bias, self.lora_down.weight, self.lora_up.weight, mask, strength)
+        out = self.org_forward(x)
+        low = self._low_rank(self.lora_down, x.to(dtype))
+        mask = self.dropout_mask(low.shape, low.device)
+        low = low if mask is None else low * mask.to(dtype)
+        return torch.add(out, self._low_rank(self.lora_up, low), alpha=strength)
+
+    def _low_rank(self, layer: Layer, x: Tensor) -> Tensor:
+        weight = layer.weight.to(x.dtype)  # the float32 weights, in the dtype that the frozen layer computes in
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]
+        return F.linear(x, weight)
+
+    def dropout_mask(self, low_shape: Sequence[int], device: torch.device) -> Tensor | None:
+        """One factor for down(x), broadcastable to its shape: (B, ..., r), of a convolution (B, r, h, w). None = no dropout now.
+
+        Draws come from torch's global generator of the device: gradient checkpointing repeats those, and the trainer seeds them.
+        The choice stays a tensor: no wait for the device, no branch for the compiler, a gradient for every parameter everywhere.
+        """
+        drop = self.dropouts
+        if not (self.training and drop.any):
+            return None
+        mask = torch.ones((), device=device)
+        if drop.neuron:
+            mask = mask * kept(torch.rand(tuple(low_shape), device=device), drop.neuron)
+        if drop.rank:
+            shape = [low_shape[0], *[1] * (len(low_shape) - 1)]
+            shape[1 if isinstance(self.lora_down, nn.Conv2d) else -1] = self.lora_dim
+            mask = mask * kept(torch.rand((low_shape[0], self.lora_dim), device=device), drop.rank).view(shape)
+        if drop.module:
+            mask = mask * (torch.rand((), device=device) >= drop.module)
+        return mask
+
+    def load_pair(self, weights: dict[str, Tensor]) -> None:
+        """Copies lora_down.weight, lora_up.weight and alpha (missing: the rank) into this module; the strength follows alpha."""
+        self.load_state_dict({"alpha": torch.tensor(float(self.lora_dim)), **weights})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.scale = float(self.alpha) / self.lora_dim  # else a loaded pair would act with the strength of the old alpha
+
+    @torch.no_grad()
+    def add_to_weight(self, weights: dict[str, Tensor], device: torch.device | str | None = None) -> None:
+        """W += multiplier * alpha/r * up @ down, added in float32 on ``device`` and kept in W's own dtype and place."""
+        weight = self.org_module_ref[0].weight
+        if weight.is_meta:
+            raise NetworkError(f"{self.lora_name} cannot be merged: the model's weights are not loaded yet; load them first")
+        place = device or weight.device
+        down, up = weights["lora_down.weight"].to(place, torch.float32), weights["lora_up.weight"].to(place, torch.float32)
+        alpha = float(weights.get("alpha", down.shape[0]))
+        delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)  # a 1x1 convolution of up is a matrix product too
+        merged = torch.add(weight.to(place, torch.float32), delta, alpha=self.multiplier * alpha / down.shape[0])
+        weight.copy_(merged)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of alpha/r * up @ down, 0-d float32, by way of two r x r products: ||UD||² = sum(UᵀU * DDᵀ)."""
+        up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
+        squared = torch.sum((up.t() @ up) * (down @ down.t()))
+        return squared.clamp_min(0.0).sqrt() * self.scale
+
+
+def _new_pair(name: str, org: Layer, rank: int) -> tuple[Layer, Layer]:
+    down: Layer
+    up: Layer
+    if isinstance(org, nn.Conv2d):
+        if org.groups != 1 or org.padding_mode != "zeros":
+            raise NetworkError(
+                f"{name}: a convolution with groups or padding_mode {org.padding_mode!r} cannot have a LoRA; exclude it"
+            )
+        down = nn.utils.skip_init(nn.Conv2d, org.in_channels, rank, org.kernel_size, org.stride, org.padding, org.dilation,
+                                  bias=False, device="cpu")  # fmt: skip
+        up = nn.utils.skip_init(nn.Conv2d, rank, org.out_channels, 1, bias=False, device="cpu")
+    else:
+        down = nn.utils.skip_init(nn.Linear, org.in_features, rank, bias=False, device="cpu")
+        up = nn.utils.skip_init(nn.Linear, rank, org.out_features, bias=False, device="cpu")
+    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    nn.init.zeros_(up.weight)
+    return down.float(), up.float()
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def kept(uniform: Tensor, chance: float) -> Tensor:
+    """1 / (1 - chance) where the draw in [0, 1) is above ``chance``, else 0."""
+    return (uniform > chance) / (1.0 - chance)
+
+
+class LoRALinear(torch.autograd.Function):
+    """The frozen Linear plus its LoRA. ``weight`` (M, K) and ``bias`` get no gradient."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  # torch passes what apply() was given, by position
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, mask: Tensor | None, strength: float
+    ) -> Tensor:
+        """x (..., K) in the dtype to compute in; down (r, K) and up (M, r) in any; mask broadcastable to (..., r), or None."""
+        ctx.strength, ctx.grad_dtypes = strength, (down.dtype, up.dtype)
+        down, up = down.to(x.dtype), up.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])  # (N, K)
+        frozen = weight.to(x.dtype).t()
+        out = rows @ frozen if bias is None else torch.addmm(bias, rows, frozen)  # (N, M)
+        low = _masked(rows @ down.t(), mask, x)  # (N, r)
+        out.addmm_(low, up.t(), alpha=strength)
+        ctx.save_for_backward(x, weight, down, up, low, mask)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, down, up, low, mask = ctx.saved_tensors
+        wants_x, wants_down, wants_up = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        grad = grad.reshape(-1, grad.shape[-1])  # (N, M)
+        grad_x = grad_down = grad_up = None
+        if wants_x or wants_down:
+            grad_low = _masked(_scaled_product(grad, up, ctx.strength), mask, x)  # (N, r)
+        if wants_x:
+            grad_x = (grad @ weight.to(x.dtype)).addmm_(grad_low, down).view(x.shape)
+        if wants_down:
+            grad_down = (grad_low.t() @ x.reshape(-1, x.shape[-1])).to(ctx.grad_dtypes[0])  # (r, K)
+        if wants_up:  # through its transpose: several times faster on a CPU than a product with the wide side first
+            transposed = _scaled_product(low.t(), grad, ctx.strength)  # (r, M)
+            grad_up = torch.empty_like(up, dtype=ctx.grad_dtypes[1]).copy_(transposed.t())
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+def _masked(low: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+    if mask is None:
+        return low
+    return (low.view(*x.shape[:-1], low.shape[-1]) * mask.to(low.dtype)).view(low.shape)
+
+
+def _scaled_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor * a @ b in one kernel."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)

@@ -1,0 +1,104 @@
+"""What a LoRA file holds: reading it, comparing it with a network, and the hashes in its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import CheckpointError, NetworkError
+from library.files.model_hash import OLD_HASH_BYTES, OLD_HASH_DIGITS, OLD_HASH_OFFSET
+from library.files.safetensors_file import read_header, read_tensors, serialize
+from networks.selection import DOWN, UP, Candidate, examples
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What load_weights() did. ``missing``: modules that the file lacks; ``unexpected``: modules of the file without a place."""
+
+    file: str
+    loaded: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} LoRA modules loaded from {self.file}"]
+        if self.missing:
+            parts.append(f"{len(self.missing)} are not in it and start anew ({examples(self.missing)})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} in it have no place here and are left out ({examples(self.unexpected)})")
+        return "; ".join(parts)
+
+
+def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes that LoRA browsers know a file by: of the tensors' bytes, and of 64 KiB at 1 MiB of the file.
+
+    Both look at a file with the ss_* part of ``metadata`` alone, so that titles and dates do not change them.
+    """
+    data = serialize(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    start = 8 + int.from_bytes(data[:8], "little")  # tensors begin after the header and its 8-byte length
+    legacy = data[OLD_HASH_OFFSET : OLD_HASH_OFFSET + OLD_HASH_BYTES]
+    return {"sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
+            "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:OLD_HASH_DIGITS]}  # fmt: skip
+
+
+def read_lora_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a LoRA file, on the CPU. Raises CheckpointError for a missing or damaged file."""
+    if path.suffix == ".safetensors":
+        return dict(read_tensors(read_header(path)))
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a LoRA file, or it is damaged; copy or download it again") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} is not a LoRA file: it holds something other than named tensors")
+    return weights
+
+
+def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{"a.lora_up.weight": t, ...} -> {"a": {"lora_up.weight": t, ...}}; only modules with both halves."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        name, _, part = key.partition(".")
+        found.setdefault(name, {})[part] = value
+    return {name: parts for name, parts in found.items() if DOWN in parts and UP in parts}
+
+
+def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable[str]) -> NetworkError:
+    """``weights`` by module or by key: names of the file; ``known``: names that this network has or could have."""
+    if not weights:
+        return NetworkError(f"{file} holds no LoRA modules (no pairs of NAME.{DOWN} and NAME.{UP})")
+    return NetworkError(f"{file} is no LoRA for this model: none of its modules fits ({examples(weights)}); "
+                        f"this network has {examples(known)}; choose a file made for this architecture")  # fmt: skip
+
+
+def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises one NetworkError for the modules of ``places`` (each with its rank here) whose shapes in the file differ."""
+    ranks, sizes = [], []
+    for place, rank in places:
+        parts = weights[place.name]
+        file_rank = parts[DOWN].shape[0]
+        weight = place.module.weight.shape
+        fits = parts[DOWN].shape[1:] == weight[1:] and parts[UP].shape[0] == weight[0] and parts[UP].shape[1] == file_rank
+        if not fits:
+            shapes = f"{tuple(parts[UP].shape)} x {tuple(parts[DOWN].shape)}"
+            sizes.append(f"{place.name} ({shapes} in the file, the layer is {tuple(weight)})")
+        elif file_rank != rank:
+            ranks.append(f"{place.name} (rank {file_rank} in the file, {rank} here)")
+    problems = []
+    if sizes:
+        problems.append(f"{file} is for a model of other sizes: {examples(sizes)}; choose a file made for this model")
+    if ranks:
+        problems.append(
+            f"{file} has other ranks: {examples(ranks)}; set --network_dim to the file's rank, or give --dim_from_weights"
+        )
+    if problems:
+        raise NetworkError(*problems)
