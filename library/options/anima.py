@@ -1,0 +1,57 @@
+"""Options of anima_train_network.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from library.options.declare import opt
+from library.options.flow import FlowOptions
+from library.options.train import TrainOptions
+
+LONGEST_TEXT_TOKENS = 512  # rows of text that the denoiser attends to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnimaOptions:
+    """Anima: its text encoder, tokenizers and image coder."""
+
+    qwen3: str | None = opt(None, "Qwen3-0.6B text encoder: a .safetensors file or a folder", path=True)
+    llm_adapter_path: str | None = opt(None, "file of the LLM adapter (not set = it is inside the model's checkpoint)", path=True)
+    t5_tokenizer_path: str | None = opt(
+        None, "folder of the T5 tokenizer (not set = the one that comes with the project)", path=True
+    )
+    qwen3_max_token_length: int = opt(512, "Qwen3 tokens of a caption that count, 1 to 512; the rest is cut off")
+    t5_max_token_length: int = opt(512, "T5 tokens of a caption that count, 1 to 512; the rest is cut off")
+    vae_chunk_size: int | None = opt(
+        None, "rows of pixels the VAE works on at a time, an even number; less memory (not set = all at once)"
+    )
+    vae_disable_cache: bool = opt(False, "do not keep VAE features between frames; less memory, same pictures")
+
+    def problems(self) -> Iterator[str]:
+        for name in ("qwen3_max_token_length", "t5_max_token_length"):
+            tokens = getattr(self, name)
+            if not 1 <= tokens <= LONGEST_TEXT_TOKENS:
+                yield f"--{name} is {tokens}: give 1 to {LONGEST_TEXT_TOKENS} tokens"
+        if self.vae_chunk_size is not None and (self.vae_chunk_size <= 0 or self.vae_chunk_size % 2):
+            yield f"--vae_chunk_size is {self.vae_chunk_size}: give an even number above 0, for example 64"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaTrainOptions(TrainOptions):
+    """All options of anima_train_network.py, in groups."""
+
+    NETWORK_MODULE: ClassVar[str] = "networks.lora_anima"
+    BUCKET_STEP_PX: ClassVar[int] = 16  # VAE factor 8 x patch 2
+
+    anima: AnimaOptions = field(default_factory=AnimaOptions)
+    flow: FlowOptions = field(default_factory=FlowOptions)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not self.anima.qwen3:
+            yield "--qwen3 is missing: name the Qwen3-0.6B text encoder, a .safetensors file or a folder"
+        if not self.model.vae:
+            yield "--vae is missing: name the file of the Qwen-Image VAE"
+        yield from self.loss.flow_problems()

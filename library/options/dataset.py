@@ -1,0 +1,91 @@
+"""Which images are trained, at which sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.options.declare import opt
+from library.options.kinds import RESOLUTION
+from library.options.rules import at_least
+
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetOptions:
+    """Dataset: the images, and the sizes they are trained at. Most of these stand in where a dataset file is silent."""
+
+    dataset_config: Path | None = opt(None, "TOML or JSON file that describes the datasets; see docs/dataset_config.md")
+    train_data_dir: str | None = opt(
+        None, "folder of image folders named N_words (N = repeats), or the image folder of --in_json", path=True
+    )
+    reg_data_dir: str | None = opt(None, "folder of image folders named N_words with regularization images", path=True)
+    in_json: str | None = opt(None, "metadata file (JSON or JSONL) with image paths, captions and tags", path=True)
+    dataset_repeats: int = opt(1, "how often an epoch shows each image of a subset that sets no repeats")
+    resolution: str | None = opt(None, "training size in pixels: N for N x N, or WIDTH,HEIGHT", kind=RESOLUTION)
+    train_batch_size: int = opt(1, "images per process in one batch")
+    enable_bucket: bool = opt(False, "sort images into buckets by aspect ratio instead of cropping all to one size")
+    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels")
+    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels")
+    bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels")
+    bucket_no_upscale: bool = opt(False, "never enlarge an image: buckets are made from the images' own sizes")
+    resize_interpolation: str | None = opt(
+        None, "filter for resizing images (not set = area to shrink, lanczos to enlarge)", choices=INTERPOLATIONS
+    )
+    flip_aug: bool = opt(False, "mirror each image left to right half of the time")
+    prior_loss_weight: float = opt(1.0, "weight of regularization images in the loss (1 = as much as training images)")
+    skip_bad_images: bool = opt(
+        False, "leave out images and captions that cannot be read, naming each; otherwise they end the run"
+    )
+    max_data_loader_n_workers: int = opt(
+        8, "threads that read and decode images, at most one per CPU core (0 = no extra threads)"
+    )
+    persistent_data_loader_workers: bool = opt(False, "accepted from the reference: workers always live on between epochs")
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(
+            self, 1, "dataset_repeats", "train_batch_size", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"
+        )
+        yield from at_least(self, 0, "prior_loss_weight", "max_data_loader_n_workers")
+        yield from self._source_problems()
+        if self.resolution is not None:
+            try:
+                parse_resolution(self.resolution)
+            except ValueError as error:
+                yield f"--resolution {error}"
+        if self.enable_bucket and self.min_bucket_reso > self.max_bucket_reso:
+            yield (
+                f"--min_bucket_reso is {self.min_bucket_reso}, above --max_bucket_reso, which is {self.max_bucket_reso}: "
+                "lower the first or raise the second"
+            )
+
+    def warnings(self) -> Iterator[str]:
+        ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(self, name)]
+        if self.dataset_config and ignored:
+            yield f"--dataset_config describes the dataset; ignored: {', '.join(f'--{name}' for name in ignored)}"
+
+    def bucket_step_problems(self, step_px: int) -> Iterator[str]:
+        """For an architecture whose images have sides that are multiples of ``step_px``."""
+        if self.enable_bucket and self.bucket_reso_steps > 0 and self.bucket_reso_steps % step_px:
+            yield f"--bucket_reso_steps is {self.bucket_reso_steps}: this model needs a multiple of {step_px}, for example 64"
+
+    def _source_problems(self) -> Iterator[str]:
+        if self.dataset_config:
+            return
+        if not self.train_data_dir and not self.in_json:
+            yield "there is nothing to train on: give --dataset_config (a dataset file), --train_data_dir or --in_json"
+        elif self.resolution is None:
+            yield "--resolution is missing: without --dataset_config give the training size in pixels, such as --resolution=1024"
+        if self.reg_data_dir and self.in_json:
+            yield "--reg_data_dir cannot be combined with --in_json: describe both in a dataset file and give --dataset_config"
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """``"1024"`` -> (1024, 1024), ``"832,1216"`` -> (832, 1216): width, height in pixels. Raises ValueError."""
+    parts = [part.strip() for part in text.split(",")]
+    sides = [int(part) for part in parts if part.isdecimal()]
+    if len(sides) != len(parts) or len(sides) not in (1, 2) or not all(sides):
+        raise ValueError(f"is {text!r}: give N or WIDTH,HEIGHT in pixels, for example 1024 or 832,1216")
+    return sides[0], sides[-1]

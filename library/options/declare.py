@@ -1,0 +1,149 @@
+"""Options are declared once: a field of a frozen dataclass, made with ``opt()``, is a flag, its help, a TOML key and a docs row.
+
+A *group* is such a dataclass (one noun, e.g. ``NetworkOptions``); an *option set* is a dataclass whose fields are groups
+(e.g. ``AnimaTrainOptions``). A group subclassed to restate a default changes nothing else.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from library.options.kinds import BY_TYPE, SWITCH, TEXT, Kind
+
+_METADATA = "option"
+
+
+@dataclass(frozen=True, slots=True)
+class _Declaration:
+    help: str
+    choices: tuple[str, ...]
+    kind: Kind | None
+    path: bool
+    secret: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as declared. ``name`` is the field, the flag without its dashes, and the TOML key."""
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    is_optional: bool  # None is a value: not given
+    is_list: bool
+    path: bool
+    secret: bool
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is SWITCH
+
+    @property
+    def allowed(self) -> str:
+        """What the option takes, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return f"a list, each {self.kind.words}" if self.is_list else self.kind.words
+
+    def read(self, value: object) -> Any:
+        """The typed value of command-line text (a list of texts for a list option) or of a TOML value.
+
+        An empty text or list means "not given" where that is possible. Raises ValueError for anything that does not fit.
+        """
+        if self.is_optional and value in ("", []):
+            return None
+        if self.is_list:
+            return self._read_list(value)
+        read = self.kind.read(value)
+        if self.choices and read not in self.choices:
+            raise ValueError
+        return read
+
+    def _read_list(self, value: object) -> list[Any]:
+        if not isinstance(value, list):
+            if self.kind.read is TEXT.read:
+                raise ValueError  # "a=1 b=2" must not become one value
+            value = [value]  # text_encoder_lr = 1e-5
+        return [self.kind.read(element) for element in value]
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    kind: Kind | None = None,
+    path: bool = False,
+    secret: bool = False,
+) -> Any:
+    """Declares an option as a dataclass field; the annotation gives its type.
+
+    ``choices``: the allowed texts, or a table with them as keys. ``kind``: another reader than the annotation's.
+    ``path``: names a place on this machine; kept out of trackers. ``secret``: kept out of everything that is written.
+    """
+    declaration = _Declaration(help, tuple(choices or ()), kind, path, secret)
+    return field(default=default, metadata={_METADATA: declaration})
+
+
+def options_of(group: type) -> tuple[Option, ...]:
+    """The options of a group, in the order declared."""
+    hints = typing.get_type_hints(group)
+    return tuple(_option(f, hints[f.name]) for f in fields(group) if _METADATA in f.metadata)
+
+
+def groups_of(option_set: type) -> dict[str, type]:
+    """Field name -> group class of an option set, in order."""
+    hints = typing.get_type_hints(option_set)
+    return {f.name: hints[f.name] for f in fields(option_set) if is_dataclass(hints[f.name])}
+
+
+def problems_of(options: Any) -> Iterator[str]:
+    """All problems of an option set: each group's, then those between groups."""
+    for name in groups_of(type(options)):
+        yield from getattr(options, name).problems()
+    yield from options.problems()
+
+
+def warnings_of(options: Any) -> Iterator[str]:
+    """What is allowed but probably not meant, of each group and between groups."""
+    for name in groups_of(type(options)):
+        group = getattr(options, name)
+        if hasattr(group, "warnings"):
+            yield from group.warnings()
+    if hasattr(options, "warnings"):
+        yield from options.warnings()
+
+
+def _option(declared: Field, annotation: Any) -> Option:
+    declaration: _Declaration = declared.metadata[_METADATA]
+    types = set(typing.get_args(annotation)) if _is_union(annotation) else {annotation}
+    is_optional = type(None) in types
+    types.discard(type(None))
+    lists = [t for t in types if typing.get_origin(t) is list]
+    if lists:
+        types = set(typing.get_args(lists[0]))
+    assert declared.default is not MISSING, declared.name
+    return Option(
+        name=declared.name,
+        kind=declaration.kind or BY_TYPE[frozenset(types)],
+        default=declared.default,
+        help=declaration.help,
+        choices=declaration.choices,
+        is_optional=is_optional,
+        is_list=bool(lists),
+        path=declaration.path or declaration.kind is None and BY_TYPE[frozenset(types)].metavar == "PATH",
+        secret=declaration.secret,
+    )
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is not list and bool(typing.get_args(annotation))

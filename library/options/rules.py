@@ -1,0 +1,35 @@
+"""Checks that many option groups share. Each yields one sentence per problem: found, allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def at_least(group: object, least: float, *names: str) -> Iterator[str]:
+    """Options that are None, or a number not under ``least``."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value < least:
+            yield f"--{name} is {value}: give {least} or more"
+
+
+def above_zero(group: object, *names: str) -> Iterator[str]:
+    """Options that are None or a positive number."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value <= 0:
+            yield f"--{name} is {value}: give a number above 0"
+
+
+def share(group: object, *names: str) -> Iterator[str]:
+    """Options that are None or lie in 0..1."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not 0 <= value <= 1:
+            yield f"--{name} is {value}: give a number from 0 to 1"
+
+
+def needs(group: object, name: str, needed: str) -> Iterator[str]:
+    """An option that only works together with another one of the same group."""
+    if getattr(group, name) and not getattr(group, needed):
+        yield f"--{name} needs --{needed}: give it too, or drop --{name}"

@@ -1,0 +1,57 @@
+"""The option groups that every training script has, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from library.options.caches import CacheOptions
+from library.options.captions import CaptionOptions
+from library.options.console import ConsoleOptions
+from library.options.dataset import DatasetOptions
+from library.options.loss import LossOptions
+from library.options.metadata import MetadataOptions
+from library.options.models import ModelOptions
+from library.options.network import NetworkOptions
+from library.options.noise import NoiseOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.resume import ResumeOptions
+from library.options.run import RunOptions
+from library.options.samples import SampleOptions
+from library.options.saving import SavingOptions
+from library.options.schedule import ScheduleOptions
+from library.options.trackers import LoggingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Base of every architecture's options: subclass it, add groups, and set the two class variables."""
+
+    NETWORK_MODULE: ClassVar[str] = "networks.lora"  # named when --network_module is missing
+    BUCKET_STEP_PX: ClassVar[int] = 8  # sides of this model's images are multiples of this
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    captions: CaptionOptions = field(default_factory=CaptionOptions)
+    caches: CacheOptions = field(default_factory=CacheOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    saving: SavingOptions = field(default_factory=SavingOptions)
+    resume: ResumeOptions = field(default_factory=ResumeOptions)
+    metadata: MetadataOptions = field(default_factory=MetadataOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    console: ConsoleOptions = field(default_factory=ConsoleOptions)
+
+    def problems(self) -> Iterator[str]:
+        """Problems between groups and flags that a run cannot do without; each group tells its own."""
+        if not self.model.pretrained_model_name_or_path:
+            yield "--pretrained_model_name_or_path is missing: name the model's checkpoint file"
+        if not self.network.network_module:
+            yield f"--network_module is missing: for this model give --network_module={self.NETWORK_MODULE}"
+        yield from self.dataset.bucket_step_problems(self.BUCKET_STEP_PX)
