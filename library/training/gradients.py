@@ -7,8 +7,8 @@ each, however many small LoRA matrices there are. The order of an update::
     for each micro-batch: backward()                 # adds into the views
     gradients.reduce()                               # sum over processes
     (scaler.unscale_(optimizer))                     # fp16 only; after the sum, so that all processes see the same overflow
+    norm = gradients.clip()                          # these two in any order, once each; they share one measurement
     was_finite = gradients.drop_if_not_finite(loss)  # a tensor: nothing waits for the device
-    norm = gradients.clip()
     optimizer.step()
 
 A parameter that took no part in a step (module dropout) has a gradient of zeros, not None: the optimizer's moments decay for it
@@ -35,7 +35,7 @@ class Gradients:
         self._params = [param for param in params if param.requires_grad]
         self._max_norm = max_norm
         self._buffers, self._views = _flat_buffers(self._params)
-        self._measured: Tensor | None = None  # norm of what is in the buffers now, where known
+        self._measured: Tensor | None = None  # this update's norm before clipping, once measured
         self._attach()
 
     @property
@@ -61,34 +61,33 @@ class Gradients:
                 dist.all_reduce(buffer, op=dist.ReduceOp.SUM)
 
     def drop_if_not_finite(self, loss: Tensor) -> Tensor:
-        """Replaces the whole gradient by zeros when it or the loss is not finite; decided on the device, alike in all processes.
+        """Replaces the whole gradient by zeros when it or the loss is not finite; decided on the device.
 
-        ``loss``: any shape. Returns a bool tensor (), True = was finite.
+        ``loss``: any shape; summed over processes, so that they all decide alike. Returns a bool tensor (), True = was finite.
         """
-        self._attach()
         norm = self._norm()
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach()).all().to(norm.device)
-        if _process_count() > 1:
-            votes = finite.to(torch.int32)
-            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-            finite = votes.bool()
         for buffer in self._buffers:
             buffer.masked_fill_(~finite.to(buffer.device), 0)
         self._measured = torch.where(finite, norm, torch.zeros_like(norm))
         return finite
 
     def clip(self) -> Tensor:
-        """Scales the gradient down to ``max_norm``. Returns its 2-norm before, () float32; 0 for a dropped gradient."""
-        self._attach()
-        norm = self._norm() if self._measured is None else self._measured
+        """Scales the gradient down to ``max_norm``. Returns its 2-norm before, () float32; 0 if it was dropped before."""
+        norm = self._norm()
         if self._max_norm > 0:
             factor = (self._max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
             for buffer in self._buffers:
                 buffer.mul_(factor.to(buffer.device))
-            self._measured = None
         return norm
 
     def _norm(self) -> Tensor:
+        self._attach()
+        if self._measured is None:
+            self._measured = self._measure()
+        return self._measured
+
+    def _measure(self) -> Tensor:
         norms = [torch.linalg.vector_norm(buffer, dtype=torch.float32) for buffer in self._buffers]
         if len(norms) == 1:
             return norms[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,21 @@ class NoisyLatents:
     timesteps: Tensor  # (B,) float32, sigma * 1000
     target: Tensor  # (B, C, h, w) float32
     loss_weights: Tensor  # (B,) float32, of the weighting scheme
+
+
+class Objective(Protocol):
+    """What training and validation need of a family; the arguments are those of :class:`FlowObjective`."""
+
+    def corrupt(self, latents: Tensor, *, seed: int, step: int, positions: Sequence[int],
+                dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
+        """Noise and times drawn for these samples."""
+
+    def corrupt_with(self, latents: Tensor, noise: Tensor, sigmas: Tensor, *, input_noise: Tensor | None = None,
+                     dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
+        """Noise and times given."""
+
+    def loss(self, prediction: Tensor, noisy: NoisyLatents, *, sample_weights: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Loss of each sample (B,)."""
 
 
 class FlowObjective:

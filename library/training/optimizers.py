@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class CreatedOptimizer(NamedTuple):
     optimizer: torch.optim.Optimizer
     description: str  # "module.Class(k=v,k=v)", for the metadata of the LoRA file
-    is_schedule_free: bool
+    schedule_free: bool  # see evaluation_weights()
 
 
 def create_optimizer(param_groups: Sequence[Mapping[str, Any]], options: OptimizerOptions) -> CreatedOptimizer:

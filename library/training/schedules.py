@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library.errors import OptionError, did_you_mean
 from library.training.literal_arguments import argument_problems, parse_literals
-from library.training.optimizer_names import OptimizerKind
+from library.training.optimizer_names import optimizer_kind
 from library.training.schedule_names import (
     ARGS_FLAG,
     NAMED_SCHEDULES,
@@ -22,6 +22,7 @@ from library.training.schedule_names import (
 )
 
 if TYPE_CHECKING:
+    from library.options.optimizer import OptimizerOptions
     from library.options.schedule import ScheduleOptions
 
 
@@ -34,45 +35,62 @@ class Schedule(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, options: ScheduleOptions, *, total_steps: int,
-                    optimizer_kind: OptimizerKind) -> Schedule:  # fmt: skip
-    """The schedule that the options name; an optimizer that sets its own rates keeps them. Raises OptionError."""
-    if optimizer_kind == "schedule_free":
-        return OwnRates(optimizer, _group_rate)
-    if optimizer_kind == "adafactor_relative":
-        return OwnRates(optimizer, _adafactor_rate)
+def create_schedule(stepped: torch.optim.Optimizer, options: ScheduleOptions, *, total_steps: int,
+                    optimizer: OptimizerOptions) -> Schedule:  # fmt: skip
+    """The schedule that the options name, for ``stepped``, the optimizer that ``optimizer`` describes.
+
+    An optimizer that sets its own rates keeps them. Raises OptionError.
+    """
+    kind = optimizer_kind(optimizer)
+    if kind == "schedule_free":
+        return OwnRates(stepped)
+    if kind == "adafactor_relative":
+        return AdafactorRates(stepped, initial=optimizer.learning_rate)
     given = parse_literals(options.lr_scheduler_args, flag=ARGS_FLAG)
     if options.lr_scheduler_type:
-        return _make(_imported_class(options), optimizer, {}, given)
+        return _make(_imported_class(options), stepped, {}, given)
     name = schedule_name(options)
     if name == "adafactor":
         raise OptionError("--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True")
-    if name == "constant":
-        return _make(constant, optimizer, {}, given)
-    if name == "piecewise_constant":
-        return _make(piecewise_constant, optimizer, {}, given)
-    return _transformers_schedule(name, optimizer, options, total_steps, given)
+    if name in OUR_SCHEDULES:
+        return _make(OUR_SCHEDULES[name], stepped, {}, given)
+    return _transformers_schedule(name, stepped, options, total_steps, given)
 
 
 class OwnRates:
     """Stands where a schedule would, for optimizers that set their own learning rates: only tells what they are."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rate: Callable[[torch.optim.Optimizer, Mapping[str, Any]], float]):
+    def __init__(self, optimizer: torch.optim.Optimizer):
         self._optimizer = optimizer
-        self._rate = rate
 
     def step(self) -> None:
         """Nothing to do: the optimizer counts its steps."""
 
     def get_last_lr(self) -> list[float]:
-        """One rate for each parameter group. Reads Adafactor's from the device, so ask only when it is shown."""
-        return [self._rate(self._optimizer, group) for group in self._optimizer.param_groups]
+        """One rate for each parameter group."""
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore: all is in the optimizer's state."""
+
+
+class AdafactorRates(OwnRates):
+    """Writes the rates that Adafactor's relative steps come to into its groups, for logs: Adafactor does not read them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, initial: float):
+        super().__init__(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = initial  # shown until the first step
+
+    def step(self) -> None:
+        """The rate of each group's first weight. Stays a tensor: it is read only when it is shown."""
+        for group in self._optimizer.param_groups:
+            state = self._optimizer.state.get(group["params"][0])
+            if state:
+                group["lr"] = self._optimizer._get_lr(group, state)  # type: ignore[attr-defined]
 
 
 def constant(optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -86,14 +104,7 @@ def piecewise_constant(optimizer: torch.optim.Optimizer, step_rules: str) -> Lam
     return LambdaLR(optimizer, lambda step: next((factor for end, factor in rules if step < end), last))
 
 
-def _group_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    return float(group["lr"])
-
-
-def _adafactor_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """The rate of a group's first weight; 0 before the first step."""
-    state = optimizer.state.get(group["params"][0]) if group["params"] else None
-    return float(optimizer._get_lr(group, state)) if state else 0.0  # type: ignore[attr-defined]
+OUR_SCHEDULES: dict[str, Callable[..., LambdaLR]] = {"constant": constant, "piecewise_constant": piecewise_constant}
 
 
 def _transformers_schedule(name: str, optimizer: torch.optim.Optimizer, options: ScheduleOptions, total_steps: int,

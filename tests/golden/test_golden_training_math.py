@@ -1,0 +1,184 @@
+"""Timesteps, noise and losses against the recorded numbers; every case of the file."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_files import Golden, load_golden, relative_error
+
+from library.training.losses import elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
+from library.training.noise import perturbed_noise
+from library.training.objective import FlowObjective, NoisyLatents
+from library.training.timesteps import DENSITIES, resolution_mu, sample_sigmas, sigma_sampler, table_sigmas, time_shift
+
+TOLERANCE = 1e-5
+NO_NOISE_OPTIONS = SimpleNamespace(noise_offset=None, multires_noise_iterations=None, ip_noise_gamma=None)
+
+
+@functools.cache
+def golden() -> Golden:
+    return load_golden("anima/training_math.safetensors")
+
+
+@functools.cache
+def trace() -> Golden:
+    return load_golden("anima/mini_training_trace.safetensors")
+
+
+def flow_options(args: dict) -> SimpleNamespace:
+    return SimpleNamespace(**{"min_timestep": None, "max_timestep": None, **args})
+
+
+def loss_options(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"loss_type": "l2", "huber_schedule": "constant", "huber_c": 0.1, "huber_scale": 1.0, **changes})
+
+
+def objective(args: dict) -> FlowObjective:
+    return FlowObjective(flow_options(args), NO_NOISE_OPTIONS, loss_options())
+
+
+def test_every_sampling_case():
+    data, checked = golden(), set()
+    for case in data.about["cases"]:
+        tag, args, kind = case["tag"], flow_options(case["args"]), case["draws"][0]
+        draws = data.inputs[f"{tag}/draw0_{kind}"]
+        assert sigma_sampler(args).draw == ("uniform" if kind == "rand" else "normal"), tag
+        sigmas = sample_sigmas(draws, args, latent_hw=tuple(case["size"]))
+        assert relative_error(sigmas, data.outputs[f"{tag}/sigmas"]) < TOLERANCE, tag
+        assert relative_error(sigmas, data.outputs[f"{tag}/model_t"]) < TOLERANCE, tag
+        assert relative_error(sigmas * 1000, data.outputs[f"{tag}/timesteps"]) < TOLERANCE, tag
+        weights = flow_loss_weights(args.weighting_scheme, sigmas)
+        assert relative_error(weights, data.outputs[f"{tag}/loss_weighting"]) < TOLERANCE, tag
+        checked.add((args.timestep_sampling, args.weighting_scheme))
+    assert len(data.about["cases"]) == 38
+    assert {sampling for sampling, _ in checked} == {"uniform", "sigmoid", "shift", "flux_shift", "sigma"}
+    assert {scheme for sampling, scheme in checked if sampling == "sigma"} == DENSITIES.keys() - {"uniform"}
+
+
+def test_every_noisy_input():
+    data, checked = golden(), 0
+    for case in data.about["cases"]:
+        tag, args = case["tag"], case["args"]
+        expected = data.outputs.get(f"{tag}/noisy_model_input")
+        if expected is None:
+            continue
+        size = "x".join(map(str, case["size"]))
+        latents, noise = data.inputs[f"latents_{size}"], data.inputs[f"noise_{size}"]
+        noisy = objective(args).corrupt_with(
+            latents, noise, data.outputs[f"{tag}/sigmas"], input_noise=input_noise(data, case, noise)
+        )
+        assert relative_error(noisy.latents, expected) < TOLERANCE, tag
+        assert torch.equal(noisy.target, noise - latents), tag
+        checked += 1
+    assert checked >= 6
+
+
+def input_noise(data: Golden, case: dict, noise: torch.Tensor) -> torch.Tensor | None:
+    """The perturbed noise of the ip_noise_gamma cases, from their raw draws."""
+    gamma = case["args"].get("ip_noise_gamma")
+    if not gamma:
+        return None
+    if case["args"]["ip_noise_gamma_random_strength"]:
+        gamma = gamma * data.inputs[f"{case['tag']}/draw2_rand"]
+    return perturbed_noise(noise, data.inputs[f"{case['tag']}/draw1_randn_like"], gamma)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_table_of_timesteps(shift):
+    expected = golden().outputs[f"scheduler/shift{shift}/sigmas"]
+    positions = (torch.arange(1000) + 0.5) / 1000
+    assert relative_error(table_sigmas(positions, shift), expected) < TOLERANCE
+    assert (
+        relative_error(table_sigmas(positions, shift) * 1000, golden().outputs[f"scheduler/shift{shift}/timesteps"]) < TOLERANCE
+    )
+
+
+def test_resolution_shift():
+    data = golden()
+    for size_hw, mu in zip(data.inputs["fixed/latent_hw"].tolist(), data.outputs["fixed/mu"].tolist(), strict=True):
+        assert resolution_mu(tuple(size_hw)) == pytest.approx(mu, rel=1e-9)
+        expected = data.outputs.get(f"fixed/time_shift/{size_hw[0]}x{size_hw[1]}")
+        if expected is not None:
+            assert relative_error(time_shift(data.inputs["fixed/t"], mu), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "logit_normal", "mode", "none"])
+def test_loss_weighting(scheme):
+    data = golden()
+    assert (
+        relative_error(flow_loss_weights(scheme, data.inputs["fixed/sigmas"]), data.outputs[f"fixed/weighting/{scheme}"])
+        < TOLERANCE
+    )
+
+
+LOSS_CASES = {
+    "l1": (loss_options(loss_type="l1"), "timesteps_0_1000", 1),
+    "l2": (loss_options(loss_type="l2"), "timesteps_0_1000", 1),
+    **{
+        f"{kind}/constant": (loss_options(loss_type=kind), "timesteps_0_1000", 1)
+        for kind in ("huber", "smooth_l1")
+    },
+    **{
+        f"{kind}/exponential/{form}": (loss_options(loss_type=kind, huber_schedule="exponential"), "timesteps_0_1000", scale)
+        for kind in ("huber", "smooth_l1")
+        for form, scale in (("timesteps_0_1000", 1), ("timesteps_as_trainer", 1 / 1000))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSS_CASES)
+def test_losses(name):
+    """``timesteps_as_trainer`` records what the same formula gives for times in 0..1; training uses 0..1000."""
+    data = golden()
+    options, times, scale = LOSS_CASES[name]
+    timesteps = data.inputs[f"loss/{times}"] * scale
+    elements = elementwise_loss(data.inputs["loss/pred"], data.inputs["loss/target"], options, timesteps=timesteps)
+    expected = f"loss/{name}"
+    assert relative_error(elements, data.outputs[f"{expected}/per_element"]) < TOLERANCE
+    assert relative_error(per_sample_mean(elements), data.outputs[f"{expected}/per_sample"]) < TOLERANCE
+    total = (per_sample_mean(elements) * data.inputs["loss/loss_weights"]).mean()
+    assert relative_error(total, data.outputs[f"{expected}/total_with_loss_weights"]) < TOLERANCE
+    if f"{expected}/threshold" in data.outputs:
+        assert relative_error(huber_threshold(options, timesteps), data.outputs[f"{expected}/threshold"]) < TOLERANCE
+
+
+def test_every_recorded_loss_is_compared():
+    recorded = {
+        key.removeprefix("loss/").removesuffix("/per_element") for key in golden().outputs if key.endswith("/per_element")
+    }
+    assert recorded == {*LOSS_CASES, "l2_weighted_masked"}
+
+
+def test_weighted_and_masked_loss():
+    data = golden()
+    prediction, target = data.inputs["loss/pred"], data.inputs["loss/target"]
+    masks = data.inputs["loss/alpha_masks"].unsqueeze(1)  # (B, 1, H, W)
+    masks = F.interpolate(masks, size=prediction.shape[-2:], mode="area")
+    noisy = NoisyLatents(
+        latents=prediction, sigmas=torch.zeros(4), timesteps=torch.zeros(4), target=target,
+        loss_weights=data.inputs["loss/extra_weighting"],
+    )  # fmt: skip
+    losses = objective({"weighting_scheme": "none"}).loss(
+        prediction, noisy, sample_weights=data.inputs["loss/loss_weights"], mask=masks
+    )
+    assert relative_error(losses.mean(), data.outputs["loss/l2_weighted_masked/total"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_training_trace_losses(step):
+    """From the recorded predictions: the times, the target and the loss of each step."""
+    data = trace()
+    setup = {**data.about["setup"], "timestep_sampling": "sigmoid"}
+    inputs = {name: data.inputs[f"step{step}/{name}"] for name in ("latents", "noise", "timestep_draw")}
+    made = objective(
+        {key: setup[key] for key in ("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme")}
+    )
+    sigmas = sample_sigmas(inputs["timestep_draw"], made.flow, latent_hw=tuple(inputs["latents"].shape[-2:]))
+    assert relative_error(sigmas, data.outputs[f"step{step}/timesteps_returned"]) < TOLERANCE
+    noisy = made.corrupt_with(inputs["latents"], inputs["noise"], sigmas)
+    losses = made.loss(data.outputs[f"step{step}/model_pred"], noisy, sample_weights=torch.tensor(setup["loss_weights"]))
+    assert relative_error(losses.mean(), data.outputs["loss"][step]) < TOLERANCE
