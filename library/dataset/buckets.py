@@ -159,16 +159,19 @@ def _step_problems(settings: DatasetSettings, bucket_step: int) -> Iterator[str]
             f"so a bucket could have no pixels: give at least {steps}"
         )
     if min(width, height) < smallest:
-        yield _limit_problem(settings, "min_bucket_reso", smallest, f"below min_bucket_reso {smallest}: lower min_bucket_reso")
+        yield _limit_problem(settings, "min_bucket_reso", smallest, relation="below", cure="lower")
     if max(width, height) > largest:
-        yield _limit_problem(settings, "max_bucket_reso", largest, f"above max_bucket_reso {largest}: raise max_bucket_reso")
+        yield _limit_problem(settings, "max_bucket_reso", largest, relation="above", cure="raise")
 
 
-def _limit_problem(settings: DatasetSettings, key: str, rounded: int, what: str) -> str:
+def _limit_problem(settings: DatasetSettings, key: str, rounded: int, *, relation: str, cure: str) -> str:
     given = getattr(settings, key)
     rounding = "" if given == rounded else f" ({given} rounded to steps of {settings.bucket_reso_steps})"
     width, height = settings.resolution_wh
-    return f"{settings.place}: resolution {width}x{height} has a side {what}{rounding}, or change the resolution"
+    return (
+        f"{settings.place}: resolution {width}x{height} has a side {relation} {key} {rounded}{rounding}: "
+        f"{cure} {key} or change the resolution"
+    )
 
 
 def _fixed_size_problems(settings: DatasetSettings, bucket_step: int) -> Iterator[str]:

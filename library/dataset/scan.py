@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from library.dataset.buckets import Buckets, Placement
 from library.dataset.folders import (
     caption_warnings,
@@ -83,7 +81,7 @@ def verify_images(paths: Iterable[Path], *, pool: ThreadPoolExecutor, progress: 
     unique = list(dict.fromkeys(paths))
     results: dict[Path, Size | str] = {}
     with python_warnings.catch_warnings():
-        python_warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of our own limit: not worth a word
+        python_warnings.filterwarnings("ignore", module=r"PIL\.")  # large or with odd EXIF: fine, or refused below with a reason
         for path, result in zip(unique, pool.map(_size_or_problem, unique), strict=True):
             results[path] = result
             if progress is not None:

@@ -1,0 +1,118 @@
+"""Image folders and their captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.dataset.folders import (
+    ALWAYS_READ,
+    caption_warnings,
+    folder_problem,
+    image_extensions,
+    layout_problem,
+    list_images,
+    named_folders,
+    read_caption,
+    unread_images_warning,
+)
+from library.dataset.items import SubsetSettings
+from library.errors import DatasetError
+
+
+def subset(**settings) -> SubsetSettings:
+    return SubsetSettings(**{"place": "my.toml, subset 1", "image_dir": None, "caption_extension": ".txt"} | settings)
+
+
+def make_image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+    return path
+
+
+def test_listing_is_sorted_flat_and_ignores_case(tmp_path: Path):
+    names = ["b.PNG", "a.jpg", "c.JpEg", "日本.webp", "d.bmp"]
+    for name in [*names, ".hidden.png", "._b.png", "note.txt", "deep/e.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in list_images(tmp_path, ALWAYS_READ)] == sorted(names)
+
+
+def test_extensions_include_what_pillow_can_read():
+    extensions = image_extensions()
+    assert set(ALWAYS_READ) <= set(extensions)
+    assert (".avif" in extensions) == (".avif" in Image.registered_extensions())
+
+
+def test_images_that_cannot_be_read_here_are_named(tmp_path: Path):
+    (tmp_path / "x.jxl").touch()
+    assert "1 .jxl (pip install pillow-jxl-plugin)" in (unread_images_warning(tmp_path, ALWAYS_READ) or "")
+    assert unread_images_warning(tmp_path, (*ALWAYS_READ, ".avif", ".jxl")) is None
+    assert "pip install pillow-jxl-plugin" in folder_problem(tmp_path, ALWAYS_READ)
+
+
+def test_caption_is_the_first_line_with_text(tmp_path: Path):
+    image = tmp_path / "a.b.png"
+    (tmp_path / "a.b.txt").write_bytes("\ufeff  赤い, cat \r\nsecond\r\n\r\n third ".encode())
+    assert read_caption(image, subset()) == "赤い, cat"
+    assert read_caption(image, subset(enable_wildcard=True)) == "赤い, cat\nsecond\nthird"
+    assert read_caption(image, subset(caption_extension=".caption")) is None
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf"])
+def test_empty_caption_file_is_an_empty_caption(content: bytes, tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert read_caption(tmp_path / "a.png", subset()) == ""
+
+
+def test_caption_that_is_not_utf8(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("ab é".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"a\.txt: byte 3 is not UTF-8: save"):
+        read_caption(tmp_path / "a.png", subset())
+    (tmp_path / "a.txt").write_bytes("ab".encode("utf-16"))
+    with pytest.raises(DatasetError, match="looks like UTF-16"):
+        read_caption(tmp_path / "a.png", subset())
+
+
+def test_unread_caption_files_are_pointed_out(tmp_path: Path):
+    images = [make_image(tmp_path / f"{name}.png") for name in "ab"]
+    (tmp_path / "a.txt").write_text("cat")
+    (warning,) = caption_warnings(images, [None, None], subset(caption_extension=".caption"))
+    assert "none of the 2 images has a .caption file" not in warning and "1 .txt files beside them are NOT read" in warning
+    assert 'caption_extension = ".txt"' in warning
+
+
+def test_missing_and_empty_captions_are_counted(tmp_path: Path):
+    images = [tmp_path / f"{name}.png" for name in "abc"]
+    warnings = list(caption_warnings(images, [None, "", "text"], subset()))
+    assert "1 of 3 images have no .txt caption file (such as a.png)" in warnings[0]
+    assert "1 caption files are empty (such as b.txt)" in warnings[1]
+    assert len(warnings) == 2
+    assert not list(caption_warnings(images, [None, "x", "y"], subset(class_tokens="cat")))
+
+
+def test_folder_without_images_names_what_was_looked_for(tmp_path: Path):
+    assert ".png, .jpg" in folder_problem(tmp_path, ALWAYS_READ)
+    make_image(tmp_path / "inner" / "x.png")
+    assert "sub-folders are not searched, but inner has images" in folder_problem(tmp_path, ALWAYS_READ)
+
+
+def test_named_folders(tmp_path: Path):
+    for name in ("10_a cat_b", "3", "0_none", "x_cat", "cat", "-1_x", ".git"):
+        (tmp_path / name).mkdir()
+    found, ignored = named_folders(tmp_path)
+    assert [(folder.path.name, folder.repeats, folder.class_tokens) for folder in found] == [
+        ("10_a cat_b", 10, "a cat_b"),
+        ("3", 3, ""),
+    ]
+    assert ignored == ["-1_x", "0_none", "cat", "x_cat"]
+
+
+def test_layout_is_explained(tmp_path: Path):
+    assert "has no sub-folders" in layout_problem("--train_data_dir", tmp_path, [])
+    assert "only cat" in layout_problem("--train_data_dir", tmp_path, ["cat"])
+    make_image(tmp_path / "x.png")
+    text = layout_problem("--train_data_dir", tmp_path, [])
+    assert "has images directly inside" in text and "N_name" in text

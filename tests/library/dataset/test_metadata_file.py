@@ -1,0 +1,99 @@
+"""Metadata JSON and JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from library.dataset.folders import ALWAYS_READ
+from library.dataset.items import SubsetSettings
+from library.dataset.metadata_file import joined_caption, read_metadata
+from library.errors import DatasetError
+
+
+def subset(path: Path, *, image_dir: Path | None = None, **settings) -> SubsetSettings:
+    return SubsetSettings(place="my.toml, subset 1", image_dir=image_dir, metadata_file=path, **settings)
+
+
+def write(path: Path, content) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+    return path
+
+
+def test_json(tmp_path: Path):
+    inside, outside = image(tmp_path / "images" / "赤.png"), image(tmp_path / "other" / "b.jpg")
+    image(tmp_path / "images" / "bare.webp")
+    path = write(tmp_path / "meta.json", {
+        "赤.png": {"caption": "a cat", "tags": "red, big", "image_size": [1, 1]},
+        str(outside): {"tags": "only tags"},
+        "bare": {"caption": "written without extension"},
+        "none.png": {},
+    })  # fmt: skip
+    entries, problems = read_metadata(subset(path, image_dir=tmp_path / "images"), ALWAYS_READ)
+    assert problems == []
+    assert [(entry.path, entry.caption) for entry in entries] == [
+        (inside, "a cat,red, big"),
+        (outside, "only tags"),
+        (tmp_path / "images" / "bare.webp", "written without extension"),
+        (tmp_path / "images" / "none.png", ""),
+    ]
+
+
+def test_jsonl_beside_its_images(tmp_path: Path):
+    image(tmp_path / "a.png")
+    path = write(tmp_path / "meta.jsonl", '{"image_path": "a.png", "caption": "cat"}\n\n')
+    entries, _ = read_metadata(subset(path), ALWAYS_READ)
+    assert [(entry.key, entry.path, entry.caption) for entry in entries] == [("a.png", tmp_path / "a.png", "cat")]
+
+
+@pytest.mark.parametrize(
+    ("caption", "tags", "settings", "expected"),
+    [
+        ("one\ntwo", "x, y", {"enable_wildcard": True}, "one,x, y\ntwo,x, y"),
+        ("", "x, y", {"enable_wildcard": True}, "x, y"),
+        ("one\ntwo", "x", {}, "one,x"),
+        ("one", "", {}, "one"),
+        ("one", "x", {"caption_separator": ";"}, "one;x"),
+    ],
+)
+def test_caption_and_tags_are_joined(caption: str, tags: str, settings: dict, expected: str):
+    assert joined_caption(caption, tags, subset(Path("m.json"), **settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("m.json", '{"a": 1,,}', "m.json, line 1, column 9"),
+        ("m.json", "[]", "must hold one object"),
+        ("m.json", "{}", "names no images"),
+        ("m.jsonl", '{"image_path": "a"}\n{broken', "m.jsonl, line 2, column 2"),
+        ("m.jsonl", '{"caption": "a"}', 'm.jsonl, line 1: each line needs an object with "image_path"'),
+    ],
+)
+def test_broken_files(name: str, content: str, words: str, tmp_path: Path):
+    with pytest.raises(DatasetError) as caught:
+        read_metadata(subset(write(tmp_path / name, content)), ALWAYS_READ)
+    assert words in str(caught.value)
+
+
+def test_file_that_is_not_utf8(tmp_path: Path):
+    (tmp_path / "m.json").write_bytes(b'{"\xe9": {}}')
+    with pytest.raises(DatasetError, match="m.json: byte 2 is not UTF-8"):
+        read_metadata(subset(tmp_path / "m.json"), ALWAYS_READ)
+
+
+def test_bad_entries_are_named(tmp_path: Path):
+    path = write(tmp_path / "m.json", {"a.png": 5, "b.png": {"tags": ["x"]}, "c.png": {"caption": "fine"}})
+    entries, problems = read_metadata(subset(path, image_dir=tmp_path), ALWAYS_READ)
+    assert [entry.key for entry in entries] == ["c.png"]
+    assert "m.json, a.png: the entry must be an object" in problems[0]
+    assert 'm.json, b.png: "tags" must be a text' in problems[1]
