@@ -1,0 +1,132 @@
+"""What tests share: tiny checkpoints, picture folders, and scripts run as real processes.
+
+``pytest`` runs all but the slow tests, ``pytest --slow`` runs everything, ``pytest -m slow`` only the slow ones.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--slow"):
+        config.option.markexpr = ""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: nothing may need a hub
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints in the real layout: paths under ``dit``, ``qwen3``, ``qwen3_folder`` and ``vae``. Read only."""
+    from tools.make_tiny_models import make_anima
+
+    return make_anima(tmp_path_factory.mktemp("tiny_anima"), qwen3_folder=True)
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """``picture_folder(count=4, scale=0.25, name="pictures", captions=True)``: drawn pictures of mixed sizes and formats.
+
+    Sides are 200 to 700 pixels times ``scale``; the folder is this test's own and may be changed.
+    """
+    from tools.make_sample_pictures import make_pictures
+
+    def make(count: int = 4, *, scale: float = 0.25, name: str = "pictures", captions: bool = True) -> Path:
+        folder = tmp_path / name
+        pictures = make_pictures(folder, count, scale=scale)
+        if not captions:
+            for picture in pictures:
+                picture.with_suffix(".txt").unlink()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def script_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a script under test: this checkout, one CPU thread, no GPU, no hub and none of the user's settings."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "PYTEST_"))}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = "1"
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment["ACCELERATE_USE_CPU"] = "true"
+    environment["HF_HUB_OFFLINE"] = "1"
+    environment["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))  # also holds accelerate's default configuration
+    environment["PYTHONUTF8"] = "1"
+    return environment
+
+
+@pytest.fixture
+def run_script(script_environment: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run_script("anima_train_network.py", "--dry_run", ..., launcher=None)`` waits and returns the finished process.
+
+    ``launcher``: None = this Python, 1 = ``accelerate launch``, more = that many processes that train together on the CPU.
+    Text of stdout and stderr is in the result; a run past ``timeout`` seconds fails the test.
+    """
+
+    def run(
+        script: str,
+        *arguments: object,
+        launcher: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path = tmp_path,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        command = script_command(script, *arguments, launcher=launcher)
+        variables = {**script_environment, **(environment or {})}
+        return subprocess.run(
+            command, cwd=cwd, env=variables, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=timeout
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_script(script_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """As ``run_script``, but returns the running process (stderr joined to stdout); what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        script: str, *arguments: object, launcher: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            script_command(script, *arguments, launcher=launcher),
+            cwd=tmp_path,
+            env={**script_environment, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def script_command(script: str, *arguments: object, launcher: int | None = None) -> list[str]:
+    """The command line for a script of this checkout with this Python: plain, launched, or as several processes (gloo)."""
+    command = [sys.executable]
+    if launcher == 1:
+        command += ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1", "--num_processes", "1"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    elif launcher is not None:  # accelerate's own launcher starts several CPU processes only through MPI
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(launcher)]
+    return [*command, str(REPOSITORY / script), *(str(argument) for argument in arguments)]
