@@ -1,0 +1,24 @@
+"""Attention over heads. B batch · N queries · S keys · H heads · K head width"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """q (B, N, H, K), k and v (B, S, H, K) -> (B, N, H * K).
+
+    key_mask (B, S), true or 1 = takes part; None where nothing is masked, which lets torch take its fastest kernel.
+    Where every key of a sample is masked, or S is 0, the result is zero, not NaN.
+    """
+    if k.shape[1] == 0:
+        return q.new_zeros(q.shape).flatten(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, K)
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mask = key_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
+    empty = ~mask.any(dim=-1, keepdim=True)
+    # An empty sample attends to everything and is erased afterwards: no 0/0 forward, no NaN gradient backward.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty)
+    return out.masked_fill(empty, 0).transpose(1, 2).flatten(2)
