@@ -179,12 +179,12 @@ def check(path: Path, wanted: Wanted, *, hashes: SourceHashes | None = None) -> 
     try:
         header = read_header(path)
     except CheckpointError as error:
-        return unreadable(error)
+        return unreadable(path, error)
     return check_header(header, wanted, hashes=hashes or SourceHashes())
 
 
-def unreadable(error: CheckpointError) -> Verdict:
-    return Verdict("damaged", "truncated" if "truncated" in str(error) else "not a readable cache file")
+def unreadable(path: Path, error: CheckpointError) -> Verdict:
+    return Verdict("damaged", "truncated" if "truncated" in str(error).replace(str(path), "") else "not a readable cache file")
 
 
 def check_header(header: SafetensorsHeader, wanted: Wanted, *, hashes: SourceHashes) -> Verdict:

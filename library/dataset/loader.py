@@ -62,9 +62,9 @@ class BatchSource:
         self._orders: dict[int, Sequence[tuple[Entry, ...]]] = {}
 
     def batches(self, start_epoch: int, start_index: int, *, workers: int) -> Prefetch[Place, tuple[int, int, Batch | None]]:
-        """Endless (epoch, number, micro-batch) from there on, epoch after epoch, made ahead by ``workers`` threads (0: on demand).
+        """Endless (epoch, number, micro-batch) from there on, epoch after epoch, made ahead by ``workers`` threads.
 
-        Close it when done. Its ``waited_s`` is the time that training has waited for data.
+        With 0 workers each is made on demand. Close it when done. Its ``waited_s`` is the time that training has waited for data.
         """
         return prefetch(
             self._numbered, self._places(start_epoch, start_index), workers=workers, depth=workers * BATCHES_PER_WORKER

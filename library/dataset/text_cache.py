@@ -276,7 +276,7 @@ class TextCache:
         try:
             header = read_header(path)
         except CheckpointError as error:
-            return None, unreadable(error)
+            return None, unreadable(path, error)
         return header, check_header(header, Wanted(ingredients=self._ingredients), hashes=SourceHashes())
 
     # making what is not there
