@@ -27,7 +27,7 @@ SWAPS_SIDES = (5, 6, 7, 8)
 SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow before 11 opens 16-bit PNG as "I"
 
 MIN_SIDE_PX = 16  # one image token of the models here; less is an icon or a tracking pixel, never training material
-MAX_SIDE_PX = 32_767  # OpenCV resizes at most this (short coordinates)
+MAX_SIDE_PX = 32_767  # longer than any photograph, scan or comic strip: a mistake, of which a crop would keep next to nothing
 MAX_PIXELS = 178_956_970  # where Pillow refuses to open a file (twice its decompression-bomb warning)
 
 PILLOW_RESIZERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}

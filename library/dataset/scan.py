@@ -69,7 +69,8 @@ def scan(
         found = [image for index, dataset in enumerate(datasets) for image in _find_images(index, dataset, pool, findings)]
         sizes = verify_images((image.path for image in found), pool=pool, progress=progress)
     items = _items(datasets, list(_placed(datasets, found, sizes, findings)))
-    _check_something_is_left(datasets, items, findings)
+    if not findings.bad or skip_bad_images:
+        findings.problems.extend(_nothing_left(datasets, items, findings))
     _raise_problems(findings, skip_bad_images=skip_bad_images)
     settings_warnings = [warning for dataset in datasets for warning in dataset.warnings]
     warnings = (*settings_warnings, *findings.warnings, *_bucket_warnings(datasets, items), *_upscale_warnings(datasets, items))
@@ -259,15 +260,16 @@ def _item(index: int, image: Found, size: Size, placement: Placement, *, repeats
     )
 
 
-def _check_something_is_left(datasets: tuple[DatasetSettings, ...], items: list[Item], findings: Findings) -> None:
+def _nothing_left(datasets: tuple[DatasetSettings, ...], items: list[Item], findings: Findings) -> Iterator[str]:
+    """Datasets without a single item, where no other problem has said so."""
     trained = {item.dataset_index for item in items}
     for index, dataset in enumerate(datasets):
         if index in trained or findings.problems:
             continue
         if all(subset.is_reg for subset in dataset.subsets):
-            findings.problems.append(f"{dataset.place} has regularisation images (is_reg) only: add the images to train")
+            yield f"{dataset.place} has regularisation images (is_reg) only: add the images to train"
         else:
-            findings.problems.append(f"{dataset.place}: none of its images can be trained")
+            yield f"{dataset.place}: none of its images can be trained"
 
 
 def _raise_problems(findings: Findings, *, skip_bad_images: bool) -> None:

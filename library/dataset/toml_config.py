@@ -71,9 +71,7 @@ def read_datasets(
 def _source(options: DatasetOptions) -> Source:
     if options.dataset_config:
         path = Path(options.dataset_config)
-        others = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(options, name)]
-        warnings = (f"{' and '.join(others)} not used: the images are those of --dataset_config",) if others else ()
-        return Source(name=path.name, document=read_dataset_file(path), folder=path.parent, warnings=warnings)
+        return Source(name=path.name, document=read_dataset_file(path), folder=path.parent)
     if options.in_json:
         subset = {"metadata_file": str(options.in_json)}
         if options.train_data_dir:

@@ -1,0 +1,302 @@
+"""Settings from dataset files and from flags: who wins, what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import toml
+from PIL import Image
+
+from library.dataset.items import DatasetSettings
+from library.dataset.toml_config import read_datasets
+from library.errors import DatasetError
+from library.options.captions import CaptionOptions
+from library.options.dataset import DatasetOptions
+
+# key: (flag, value on the flag, in [general], in [[datasets]], in the subset or None)
+LAYERS = {
+    "resolution": ("resolution", "512,640", 640, [768, 640], None),
+    "batch_size": ("train_batch_size", 2, 3, 4, None),
+    "enable_bucket": ("enable_bucket", True, False, True, None),
+    "min_bucket_reso": ("min_bucket_reso", 128, 192, 320, None),
+    "max_bucket_reso": ("max_bucket_reso", 1088, 1152, 1216, None),
+    "bucket_reso_steps": ("bucket_reso_steps", 32, 16, 128, None),
+    "bucket_no_upscale": ("bucket_no_upscale", True, False, True, None),
+    "resize_interpolation": ("resize_interpolation", "area", "box", "linear", "cubic"),
+    "num_repeats": ("dataset_repeats", 2, 3, 4, 5),
+    "flip_aug": ("flip_aug", True, False, True, False),
+    "shuffle_caption": ("shuffle_caption", True, False, True, False),
+    "caption_separator": ("caption_separator", ";", "|", "/", "_"),
+    "keep_tokens": ("keep_tokens", 1, 2, 3, 4),
+    "keep_tokens_separator": ("keep_tokens_separator", "|1|", "|2|", "|3|", "|4|"),
+    "secondary_separator": ("secondary_separator", ";1", ";2", ";3", ";4"),
+    "enable_wildcard": ("enable_wildcard", True, False, True, False),
+    "caption_prefix": ("caption_prefix", "p1", "p2", "p3", "p4"),
+    "caption_suffix": ("caption_suffix", "s1", "s2", "s3", "s4"),
+    "caption_dropout_rate": ("caption_dropout_rate", 0.1, 0.2, 1, 0.4),
+    "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", 2, 3, 4, 5),
+    "caption_tag_dropout_rate": ("caption_tag_dropout_rate", 0.1, 0.2, 0.3, 0),
+    "caption_extension": ("caption_extension", ".a", ".b", ".c", ".d"),
+    "class_tokens": (None, None, "g", "d", "s"),
+}
+
+
+def read(*, bucket_step: int = 16, **flags) -> tuple[DatasetSettings, ...]:
+    of_captions = {field.name for field in fields(CaptionOptions)}
+    caption_options = CaptionOptions(**{name: value for name, value in flags.items() if name in of_captions})
+    dataset_options = DatasetOptions(**{name: value for name, value in flags.items() if name not in of_captions})
+    return read_datasets(dataset_options, caption_options, bucket_step=bucket_step)
+
+
+def problems(**flags) -> list[str]:
+    with pytest.raises(DatasetError) as caught:
+        read(**flags)
+    return list(caught.value.problems)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "x.png")
+    return folder
+
+
+def write(folder: Path, document: dict | str, name: str = "my.toml") -> Path:
+    path = folder / name
+    text = document if isinstance(document, str) else json.dumps(document) if name.endswith(".json") else toml.dumps(document)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def document(images: Path, *, general: dict | None = None, dataset: dict | None = None, subset: dict | None = None) -> dict:
+    return {
+        "general": {"resolution": 512, **(general or {})},
+        "datasets": [{**(dataset or {}), "subsets": [{"image_dir": str(images), **(subset or {})}]}],
+    }
+
+
+@pytest.mark.parametrize("key", LAYERS)
+def test_subset_beats_dataset_beats_general_beats_flag(key: str, images: Path, tmp_path: Path):
+    flag, *layers = LAYERS[key]
+    of_dataset = layers[3] is None
+
+    def value(document_: dict, **flags):
+        path = write(tmp_path, document_)
+        (settings,) = read(dataset_config=path, **{"max_bucket_reso": 2048} | flags)
+        if key == "resolution":
+            return settings.resolution_wh
+        return getattr(settings if of_dataset else settings.subsets[0], key)
+
+    def expected(layer):
+        if key == "resolution":
+            return (
+                {"512,640": (512, 640), 640: (640, 640)}.get(layer, (768, 640)) if not isinstance(layer, list) else tuple(layer)
+            )
+        return layer
+
+    empty = document(images)
+    if key == "resolution":
+        del empty["general"]["resolution"]
+    if flag:
+        assert value(empty, **{flag: layers[0]}) == expected(layers[0])
+    flags = {flag: layers[0]} if flag else {}
+    general = {**empty, "general": {**empty["general"], key: layers[1]}}
+    assert value(general, **flags) == expected(layers[1])
+    general["datasets"][0][key] = layers[2]
+    assert value(general, **flags) == expected(layers[2])
+    if not of_dataset:
+        general["datasets"][0]["subsets"][0][key] = layers[3]
+        assert value(general, **flags) == expected(layers[3])
+
+
+def test_every_key_of_the_schema_is_covered_here():
+    from library.dataset import schema
+
+    assert set(LAYERS) | {"image_dir", "metadata_file", "is_reg"} == {key.name for key in schema.KEYS}
+
+
+def test_built_in_defaults_are_those_of_the_command_line(images: Path, tmp_path: Path):
+    (settings,) = read(dataset_config=write(tmp_path, document(images)))
+    assert settings.place == "my.toml, [[datasets]] 1" and settings.subsets[0].place == "my.toml, [[datasets]] 1, subset 1"
+    assert (settings.batch_size, settings.enable_bucket, settings.subsets[0].caption_extension) == (1, False, ".caption")
+    assert settings.subsets[0].image_dir == images
+
+
+def test_json_with_null_falls_through(images: Path, tmp_path: Path):
+    content = document(images, dataset={"batch_size": None, "resolution": None}, subset={"keep_tokens": None})
+    (settings,) = read(dataset_config=write(tmp_path, content, "my.json"), train_batch_size=3, keep_tokens=2)
+    assert (settings.batch_size, settings.subsets[0].keep_tokens, settings.resolution_wh) == (3, 2, (512, 512))
+
+
+def test_caption_extension_without_dot_and_misspelt_flag(images: Path, tmp_path: Path):
+    (settings,) = read(dataset_config=write(tmp_path, document(images, subset={"caption_extension": "txt"})))
+    assert settings.subsets[0].caption_extension == ".txt"
+    (settings,) = read(dataset_config=write(tmp_path, document(images)), caption_extention=".cap")
+    assert settings.subsets[0].caption_extension == ".cap"
+
+
+def test_all_problems_of_a_file_are_reported_together(images: Path, tmp_path: Path):
+    path = write(tmp_path, f"""
+resolution = 512
+[general]
+image_dir = "x"
+flip_aug = 1
+[extra]
+[[datasets]]
+batch_size = 0
+[[datasets.subsets]]
+image_dir = '{images}x'
+num_repeatz = 1
+[[datasets]]
+resolution = 500
+[[datasets.subsets]]
+num_repeats = true
+color_aug = true
+""")  # fmt: skip
+    found = problems(dataset_config=path)
+    assert "my.toml: resolution stands outside of the tables: it belongs in [general] or [[datasets]]" in found
+    assert any(text.startswith("my.toml: extra is not a table of a dataset file") for text in found)
+    assert "my.toml, [general]: image_dir belongs in [[datasets.subsets]], not here" in found
+    assert "my.toml, [general]: flip_aug is 1, but must be true or false" in found
+    assert "my.toml, [[datasets]] 1: batch_size is 0, but must be at least 1" in found
+    assert "my.toml, [[datasets]] 1, subset 1: num_repeatz is not a key (did you mean num_repeats?)" in found
+    assert any(text.endswith("imagesx does not exist (did you mean images?)") for text in found)
+    assert "my.toml, [[datasets]] 1: resolution is missing: set it here or in [general], or give --resolution" in found
+    assert "my.toml, [[datasets]] 2, subset 1: num_repeats is true, but must be a whole number" in found
+    assert any(text.startswith("my.toml, [[datasets]] 2, subset 1: color_aug is not a key") for text in found)
+    assert "my.toml, [[datasets]] 2, subset 1: image_dir is missing: the folder of the images" in found
+    assert any("width 500, which is not a multiple of 16" in text for text in found)
+    assert len(found) == 13
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "there is no [[datasets]] table"),
+        ("[datasets]\nresolution = 512", "[datasets] must be written [[datasets]]"),
+        ("[[general]]\n[[datasets]]\n[[datasets.subsets]]", "general must be one table"),
+        ("[general]\nresolution = 512\n[[datasets]]", "has no [[datasets.subsets]] table"),
+        (
+            "[general]\nresolution = 512\n[[datasets]]\n[datasets.subsets]\nimage_dir = 'x'",
+            "subsets must be written [[datasets.subsets]]",
+        ),
+        ("[general]\nresolution = 512\n[[dataset]]", "dataset is not a table of a dataset file"),
+        ("general = [\n", "my.toml"),
+    ],
+)
+def test_shape_of_the_file(content: str, words: str, tmp_path: Path):
+    assert words in "\n".join(problems(dataset_config=write(tmp_path, content)))
+
+
+def test_wrong_resolution_is_not_also_called_missing(images: Path, tmp_path: Path):
+    content = document(images)
+    content["general"]["resolution"] = "big"
+    assert problems(dataset_config=write(tmp_path, content)) == [
+        'my.toml, [general]: resolution is "big", but must be a size in pixels, 1024 or [width, height]']  # fmt: skip
+    del content["general"]["resolution"]
+    (text,) = problems(dataset_config=write(tmp_path, content), resolution="5x5")
+    assert text.startswith('--resolution: resolution is "5x5"')
+
+
+def test_relative_folder_is_found_beside_the_file(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (settings,) = read(dataset_config=write(tmp_path, document(Path("images"))))
+    assert settings.subsets[0].image_dir == tmp_path / "images"
+
+
+def test_bucket_limits_are_checked(images: Path, tmp_path: Path):
+    path = write(tmp_path, document(images, general={"enable_bucket": True, "max_bucket_reso": 448, "bucket_reso_steps": 24}))
+    found = problems(dataset_config=path)
+    assert any("multiple of 16" in text for text in found) and any("above max_bucket_reso 456" in text for text in found)
+
+
+def test_subsets_without_repeats_are_left_out_with_a_warning(images: Path, tmp_path: Path):
+    content = document(images)
+    content["datasets"][0]["subsets"].append({"image_dir": "does/not/exist", "num_repeats": 0})
+    (settings,) = read(dataset_config=write(tmp_path, content))
+    assert len(settings.subsets) == 1 and "subset 2: num_repeats is 0: the subset is left out" in settings.warnings[0]
+    content["general"]["num_repeats"] = 0
+    assert "no subset is left" in problems(dataset_config=write(tmp_path, content))[0]
+
+
+def test_a_folder_named_twice_counts_once(images: Path, tmp_path: Path):
+    content = document(images)
+    content["datasets"][0]["subsets"].append({"image_dir": str(images / ".." / "images"), "num_repeats": 9})
+    (settings,) = read(dataset_config=write(tmp_path, content))
+    assert [subset.num_repeats for subset in settings.subsets] == [1]
+    assert "is already in my.toml, [[datasets]] 1, subset 1" in settings.warnings[0]
+    content["datasets"].append(content["datasets"][0])
+    assert len(read(dataset_config=write(tmp_path, content))) == 2
+
+
+def test_metadata_subsets(images: Path, tmp_path: Path):
+    metadata = write(tmp_path, {"x.png": {}}, "meta.json")
+    (settings,) = read(dataset_config=write(tmp_path, document(images, subset={"metadata_file": str(metadata)})))
+    assert settings.subsets[0].metadata_file == metadata and settings.subsets[0].image_dir == images
+    without_folder = document(images, subset={"metadata_file": str(metadata)})
+    del without_folder["datasets"][0]["subsets"][0]["image_dir"]
+    assert read(dataset_config=write(tmp_path, without_folder))[0].subsets[0].image_dir is None
+
+    mixed = document(images, subset={"metadata_file": str(metadata), "is_reg": True, "class_tokens": "x"})
+    mixed["datasets"][0]["subsets"].append({"image_dir": str(images)})
+    found = problems(dataset_config=write(tmp_path, mixed))
+    assert any("is_reg is for subsets with an image folder alone" in text for text in found)
+    assert any("class_tokens is for subsets" in text for text in found)
+    assert any("some subsets have a metadata_file and others have not" in text for text in found)
+
+    missing = problems(dataset_config=write(tmp_path, document(images, subset={"metadata_file": str(tmp_path / "mata.json")})))
+    assert "metadata_file" in missing[0] and "(did you mean meta.json?)" in missing[0]
+
+
+def make_folders(parent: Path, *names: str) -> Path:
+    for name in names:
+        (parent / name).mkdir(parents=True)
+    return parent
+
+
+def test_named_folders_on_the_command_line(tmp_path: Path):
+    train = make_folders(tmp_path / "train", "10_a cat", "2_dog_x", "notes")
+    reg = make_folders(tmp_path / "reg", "1_cat")
+    (settings,) = read(train_data_dir=train, reg_data_dir=reg, resolution="512", train_batch_size=2, shuffle_caption=True)
+    assert settings.batch_size == 2 and settings.place == "--train_data_dir"
+    assert [(subset.num_repeats, subset.class_tokens, subset.is_reg, subset.shuffle_caption) for subset in settings.subsets] == [
+        (10, "a cat", False, True), (2, "dog_x", False, True), (1, "cat", True, True)]  # fmt: skip
+    assert settings.subsets[0].place == "--train_data_dir, folder 10_a cat"
+    assert "left out: notes" in settings.warnings[0]
+
+
+def test_folder_without_the_layout(images: Path, tmp_path: Path):
+    (text,) = problems(train_data_dir=images, resolution="512")
+    assert "has images directly inside" in text and str(images / "10_cat") in text
+    (text,) = problems(train_data_dir=tmp_path / "image", resolution="512")
+    assert "--train_data_dir: " in text and "did you mean images?" in text
+
+
+def test_in_json(images: Path, tmp_path: Path):
+    metadata = write(tmp_path, {"x.png": {}}, "meta.json")
+    (settings,) = read(in_json=metadata, train_data_dir=images, resolution="512", dataset_repeats=3)
+    (subset,) = settings.subsets
+    assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == (metadata, images, 3)
+    assert "--in_json" in problems(in_json=tmp_path / "none.json", resolution="512")[0]
+
+
+def test_nothing_given():
+    (text,) = problems(resolution="512")
+    assert "give --dataset_config FILE, or --train_data_dir" in text
+
+
+def test_flags_are_ignored_where_a_file_is_given(images: Path, tmp_path: Path):
+    (settings,) = read(dataset_config=write(tmp_path, document(images)), train_data_dir=tmp_path / "none", in_json="none.json")
+    assert [subset.image_dir for subset in settings.subsets] == [images]
+
+
+def test_every_flag_of_the_schema_exists():
+    from library.dataset import schema
+
+    known = {field.name for group in (DatasetOptions, CaptionOptions) for field in fields(group)}
+    assert {key.flag for key in schema.KEYS if key.flag} <= known
