@@ -93,7 +93,7 @@ def optimizer_problems(options: OptimizerOptions) -> list[str]:
 
 
 def optimizer_source(options: OptimizerOptions) -> OptimizerSource:
-    """The class that the options name. Raises OptionError for an unknown name or flags that contradict each other."""
+    """The class that the options name. Raises OptionError for an unknown name."""
     name = _chosen_name(options)
     known = _BY_LOWER_CASE.get(name.lower())
     if known is not None:
@@ -172,12 +172,7 @@ def pip_command(package: str) -> str:
 
 def _chosen_name(options: OptimizerOptions) -> str:
     legacy = {"AdamW8bit": options.use_8bit_adam, "Lion": options.use_lion_optimizer}
-    chosen = [name for name, is_set in legacy.items() if is_set]
-    if len(chosen) + bool(options.optimizer_type) > 1:
-        raise OptionError(
-            "give only one of --optimizer_type, --use_8bit_adam and --use_lion_optimizer: each of them names the optimizer"
-        )
-    return chosen[0] if chosen else options.optimizer_type or "AdamW"
+    return next((name for name, is_set in legacy.items() if is_set), options.optimizer_type or "AdamW")
 
 
 def _is_adafactor(source: OptimizerSource) -> bool:

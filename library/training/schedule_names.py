@@ -64,7 +64,7 @@ OPTIONAL_FIELDS = {
 
 def schedule_problems(schedule: ScheduleOptions, optimizer: OptimizerOptions) -> list[str]:
     """What is wrong with the schedule, as far as it shows without importing torch."""
-    problems = list(_step_problems(schedule))
+    problems: list[str] = []
     try:
         given = parse_literals(schedule.lr_scheduler_args, flag=ARGS_FLAG)
     except OptionError as error:
@@ -119,8 +119,8 @@ def schedule_class_place(schedule: ScheduleOptions) -> tuple[str, str]:
 
 
 def step_count(value: int | float, total_steps: int) -> int:
-    """Warm-up or decay steps: whole numbers are steps, fractions up to 1 are a part of the run."""
-    return int(value * total_steps) if isinstance(value, float) and value <= 1 else int(value)
+    """Warm-up or decay steps: an int is steps, a float is a share of the run."""
+    return int(value * total_steps) if isinstance(value, float) else value
 
 
 def torch_schedule_names() -> tuple[str, ...]:
@@ -135,22 +135,14 @@ def torch_schedule_names() -> tuple[str, ...]:
     return ()
 
 
-def _step_problems(schedule: ScheduleOptions) -> Iterator[str]:
-    for flag in ("lr_warmup_steps", "lr_decay_steps"):
-        value = getattr(schedule, flag)
-        if value < 0 or (value > 1 and value != int(value)):
-            yield f"--{flag} {value}: give a whole number of steps, or a part of the run such as 0.1 or 10%"
-
-
 def _name_problems(schedule: ScheduleOptions, optimizer: OptimizerOptions) -> Iterator[str]:
     try:
         name = schedule_name(schedule)
     except OptionError as error:
         yield from error.problems
         return
-    if schedule.lr_warmup_steps and _WARMUP not in NAMED_SCHEDULES[name].uses and _kind(optimizer) == "plain":
-        fix = "use --lr_scheduler constant_with_warmup, or " if name == "constant" else ""
-        yield f"--lr_scheduler {name} has no warm-up, but --lr_warmup_steps is {schedule.lr_warmup_steps}: {fix}leave it out"
+    if name == "piecewise_constant" and schedule.lr_warmup_steps:
+        yield f"--lr_warmup_steps is {schedule.lr_warmup_steps}, but --lr_scheduler {name} has no warm-up: begin step_rules with it"
     if name == "adafactor" and _kind(optimizer) not in ("adafactor_relative", None):
         yield "--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True: choose another one"
 
@@ -200,11 +192,6 @@ def _class_problems(schedule: ScheduleOptions) -> Iterator[str]:
             yield f"--lr_scheduler_type {class_name} is not a class of {TORCH_MODULE}{did_you_mean(class_name, names)}"
     elif not package.isidentifier() or importlib.util.find_spec(package) is None:
         yield f"--lr_scheduler_type {schedule.lr_scheduler_type}: the package {package!r} is not installed, check its spelling"
-    if schedule.lr_warmup_steps:
-        yield (
-            f"--lr_warmup_steps {schedule.lr_warmup_steps} has no effect on --lr_scheduler_type {class_name}: leave it out, "
-            "and give the class its own warm-up with --lr_scheduler_args"
-        )
 
 
 def _forced_notices(schedule: ScheduleOptions, owner: str) -> list[str]:

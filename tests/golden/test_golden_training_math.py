@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_files import Golden, load_golden, relative_error
 
+from library.options.flow import FlowOptions
+from library.options.loss import LossOptions
+from library.options.noise import NoiseOptions
 from library.training.losses import elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
 from library.training.noise import perturbed_noise
 from library.training.objective import FlowObjective, NoisyLatents
 from library.training.timesteps import DENSITIES, resolution_mu, sample_sigmas, sigma_sampler, table_sigmas, time_shift
 
 TOLERANCE = 1e-5
-NO_NOISE_OPTIONS = SimpleNamespace(noise_offset=None, multires_noise_iterations=None, ip_noise_gamma=None)
 
 
 @functools.cache
@@ -29,16 +31,16 @@ def trace() -> Golden:
     return load_golden("anima/mini_training_trace.safetensors")
 
 
-def flow_options(args: dict) -> SimpleNamespace:
-    return SimpleNamespace(**{"min_timestep": None, "max_timestep": None, **args})
+def flow_options(args: dict) -> FlowOptions:
+    return FlowOptions(**{field.name: args[field.name] for field in fields(FlowOptions) if field.name in args})
 
 
-def loss_options(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"loss_type": "l2", "huber_schedule": "constant", "huber_c": 0.1, "huber_scale": 1.0, **changes})
+def loss_options(**changes) -> LossOptions:
+    return LossOptions(**{"huber_schedule": "constant", **changes})
 
 
 def objective(args: dict) -> FlowObjective:
-    return FlowObjective(flow_options(args), NO_NOISE_OPTIONS, loss_options())
+    return FlowObjective(flow_options(args), NoiseOptions(), loss_options())
 
 
 def test_every_sampling_case():
@@ -172,7 +174,7 @@ def test_weighted_and_masked_loss():
 def test_training_trace_losses(step):
     """From the recorded predictions: the times, the target and the loss of each step."""
     data = trace()
-    setup = {**data.about["setup"], "timestep_sampling": "sigmoid"}
+    setup = data.about["setup"]
     inputs = {name: data.inputs[f"step{step}/{name}"] for name in ("latents", "noise", "timestep_draw")}
     made = objective(
         {key: setup[key] for key in ("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme")}

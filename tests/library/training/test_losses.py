@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from library.options.loss import LossOptions
 from library.training.losses import LOSSES, elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
 
 
-def options(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"loss_type": "l2", "huber_schedule": "constant", "huber_c": 0.1, "huber_scale": 1.0, **changes})
+def options(**changes) -> LossOptions:
+    return LossOptions(**{"huber_schedule": "constant", **changes})
 
 
 @pytest.mark.parametrize("kind", LOSSES)

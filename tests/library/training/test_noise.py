@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from library.options.noise import NoiseOptions
 from library.training.noise import Draws, model_input_noise, multires_noise, offset_strength, training_noise
 
 LATENTS = torch.randn(4, 8, 24, 16, generator=torch.Generator().manual_seed(1)) + 0.7
 
 
-def options(**changes) -> SimpleNamespace:
-    defaults = {"noise_offset": None, "noise_offset_random_strength": False, "multires_noise_iterations": None,
-                "multires_noise_discount": 0.3, "adaptive_noise_scale": None, "ip_noise_gamma": None,
-                "ip_noise_gamma_random_strength": False}  # fmt: skip
-    return SimpleNamespace(**{**defaults, **changes})
+def options(**changes) -> NoiseOptions:
+    return NoiseOptions(**changes)
 
 
 def draws(*positions: int, seed: int = 3, step: int = 5) -> Draws:

@@ -1,24 +1,22 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import fields
 
 import pytest
 import torch
 
 from library.errors import OptionError
+from library.options.flow import FlowOptions
+from library.options.loss import LossOptions
+from library.options.noise import NoiseOptions
 from library.training.objective import FlowObjective, NoisyLatents
 
+GROUPS = (FlowOptions, NoiseOptions, LossOptions)
 LATENTS = torch.randn(4, 16, 8, 12, generator=torch.Generator().manual_seed(1))
 
 
 def objective(**changes) -> FlowObjective:
-    flow = {"timestep_sampling": "sigmoid", "sigmoid_scale": 1.0, "discrete_flow_shift": 1.0, "weighting_scheme": "uniform",
-            "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "min_timestep": None, "max_timestep": None}  # fmt: skip
-    noise = {"noise_offset": None, "noise_offset_random_strength": False, "multires_noise_iterations": None,
-             "multires_noise_discount": 0.3, "adaptive_noise_scale": None, "ip_noise_gamma": None,
-             "ip_noise_gamma_random_strength": False}  # fmt: skip
-    loss = {"loss_type": "l2", "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1.0}
-    groups = [SimpleNamespace(**{key: changes.get(key, value) for key, value in group.items()}) for group in (flow, noise, loss)]
+    groups = [group(**{f.name: changes[f.name] for f in fields(group) if f.name in changes}) for group in GROUPS]
     return FlowObjective(*groups)
 
 
@@ -27,17 +25,17 @@ EVERYTHING = {"timestep_sampling": "sigma", "weighting_scheme": "mode", "noise_o
               "ip_noise_gamma_random_strength": True}  # fmt: skip
 
 
-def fields(noisy: NoisyLatents) -> list[torch.Tensor]:
+def tensors(noisy: NoisyLatents) -> list[torch.Tensor]:
     return [noisy.latents, noisy.sigmas, noisy.timesteps, noisy.target, noisy.loss_weights]
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING, {"weighting_scheme": "sigma_sqrt"}])
 def test_four_processes_draw_what_one_does(changes):
     made = objective(**changes)
-    whole = fields(made.corrupt(LATENTS, seed=1, step=7, positions=range(4)))
+    whole = tensors(made.corrupt(LATENTS, seed=1, step=7, positions=range(4)))
     for order in ((0, 1, 2, 3), (3, 1, 0, 2)):  # also: nothing depends on what was drawn before
         for position in order:
-            part = fields(made.corrupt(LATENTS[position : position + 1], seed=1, step=7, positions=(position,)))
+            part = tensors(made.corrupt(LATENTS[position : position + 1], seed=1, step=7, positions=(position,)))
             assert all(torch.equal(a[position : position + 1], b) for a, b in zip(whole, part, strict=True))
 
 

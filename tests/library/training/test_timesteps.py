@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from library.options.flow import FlowOptions
 from library.training.timesteps import (
     DENSITIES,
     SIGMA_SAMPLERS,
@@ -18,13 +17,11 @@ from library.training.timesteps import (
 COUNT = 40_000
 
 
-def flow(**changes) -> SimpleNamespace:
-    defaults = {"timestep_sampling": "sigmoid", "sigmoid_scale": 1.0, "discrete_flow_shift": 1.0, "weighting_scheme": "uniform",
-                "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "min_timestep": None, "max_timestep": None}  # fmt: skip
-    return SimpleNamespace(**{**defaults, **changes})
+def flow(**changes) -> FlowOptions:
+    return FlowOptions(**changes)
 
 
-def sigmas_of(options: SimpleNamespace, count: int = COUNT) -> torch.Tensor:
+def sigmas_of(options: FlowOptions, count: int = COUNT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     make = torch.randn if sigma_sampler(options).draw == "normal" else torch.rand
     return sample_sigmas(make(count, generator=generator), options, latent_hw=(64, 64))
