@@ -6,6 +6,7 @@ Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
-from library.errors import EXIT_USER_ERROR, TrainingError, UserError, error_block
+from library.errors import EXIT_USER_ERROR, OptionError, TrainingError, UserError, error_block
 from library.randomness import derive_seed
 from library.training import networks, trackers
 from library.training.good_weights import GoodWeights
@@ -29,7 +30,7 @@ from library.training.interrupts import StopRequest, resume_command
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
 from library.training.objective import NoisyLatents, Objective
-from library.training.optimizers import create_optimizer, load_optimizer_state, optimizer_state
+from library.training.optimizers import create_optimizer, evaluation_weights, load_optimizer_state, optimizer_state
 from library.training.plan import NetworkSize, plan_lines
 from library.training.precision import WEIGHT_DTYPES, allow_fp16_gradients, use_deterministic_kernels
 from library.training.preflight import CheckedRun, worker_count
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
     from library.dataset.latent_cache import LatentCache
     from library.dataset.text_cache import TextCache
+
+logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
 MAX_SKIPPED_STEPS = 5  # in a row; then the run has diverged
 PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
@@ -132,6 +135,8 @@ class NetworkTrainer:
         if self.options.run.dry_run:
             return
         self.fill_caches()
+        if self.run.text_cache is not None:
+            self.run.text_cache.conditioning_type = self.conditioning_type()
         self.load_models()
         self.create_optimizer()
         self.resume()
@@ -143,12 +148,15 @@ class NetworkTrainer:
 
         names = trackers.tracker_names(self.options.logging)
         self.log_dir = trackers.run_log_dir(self.options.logging)
-        self.accelerator: Accelerator = Accelerator(
-            mixed_precision=self.options.run.mixed_precision,
-            log_with=names or None,
-            project_dir=str(self.log_dir) if self.log_dir else None,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_WAIT)],
-        )
+        try:
+            self.accelerator: Accelerator = Accelerator(
+                mixed_precision=self.options.run.mixed_precision,
+                log_with=names or None,
+                project_dir=str(self.log_dir) if self.log_dir else None,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_WAIT)],
+            )
+        except ValueError as error:  # a precision that this device does not have
+            raise OptionError(f"--mixed_precision {self.options.run.mixed_precision}: {error}") from error
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]
@@ -178,7 +186,7 @@ class NetworkTrainer:
         size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
         self.say(*plan_lines(self.run, size))
         for warning in self.run.warnings:
-            self.say(f"warning: {warning}")
+            logger.warning("warning: %s", warning)
 
     def network_modules_parameters(self) -> list[nn.Parameter]:
         """Parameters of a network that may not be applied yet: then its modules are only in its lists."""
@@ -250,7 +258,7 @@ class NetworkTrainer:
     def create_optimizer(self) -> None:
         groups, self.group_names = networks.optimizer_groups(self.network, self.options.optimizer)
         made = create_optimizer(groups, self.options.optimizer)
-        self.optimizer_name, self.schedule_free = made.description, made.schedule_free
+        self.optimizer_name = made.description
         self.schedule = create_schedule(
             made.optimizer, self.options.schedule, total_steps=self.run.length.total_steps, optimizer=self.options.optimizer
         )
@@ -263,7 +271,6 @@ class NetworkTrainer:
         self.good_weights = GoodWeights(self.trained)
         if self.options.run.full_fp16 and self.accelerator.scaler is not None:
             allow_fp16_gradients(self.accelerator.scaler)
-        self.set_optimizer_mode(training=True)
 
     def resume(self) -> None:
         """Goes on from --resume, and puts the schedule where --initial_step says."""
@@ -275,7 +282,7 @@ class NetworkTrainer:
             self.advance_schedule(self.progress.step)
             return
         for line in check_identity(folder, saved, self.identity(), self.history()):
-            self.say(f"warning: {line}")
+            logger.warning("warning: %s", line)
         training = load_training_tensors(folder)
         self.load_network_state(load_network_tensors(folder))
         load_optimizer_state(self.raw_optimizer, training["optimizer"])
@@ -444,7 +451,7 @@ class NetworkTrainer:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        self.say(f"step {numbers.step}: the loss or its gradient is not finite; the step was skipped")
+        logger.warning("step %d: the loss or its gradient is not finite; the step was skipped", numbers.step)
         if self.skipped_in_a_row < MAX_SKIPPED_STEPS:
             return
         self.good_weights.restore()
@@ -546,16 +553,11 @@ class NetworkTrainer:
     def evaluating(self) -> Iterator[None]:
         """Dropout off, averaged weights in; back to training afterwards."""
         self.network.eval()
-        self.set_optimizer_mode(training=False)
         try:
-            yield
+            with evaluation_weights(self.raw_optimizer):
+                yield
         finally:
             self.network.train()
-            self.set_optimizer_mode(training=True)
-
-    def set_optimizer_mode(self, *, training: bool) -> None:
-        if self.schedule_free:
-            self.raw_optimizer.train() if training else self.raw_optimizer.eval()
 
     # ------------------------------------------------------------------ sample pictures
 
@@ -586,14 +588,9 @@ class NetworkTrainer:
                 self.vae.to("cpu")
 
     def say(self, *lines: str) -> None:
-        """Lines for people, from the main process, above the progress bar."""
-        if not self.accelerator.is_main_process:
-            return
-        from tqdm import tqdm
-
+        """Lines for people, shown by the main process above the progress bar."""
         for line in lines:
-            tqdm.write(line)
-        sys.stdout.flush()
+            logger.info("%s", line)
 
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 
 from library.errors import OptionError, TrainingError
 from library.files.safetensors_file import read_header, read_tensors
+from library.options.anima import AnimaTrainOptions
 from library.training.preflight import check_run
 from tests.tiny_arch import TinyArchitecture, TinyTrainer
 

@@ -21,13 +21,16 @@ from library.dataset.order import batches_per_epoch
 from library.dataset.scan import scan
 from library.dataset.toml_config import read_datasets
 from library.errors import DatasetError, OptionError, OutputError, UserError, os_error_text
+from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
-from library.training.optimizer_names import optimizer_problems
+from library.training.console import image_check_bar, set_up_console
+from library.training.optimizer_names import optimizer_notices, optimizer_problems
 from library.training.saving_names import OutputNames, SaveSchedule
-from library.training.schedule_names import schedule_problems
+from library.training.schedule_names import schedule_notices, schedule_problems
 from library.training.state import StateDescription, find_state, read_description
 from library.training.steps import Progress, RunLength, initial_progress
+from library.training.trackers import tracker_problems
 
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
@@ -66,6 +69,7 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     """Raises one UserError with all that was found. Needs no torch; loads no model."""
     problems = ProblemList()
     problems.add(*optimizer_problems(options.optimizer), *schedule_problems(options.schedule, options.optimizer))
+    problems.add(*tracker_problems(options.logging))
     with problems.collect():
         check_writable(Path(options.saving.output_dir))
     prompts: tuple[SamplePrompt, ...] = ()
@@ -136,8 +140,15 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         resumed=resumed,
         latent_cache=latent_cache,
         text_cache=text_cache,
-        warnings=(*training_set.warnings, *prompt_warnings(prompts, architecture)),
+        warnings=(*option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
     )
+
+
+def option_warnings(options: Any) -> Iterator[str]:
+    """What is allowed but does not do what one may think."""
+    yield from warnings_of(options)
+    yield from optimizer_notices(options.optimizer)
+    yield from schedule_notices(options.schedule, options.optimizer)
 
 
 def run_seed(options: Any, resumed: StateDescription | None) -> int:
@@ -173,10 +184,12 @@ def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architectur
         yield f"--sample_prompts: {architecture.name} does not use {', '.join(unused)}; the pictures ignore it"
 
 
-def read_training_set(options: Any, architecture: Architecture, progress: bool = True) -> TrainingSet:
+def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:
     datasets = read_datasets(options.dataset, options.captions, bucket_step=architecture.bucket_step)
-    workers = worker_count(options)
-    training_set = scan(datasets, skip_bad_images=options.dataset.skip_bad_images, workers=workers, progress=progress)
+    with image_check_bar() as bar:
+        training_set = scan(
+            datasets, skip_bad_images=options.dataset.skip_bad_images, workers=max(worker_count(options), 1), progress=bar
+        )
     if all(item.subset.is_reg for item in training_set.items):
         raise DatasetError("there are only regularization images: add a subset of images to train")
     return training_set
@@ -238,5 +251,7 @@ def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedR
     from library.errors import user_errors_end_the_script
 
     with user_errors_end_the_script():
-        return check_run(read(), architecture)
+        options = read()
+        set_up_console(options.console)
+        return check_run(options, architecture)
     raise AssertionError("user_errors_end_the_script does not return after an error")

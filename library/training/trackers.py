@@ -19,49 +19,49 @@ if TYPE_CHECKING:
 DEFAULT_TRACKER_NAME = "network_train"
 
 
-def tracker_names(logging: LoggingOptions) -> list[str]:
+def tracker_names(options: LoggingOptions) -> list[str]:
     """Names of the trackers in use: --log_with, or tensorboard when only --logging_dir is given."""
-    if logging.log_with == "all":
+    if options.log_with == "all":
         return ["tensorboard", "wandb"]
-    if logging.log_with:
-        return [logging.log_with]
-    return ["tensorboard"] if logging.logging_dir else []
+    if options.log_with:
+        return [options.log_with]
+    return ["tensorboard"] if options.logging_dir else []
 
 
-def tracker_problems(logging: LoggingOptions) -> list[str]:
-    """Trackers whose package is not installed."""
+def tracker_problems(options: LoggingOptions) -> list[str]:
+    """Trackers whose package is not installed. Needs no torch."""
     return [
         f"--log_with {name} needs the package {name}: pip install {name}"
-        for name in tracker_names(logging)
+        for name in tracker_names(options)
         if find_spec(name) is None
     ]
 
 
-def run_log_dir(logging: LoggingOptions) -> Path | None:
+def run_log_dir(options: LoggingOptions) -> Path | None:
     """--logging_dir / [--log_prefix]YYYYmmddHHMMSS, a folder for each run."""
-    if not logging.logging_dir:
+    if not options.logging_dir:
         return None
-    return Path(logging.logging_dir) / f"{logging.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+    return Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
 
 
-def start_trackers(accelerator: Accelerator, logging: LoggingOptions, config: dict[str, Any]) -> None:
+def start_trackers(accelerator: Accelerator, options: LoggingOptions, config: dict[str, Any]) -> None:
     """Starts the trackers that the Accelerator was made with; the main process only."""
     import toml
 
-    if not tracker_names(logging) or not accelerator.is_main_process:
+    if not tracker_names(options) or not accelerator.is_main_process:
         return
     settings: dict[str, Any] = {}
-    if logging.log_tracker_config:
+    if options.log_tracker_config:
         try:
-            settings = toml.load(logging.log_tracker_config)
+            settings = toml.load(options.log_tracker_config)
         except (OSError, toml.TomlDecodeError) as error:
-            raise OptionError(f"--log_tracker_config {logging.log_tracker_config}: {error}") from error
-    if logging.wandb_run_name:
-        settings.setdefault("wandb", {})["name"] = logging.wandb_run_name
-    if logging.wandb_api_key:
-        os.environ.setdefault("WANDB_API_KEY", logging.wandb_api_key)
+            raise OptionError(f"--log_tracker_config {options.log_tracker_config}: {error}") from error
+    if options.wandb_run_name:
+        settings.setdefault("wandb", {})["name"] = options.wandb_run_name
+    if options.wandb_api_key:
+        os.environ.setdefault("WANDB_API_KEY", options.wandb_api_key)
     plain = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
-    accelerator.init_trackers(logging.log_tracker_name or DEFAULT_TRACKER_NAME, config=plain, init_kwargs=settings)
+    accelerator.init_trackers(options.log_tracker_name or DEFAULT_TRACKER_NAME, config=plain, init_kwargs=settings)
 
 
 def log_picture(accelerator: Accelerator, name: str, pixels: Tensor, step: int, caption: str) -> None:

@@ -1,0 +1,70 @@
+"""Messages of a run: one handler for the project's loggers, above the progress bar, on the main process only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import OptionError, os_error_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from library.options.console import ConsoleOptions
+
+LOGGERS = ("library", "networks", "train_network")  # parents of every logger that the project uses
+SHOWN_FROM = 64  # images; fewer are read before a bar could be seen
+
+
+class BarFriendlyHandler(logging.Handler):
+    """Writes to stdout without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record))
+
+
+def set_up_console(options: ConsoleOptions) -> None:
+    """Called by a script's start, once. Processes other than the main one only show errors."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    level = logging.getLevelName(options.console_log_level or "INFO") if is_main else logging.ERROR
+    handler: logging.Handler = BarFriendlyHandler()
+    if options.console_log_file and is_main:
+        try:
+            handler = logging.FileHandler(Path(options.console_log_file), encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"--console_log_file {options.console_log_file}: {os_error_text(error)}") from error
+    simple = options.console_log_simple
+    handler.setFormatter(logging.Formatter("%(message)s" if simple else "%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+@contextmanager
+def image_check_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar for reading the images of a dataset, as a callback (images read, images in all)."""
+    if os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    from tqdm import tqdm
+
+    bar: Any = tqdm(desc="checking images", unit="image", leave=False, disable=True)
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar.disable and total >= SHOWN_FROM:
+            bar = tqdm(desc="checking images", unit="image", total=total, leave=False)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        bar.close()
