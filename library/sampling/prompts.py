@@ -1,0 +1,279 @@
+"""Prompt files for sample pictures: .txt (one prompt a line, flags after it), .toml and .json. Needs no torch.
+
+Differs from the reference where it loses what a user wrote: the prompt itself is never taken for a flag, an unknown or
+broken flag is an error, a TOML subset may override a shared key, and values are converted the same way in all formats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from library.errors import OptionError, did_you_mean
+
+MIN_SIDE_PX, MAX_SIDE_PX = 64, 16384
+MAX_STEPS = 1000  # more are cut to this, as in the reference
+FLAGS = {
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "g": "guidance_scale",
+    "n": "negative_prompt",
+    "ss": "sample_sampler",
+    "cn": "controlnet_image",
+    "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg",
+    "fs": "flow_shift",
+}
+FLAG_START = re.compile(r" --(?=[A-Za-z])")  # " -- " with a space after it is a dash in the text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePrompt:
+    """One picture to draw. None: the architecture's default."""
+
+    prompt: str
+    index: int  # place in the file, from 0, comments and blank lines not counted; part of the picture's name
+    negative_prompt: str | None = None
+    width: int | None = None  # pixels, before the architecture rounds down to its step
+    height: int | None = None
+    seed: int | None = None
+    sample_steps: int | None = None
+    scale: float | None = None  # of classifier-free guidance
+    guidance_scale: float | None = None  # distilled guidance
+    flow_shift: float | None = None
+    sample_sampler: str | None = None
+    controlnet_image: str | None = None
+    cfg_trunc_ratio: float | None = None  # part of the run with guidance
+    renorm_cfg: float | None = None  # cap of the guided prediction's norm, relative to the plain one
+
+    def settings(self) -> dict[str, object]:
+        """What the file sets besides the prompt itself, by key."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if value is not None and name not in ("prompt", "index")}
+
+    def unused(self, for_supported: Iterable[str]) -> list[str]:
+        """The settings of this prompt that are not among ``for_supported`` keys, each as its flag and key."""
+        supported = set(for_supported)
+        return [_shown(key) for key in self.settings() if key not in supported]
+
+
+def read_prompts(path: Path) -> list[SamplePrompt]:
+    """All prompts of the file, in its order.
+
+    Raises OptionError with everything that is wrong: the file, its syntax, and each bad line or key with its place.
+    """
+    readers: dict[str, Callable[[str, Path], Entries]] = {".txt": _from_text, ".toml": _from_toml, ".json": _from_json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise OptionError(f"--sample_prompts {path}: a prompt file ends in .txt, .toml or .json")
+    problems: list[str] = []
+    prompts: list[SamplePrompt] = []
+    for place, entry in reader(_read(path), path):
+        found = list(_problems(entry))
+        problems += [f"--sample_prompts {path}, {place}: {problem}" for problem in found]
+        if not found:
+            prompts.append(_sample_prompt(entry, len(prompts)))
+    if problems:
+        raise OptionError(*problems)
+    if not prompts:
+        raise OptionError(f"--sample_prompts {path} holds no prompt: write one per line, or drop the flag")
+    return prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One prompt as written: values by key, and words that are no flag."""
+
+    values: Mapping[str, object]
+    unknown: tuple[str, ...] = ()
+
+
+Entries = Iterator[tuple[str, Entry]]  # the place inside the file ("line 3"), the entry
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"--sample_prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--sample_prompts {path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+
+
+def _from_text(text: str, path: Path) -> Entries:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.startswith("#"):
+            yield f"line {number}", _parse_line(line.strip())
+
+
+def _parse_line(line: str) -> Entry:
+    prompt, *pieces = FLAG_START.split(line)
+    values: dict[str, object] = {"prompt": prompt}
+    unknown = []
+    for piece in pieces:
+        word, _, value = piece.partition(" ")
+        key = FLAGS.get(word.lower())
+        if key is None:
+            unknown.append(word)
+        else:
+            values[key] = value if key == "negative_prompt" else value.strip()
+    return Entry(values, tuple(unknown))
+
+
+def _from_toml(text: str, path: Path) -> Entries:
+    import toml
+
+    try:
+        document = toml.loads(text)
+    except (ValueError, IndexError, TypeError) as error:  # the parser's own error is a ValueError; it leaks the others
+        raise OptionError(f"--sample_prompts {path} is not valid TOML: {error}") from error
+    table = document.get("prompt")
+    if not isinstance(table, dict) or set(document) != {"prompt"}:
+        raise OptionError(f"--sample_prompts {path} needs one table [prompt], with [[prompt.subset]] tables for several pictures")
+    shared = {key: value for key, value in table.items() if key != "subset"}
+    subsets = table.get("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise OptionError(f"--sample_prompts {path}: write each picture as a table [[prompt.subset]]")
+    for number, subset in enumerate(subsets, start=1):
+        yield f"[[prompt.subset]] {number}", Entry({**shared, **subset})
+
+
+def _from_json(text: str, path: Path) -> Entries:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"--sample_prompts {path} is not valid JSON: {error}") from error
+    if not isinstance(document, list) or not all(isinstance(item, dict | str) for item in document):
+        raise OptionError(
+            f"--sample_prompts {path} must hold a list; each item an object, or a string like a line of a .txt file"
+        )
+    for number, item in enumerate(document, start=1):
+        yield f"item {number}", _parse_line(item.strip()) if isinstance(item, str) else Entry(item)
+
+
+def _problems(entry: Entry) -> Iterator[str]:
+    for word in entry.unknown:
+        yield f"--{word} is not a flag of a prompt line{_near_flag(word)}; known: {', '.join(f'--{flag}' for flag in FLAGS)}"
+    if not isinstance(entry.values.get("prompt"), str):
+        yield 'there is no prompt = "text"'
+    for key, value in entry.values.items():
+        if key != "prompt":
+            problem = _value_problem(key, value)
+            if problem:
+                yield problem
+
+
+def _near_flag(word: str) -> str:
+    near = did_you_mean(word.lower(), [*FLAGS, *FLAGS.values()])
+    for key in FLAGS.values():
+        near = near.replace(f"mean {key}?", f"mean {_shown(key)}?")
+    return near
+
+
+def _value_problem(key: str, value: object) -> str | None:
+    if key not in FIELDS:
+        return f"{key} is not a key of a prompt{did_you_mean(key, ['prompt', *FIELDS])}"
+    try:
+        FIELDS[key](value)
+    except (ValueError, TypeError, OverflowError) as error:
+        return f"{_shown(key)} {value!r}: {error}"
+    return None
+
+
+def _sample_prompt(entry: Entry, index: int) -> SamplePrompt:
+    settings = {key: FIELDS[key](value) for key, value in entry.values.items() if key != "prompt"}
+    return SamplePrompt(prompt=str(entry.values["prompt"]), index=index, **settings)  # type: ignore[arg-type]
+
+
+def _shown(key: str) -> str:
+    flag = next(flag for flag, name in FLAGS.items() if name == key)
+    return f"--{flag} ({key})"
+
+
+def _side(value: object) -> int:
+    side = _whole(value)
+    if not MIN_SIDE_PX <= side <= MAX_SIDE_PX:
+        raise ValueError(f"must be from {MIN_SIDE_PX} to {MAX_SIDE_PX} pixels")
+    return side
+
+
+def _seed(value: object) -> int:
+    seed = _whole(value)
+    if not 0 <= seed < 2**63:
+        raise ValueError("must be from 0 to 2^63 - 1; leave it out for a seed derived from the run's")
+    return seed
+
+
+def _steps(value: object) -> int:
+    return min(max(_whole(value), 1), MAX_STEPS)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)  # not through a float, which would round a long seed
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _number(value)
+    if number != int(number):
+        raise ValueError("must be a whole number")
+    return int(number)
+
+
+def _shift(value: object) -> float:
+    shift = _number(value)
+    if shift <= 0:
+        raise ValueError("must be more than 0")
+    return shift
+
+
+def _factor(value: object) -> float:
+    factor = _number(value)
+    if factor < 0:
+        raise ValueError("must not be negative")
+    return factor
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise ValueError("must be a number")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a text in quotes")
+    return value
+
+
+def _name(value: object) -> str:
+    if not _text(value):
+        raise ValueError("needs a value")
+    return _text(value)
+
+
+FIELDS: Mapping[str, Callable[[object], object]] = {  # key -> checks and converts; raises ValueError with what is allowed
+    "negative_prompt": _text,
+    "width": _side,
+    "height": _side,
+    "seed": _seed,
+    "sample_steps": _steps,
+    "scale": _factor,
+    "guidance_scale": _factor,
+    "flow_shift": _shift,
+    "sample_sampler": _name,
+    "controlnet_image": _name,
+    "cfg_trunc_ratio": _factor,
+    "renorm_cfg": _factor,
+}
