@@ -59,10 +59,10 @@ class CacheWriter:
         self._on_written(entries)
 
     def _explained(self, error: OutputError) -> OutputError:
-        """A full disk gets how much is done and how much room is missing."""
+        """With the way out; a full disk also with how much is done and how much room is missing."""
         cause = error.__cause__
         if not (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
-            return error
+            return OutputError(f"{error} (--cache_dir puts the cache files elsewhere)")
         for future, entries in self._waiting:
             if future.exception() is None:  # waits for it
                 self.written += entries

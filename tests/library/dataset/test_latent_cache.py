@@ -319,6 +319,20 @@ def test_a_full_disk_says_how_much_is_missing_and_keeps_what_is_done(small_disk:
     assert not list(small_disk.glob("*.tmp-*"))
 
 
+def test_a_file_that_cannot_be_written_points_to_the_cache_folder(tmp_path: Path) -> None:
+    training_set = make_training_set(tmp_path)
+    (tmp_path / "a.png.64x64.tiny-latents.safetensors").mkdir()
+    with pytest.raises(OutputError, match="--cache_dir") as caught:
+        fill(latent_cache(training_set))
+    assert "a.png.64x64" in str(caught.value)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    training_set = make_training_set(tmp_path)
+    with pytest.raises(DatasetError, match=r"cannot create the cache folder .*a\.png"):
+        fill(latent_cache(training_set, cache_dir=training_set.items[0].path))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 1 MiB; needs root on Linux."""
