@@ -23,6 +23,7 @@ OptimizerKind = Literal["plain", "schedule_free", "adafactor_relative"]
 
 # How people install a package whose import name differs from its name in pip.
 PIP_NAMES = {"lion_pytorch": "lion-pytorch"}
+FINDS_STEP_SIZE = ("dadaptation", "prodigyopt")  # packages whose optimizers scale one learning rate themselves
 # These cannot train a LoRA: their step() needs more than gradients.
 UNUSABLE = {"LBFGS": "needs several losses in one step", "SparseAdam": "needs sparse gradients"}
 
@@ -147,7 +148,7 @@ def optimizer_notices(options: OptimizerOptions) -> list[str]:
             "Adafactor sets its own learning rate (relative_step=True): --learning_rate, --unet_lr and --text_encoder_lr do not "
             "change the training; add --optimizer_args relative_step=False to use them"
         ]
-    if source.package in ("dadaptation", "prodigyopt") and options.learning_rate < 0.1:
+    if source.package in FINDS_STEP_SIZE and options.learning_rate < 0.1:
         return [f"{source.class_name} finds its own step size and expects --learning_rate 1.0; it is {options.learning_rate:g}"]
     return []
 

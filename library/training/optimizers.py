@@ -18,6 +18,7 @@ from library.errors import CheckpointError, OptionError, did_you_mean
 from library.training.literal_arguments import argument_problems, parse_literals
 from library.training.optimizer_names import (
     ARGS_FLAG,
+    FINDS_STEP_SIZE,
     OptimizerSource,
     missing_package,
     optimizer_arguments,
@@ -50,6 +51,7 @@ def create_optimizer(param_groups: Sequence[Mapping[str, Any]], options: Optimiz
         raise OptionError(*problems)
     kind = optimizer_kind(options)
     groups, lr = _with_learning_rates(param_groups, None if kind == "adafactor_relative" else options.learning_rate)
+    _check_rates(source, groups, lr)
     try:
         optimizer = optimizer_class(groups, lr=lr, **arguments)
     except Exception as error:  # classes of other packages raise what they like
@@ -65,9 +67,9 @@ def import_class(source: OptimizerSource) -> Callable[..., Any]:
         with _quiet("bitsandbytes"):
             module = importlib.import_module(source.module)
     except ModuleNotFoundError as error:
-        if error.name and not (source.module + ".").startswith(error.name + "."):
-            raise OptionError(f"--optimizer_type {source.path}: importing {source.module} failed: {error}") from error
-        raise OptionError(missing_package(source)) from error
+        if error.name == source.package:
+            raise OptionError(missing_package(source)) from error
+        raise OptionError(f"--optimizer_type {source.path}: importing {source.module} failed: {error}") from error
     except Exception as error:  # a package that does not fit this machine raises anything
         raise OptionError(f"--optimizer_type {source.path}: importing {source.module} failed: {error}") from error
     found = getattr(module, source.class_name, None)
@@ -86,6 +88,15 @@ def _with_learning_rates(
         if lr is None or group.get("lr") is None:
             group.pop("lr", None)
     return groups, lr
+
+
+def _check_rates(source: OptimizerSource, groups: list[dict[str, Any]], lr: float | None) -> None:
+    rates = {group.get("lr", lr) for group in groups} - {0}
+    if source.package in FINDS_STEP_SIZE and len(rates) > 1:
+        raise OptionError(
+            f"{source.class_name} finds one step size for all weights, but they have the learning rates {sorted(rates)}: "
+            "leave out --unet_lr, --text_encoder_lr and network arguments that set learning rates"
+        )
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

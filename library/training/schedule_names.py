@@ -142,7 +142,7 @@ def _name_problems(schedule: ScheduleOptions, optimizer: OptimizerOptions) -> It
         yield from error.problems
         return
     if name == "piecewise_constant" and schedule.lr_warmup_steps:
-        yield f"--lr_warmup_steps is {schedule.lr_warmup_steps}, but --lr_scheduler {name} has no warm-up: begin step_rules with it"
+        yield f"--lr_warmup_steps is {schedule.lr_warmup_steps}, but {name} has no warm-up: begin step_rules with it"
     if name == "adafactor" and _kind(optimizer) not in ("adafactor_relative", None):
         yield "--lr_scheduler adafactor goes with --optimizer_type Adafactor and relative_step=True: choose another one"
 
