@@ -91,7 +91,7 @@ def _with_learning_rates(
 
 
 def _check_rates(source: OptimizerSource, groups: list[dict[str, Any]], lr: float | None) -> None:
-    rates = {group.get("lr", lr) for group in groups} - {0}
+    rates: set[Any] = {group.get("lr", lr) for group in groups} - {0}
     if source.package in FINDS_STEP_SIZE and len(rates) > 1:
         raise OptionError(
             f"{source.class_name} finds one step size for all weights, but they have the learning rates {sorted(rates)}: "

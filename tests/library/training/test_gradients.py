@@ -205,3 +205,29 @@ def test_two_processes_sum(tmp_path):
     ]
     outputs = [process.communicate(timeout=60)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+def test_scaled_gradients_of_fp16_runs():
+    """The scaler multiplies the loss, and unscales the views in place; an overflow is dropped and makes the scaler skip."""
+    params, expected = weights(), weights()
+    gradients = Gradients(params, max_norm=0.5)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for bad in (False, True):
+        before = [param.detach().clone() for param in params]
+        scaler.scale(sum((param**3).sum() for param in params)).backward()
+        if bad:
+            params[0].grad[0, 0] = float("inf")
+        gradients.reduce()
+        scaler.unscale_(optimizer)
+        gradients.clip()
+        assert bool(gradients.drop_if_not_finite(torch.tensor(1.0))) is not bad
+        scaler.step(optimizer)
+        scaler.update()
+        gradients.zero()
+        assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True)) is bad
+    backward(expected)
+    torch.nn.utils.clip_grad_norm_(expected, 0.5)
+    torch.optim.SGD(expected, lr=0.1).step()
+    assert all(torch.allclose(a, b) for a, b in zip(params, expected, strict=True))
+    assert scaler.get_scale() == 2.0**9
