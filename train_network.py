@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from library.sampling.prompts import SamplePrompt
 from torch import Tensor, nn
 
 from library.dataset.batch import Batch
@@ -23,6 +23,7 @@ from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
 from library.errors import EXIT_USER_ERROR, OptionError, TrainingError, UserError, error_block
 from library.randomness import derive_seed
+from library.sampling.prompts import SamplePrompt
 from library.training import networks, trackers
 from library.training.good_weights import GoodWeights
 from library.training.gradients import Gradients
@@ -175,7 +176,7 @@ class NetworkTrainer:
 
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
-        self.denoiser = self.build_denoiser()
+        self.denoiser: Any = self.build_denoiser()
         torch.manual_seed(derive_seed(self.seed, "network"))
         self.network = networks.create_network(self.options.network, self.denoiser, [])
 
@@ -201,13 +202,14 @@ class NetworkTrainer:
 
     def fill_caches(self) -> None:
         """Encodes what the caches lack; the VAE and the text encoder are loaded only then, and gone afterwards."""
+        latents, texts = self.run.latent_cache, self.run.text_cache
         with torch.no_grad():
-            for cache, fill in ((self.run.latent_cache, self.fill_latent_cache), (self.run.text_cache, self.fill_text_cache)):
-                if cache is not None and self.anywhere(not cache.state().is_complete):
-                    fill(cache)
-                    self.accelerator.wait_for_everyone()
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
+            if latents is not None and self.anywhere(not latents.state(refresh=True).is_complete):
+                self.fill_latent_cache(latents)
+                self.after_caching()
+            if texts is not None and self.anywhere(not texts.state().is_complete):
+                self.fill_text_cache(texts)
+                self.after_caching()
 
     def fill_latent_cache(self, cache: LatentCache) -> None:
         vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
@@ -222,9 +224,14 @@ class NetworkTrainer:
         text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
         cache.fill(
             lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
-            batch_size=self.options.caches.text_encoder_batch_size or 1,
+            batch_size=self.options.caches.text_encoder_batch_size or self.options.dataset.train_batch_size,
             **self.cache_shares(),
         )
+
+    def after_caching(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def cache_shares(self) -> dict[str, Any]:
         return {"rank": self.rank, "processes": self.processes, "gather": self.gather_objects}
@@ -293,8 +300,10 @@ class NetworkTrainer:
         self.say(f"resumed from {folder} after step {self.progress.step}")
 
     def advance_schedule(self, steps: int) -> None:
-        for _ in range(steps):
-            self.schedule.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects an optimizer step before each of these
+            for _ in range(steps):
+                self.schedule.step()
 
     @torch.no_grad()
     def load_network_state(self, tensors: dict[str, Tensor]) -> None:
@@ -385,7 +394,8 @@ class NetworkTrainer:
     def compute_loss(self, batch: Batch, micro_step: int) -> Tensor:
         """The loss of a micro-batch as its part of the mean over the global batch."""
         with torch.no_grad():
-            latents = batch.latents if batch.latents is not None else self.encode_images(self.vae, batch.pixels)
+            latents = self.encode_images(self.vae, batch.pixels) if batch.pixels is not None else batch.latents
+            assert latents is not None  # a batch has one or the other
             text = batch.text if batch.text is not None else self.encode_text(self.text_encoder, batch.captions)
         noisy = self.objective.corrupt(
             latents, seed=self.seed, step=micro_step, positions=batch.positions, dtype=self.weight_dtype

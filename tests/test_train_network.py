@@ -142,7 +142,7 @@ def test_initial_step_skips_the_data_before_it(train, tmp_path):
 
 def test_a_diverging_run_stops_with_good_weights(train, tmp_path):
     with pytest.raises(TrainingError, match="--learning_rate"):
-        train("--max_train_steps=40", "--learning_rate=1e38", "--max_grad_norm=0")
+        train("--max_train_steps=40", "--learning_rate=1e30", "--max_grad_norm=0")
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out" / "t.safetensors").values())
 
 
@@ -170,7 +170,8 @@ def test_metadata_tells_what_was_trained(train, tmp_path):
     assert str(tmp_path) not in json.dumps(metadata)
 
 
-def test_dry_run_trains_and_writes_nothing(train, tmp_path, capsys):
+def test_dry_run_trains_and_writes_nothing(train, tmp_path, caplog):
+    caplog.set_level("INFO")
     train("--max_train_steps=2", "--dry_run", "--cache_latents_to_disk")
     assert not any((tmp_path / "out").iterdir())
-    assert "5 images" in capsys.readouterr().out
+    assert "5 images" in caplog.text

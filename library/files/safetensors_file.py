@@ -20,6 +20,7 @@ from library.errors import CheckpointError
 from library.files.atomic import write_atomically
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
@@ -132,7 +133,7 @@ def _read_fully(file: BinaryIO, view: memoryview, path: Path) -> None:
         done += got
 
 
-def torch_dtypes() -> dict[str, object]:
+def torch_dtypes() -> dict[str, torch.dtype]:
     """The format's dtype names -> torch dtypes."""
     import torch
 

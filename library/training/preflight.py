@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
     from library.dataset.text_cache import TextCache
 
-DISK_RESERVE_BYTES = 64 * 2**20  # left free on the disk of the caches
+MIB = 2**20
+DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
         )
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
-    check_disk(latent_cache, text_cache, options)
+    check_disk(training_set, (latent_cache, text_cache), options)
     return CheckedRun(
         options=options,
         architecture=architecture,
@@ -231,19 +232,26 @@ def extra_texts(training_set: TrainingSet, prompts: tuple[SamplePrompt, ...]) ->
     return tuple(dict.fromkeys([*([""] if drops else []), *texts]))
 
 
-def check_disk(latent_cache: LatentCache | None, text_cache: TextCache | None, options: Any) -> None:
+def check_disk(training_set: TrainingSet, caches: Sequence[LatentCache | TextCache | None], options: Any) -> None:
     """Raises OutputError when the disk of the caches has less room than they still need."""
-    needed = sum(cache.state().bytes_needed for cache in (latent_cache, text_cache) if cache is not None and cache.on_disk)
+    needed = sum(cache.state().bytes_needed for cache in caches if cache is not None and cache.on_disk)
     if not needed:
         return
-    folder = Path(options.caches.cache_dir or options.saving.output_dir)
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed + DISK_RESERVE_BYTES > free:
-        raise OutputError(
-            f"the caches still need about {needed / 2**20:,.0f} MiB but {place} has {free / 2**20:,.0f} MiB free: "
-            "free some space, or choose another disk with --cache_dir"
-        )
+    for folder in cache_folders(training_set, options):
+        place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if needed + DISK_RESERVE_BYTES > free:
+            raise OutputError(
+                f"the caches still need about {needed / MIB:,.0f} MiB but {place} has {free / MIB:,.0f} MiB free: "
+                "free some space, or choose another disk with --cache_dir"
+            )
+
+
+def cache_folders(training_set: TrainingSet, options: Any) -> set[Path]:
+    """Where cache files lie: --cache_dir, else beside the images."""
+    if options.caches.cache_dir:
+        return {Path(options.caches.cache_dir)}
+    return {item.path.parent for item in training_set.items}
 
 
 def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedRun:
