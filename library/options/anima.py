@@ -25,7 +25,7 @@ class AnimaOptions:
     qwen3_max_token_length: int = opt(512, "Qwen3 tokens of a caption that count, 1 to 512; the rest is cut off")
     t5_max_token_length: int = opt(512, "T5 tokens of a caption that count, 1 to 512; the rest is cut off")
     vae_chunk_size: int | None = opt(
-        None, "rows of pixels the VAE works on at a time, an even number; less memory (not set = all at once)"
+        None, "rows that a layer of the VAE works on at a time, an even number; less memory (not set = all at once)"
     )
     vae_disable_cache: bool = opt(False, "do not keep VAE features between frames; less memory, same pictures")
 

@@ -25,7 +25,7 @@ class CacheOptions:
     cache_text_encoder_outputs_to_disk: bool = opt(
         False, "keep the encoded captions in files for the next run (implies --cache_text_encoder_outputs)"
     )
-    text_encoder_batch_size: int | None = opt(None, "captions per text-encoder call while caching (not set = --train_batch_size)")
+    text_encoder_batch_size: int | None = opt(None, "captions per text-encoder call while caching (not set = 1)")
     skip_cache_check: bool = opt(
         False, "trust cache files by their names, without comparing what they were made from; faster start"
     )

@@ -42,7 +42,7 @@ class DatasetOptions:
     max_data_loader_n_workers: int = opt(
         8, "threads that read and decode images, at most one per CPU core (0 = no extra threads)"
     )
-    persistent_data_loader_workers: bool = opt(False, "accepted from the reference: workers always live on between epochs")
+    persistent_data_loader_workers: bool = opt(False, "for commands that have it: the threads always live on between epochs")
 
     def problems(self) -> Iterator[str]:
         yield from at_least(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from library.options.kinds import BY_TYPE, SWITCH, TEXT, Kind
+from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, Kind
 
 _METADATA = "option"
 
@@ -46,6 +46,12 @@ class Option:
     @property
     def is_switch(self) -> bool:
         return self.kind is SWITCH
+
+    @property
+    def metavar(self) -> str:
+        """What stands behind the flag: ``N``, ``NAME``, ``TEXT ...``; nothing for a switch."""
+        one = "NAME" if self.choices else PATH.metavar if self.path else self.kind.metavar
+        return f"{one} ..." if self.is_list else one
 
     @property
     def allowed(self) -> str:
@@ -131,16 +137,17 @@ def _option(declared: Field, annotation: Any) -> Option:
     lists = [t for t in types if typing.get_origin(t) is list]
     if lists:
         types = set(typing.get_args(lists[0]))
+    kind = declaration.kind or BY_TYPE[frozenset(types)]
     assert declared.default is not MISSING, declared.name
     return Option(
         name=declared.name,
-        kind=declaration.kind or BY_TYPE[frozenset(types)],
+        kind=kind,
         default=declared.default,
         help=declaration.help,
         choices=declaration.choices,
         is_optional=is_optional,
         is_list=bool(lists),
-        path=declaration.path or declaration.kind is None and BY_TYPE[frozenset(types)].metavar == "PATH",
+        path=declaration.path or kind is PATH,
         secret=declaration.secret,
     )
 

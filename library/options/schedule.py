@@ -23,9 +23,13 @@ class ScheduleOptions:
     lr_scheduler_args: list[str] | None = opt(None, "more arguments for the schedule: key=value, such as T_max=100")
     lr_warmup_steps: int | float = opt(0, "steps of rising rate at the start, or their share of the run: 0.1 or 10% (0 = none)")
     lr_decay_steps: int | float = opt(0, "steps of falling rate at the end of warmup_stable_decay, or their share (0 = none)")
-    lr_scheduler_num_cycles: int = opt(1, "times that cosine_with_restarts starts again")
+    lr_scheduler_num_cycles: int = opt(
+        1, "how often cosine_with_restarts falls to 0; half waves of the other cosine schedules that have cycles"
+    )
     lr_scheduler_power: float = opt(1, "power of the polynomial schedule (1 = a straight line)")
-    lr_scheduler_timescale: int | None = opt(None, "steps that set the pace of inverse_sqrt (not set = --lr_warmup_steps)")
+    lr_scheduler_timescale: int | None = opt(
+        None, "steps that set the pace of inverse_sqrt (not set = the warm-up steps, else 10000)"
+    )
     lr_scheduler_min_lr_ratio: float | None = opt(None, "lowest rate of schedules that have one, as a share of the learning rate")
 
     def problems(self) -> Iterator[str]:

@@ -1,0 +1,84 @@
+"""Option values as one source gives them (the command line, a config file), and what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.options.declare import Option
+from library.options.kinds import PATH, TEXT
+
+
+@dataclass(slots=True)
+class Given:
+    """Values that were read, the problems met, and the ``doubtful`` options: those that a problem already speaks of."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)  # option name -> where in a file its value stands
+    problems: list[str] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)
+
+    def take(self, option: Option, value: object, *, place: str = "") -> None:
+        """Reads one value; a value of the wrong type or choice becomes a problem."""
+        try:
+            self.values[option.name] = option.read(value)
+            self.places[option.name] = place
+        except ValueError:
+            name = f"{place}: {option.name}" if place else option.flag
+            hint = _near_choice(value, option.choices) or (_quotes_hint(option, value) if place else "")
+            self.refuse(option, f"{name} is {_shown(value)}, but must be {option.allowed}{hint}")
+
+    def refuse(self, option: Option, problem: str) -> None:
+        self.problems.append(problem)
+        self.doubtful.add(option.name)
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three option names that ``name`` may have meant: other dashes or case, a beginning, a misspelling."""
+    names = list(known)
+    wanted = name.strip("-\u2013\u2014").replace("-", "_").lower()
+    if wanted in names:
+        return [wanted]
+    longer = [known_name for known_name in names if wanted and known_name.startswith(wanted)]
+    return longer[:3] or difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+
+
+def questioned(names: list[str], *, dashes: str = "") -> str:
+    """``" (did you mean a or b?)"``, or an empty text for no names."""
+    return f" (did you mean {' or '.join(dashes + name for name in names)}?)" if names else ""
+
+
+def known_options(groups: Iterable[tuple[Option, ...]]) -> Mapping[str, Option]:
+    """Name -> option. Two groups with one name would be our own mistake."""
+    known: dict[str, Option] = {}
+    for options in groups:
+        for option in options:
+            assert option.name not in known, option.name
+            known[option.name] = option
+    return known
+
+
+def _near_choice(value: object, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str):
+        return ""
+    same_letters = [choice for choice in choices if choice.lower() == value.lower()]
+    return questioned(same_letters or difflib.get_close_matches(value, choices, n=1, cutoff=0.5))
+
+
+def _quotes_hint(option: Option, value: object) -> str:
+    """For TOML, where 7 and "7" differ."""
+    if option.is_list or isinstance(value, list):
+        return ""
+    if isinstance(value, str):
+        return ": take the quotes away" if value.lower() in ("true", "false") and option.is_switch else ""
+    return f': write "{_shown(value)}"' if option.kind in (TEXT, PATH) else ""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()  # as TOML writes it
+    if isinstance(value, list):
+        return f"[{', '.join(_shown(element) for element in value)}]"
+    return repr(value)
