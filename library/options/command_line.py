@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from library.errors import OptionError
+from library.errors import OptionError, OutputError, os_error_text
 from library.files.atomic import write_text_atomically
 from library.options.arguments import read_arguments, wants_help
 from library.options.config_file import ConfigFileOptions, config_path, config_text, read_config
@@ -101,13 +101,20 @@ def _write_config(groups: Mapping[str, tuple[Option, ...]], line: Given) -> NoRe
         raise OptionError(*problems)
     if os.environ.get("RANK", "0") == "0":  # of several processes one writes
         path = _new_config_path(own.config_file or "")
-        write_text_atomically(path, config_text(groups, line.values))
+        _write_new(path, config_text(groups, line.values))
         secrets = [
             option.flag for options in groups.values() for option in options if option.secret and line.values.get(option.name)
         ]
         left_out = f"; left out: {', '.join(secrets)}" if secrets else ""
         print(f"wrote {path}{left_out}\nstart with it: --config_file={path}")
     sys.exit(0)
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        write_text_atomically(path, text)
+    except OSError as error:
+        raise OutputError(f"--output_config: {path} cannot be written: {os_error_text(error)}") from error
 
 
 def _new_config_path(text: str) -> Path:

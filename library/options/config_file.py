@@ -149,7 +149,16 @@ def _syntax_problem(path: Path, text: str, line_number: int, reason: str) -> str
     elif value and not re.match(r"[\"'\[{\d+.-]|true|false|inf|nan", value):
         hint = "; texts stand in quotes, switches are true or false"
     key = line.partition("=")[0].strip()  # the value may be secret
-    return f"--config_file {path}, line {line_number}{f' ({key})' if key else ''}: {reason.rstrip('.')}{hint}"
+    return f"--config_file {path}, line {line_number}{f' ({key})' if key else ''}: {_plain_reason(reason)}{hint}"
+
+
+def _plain_reason(reason: str) -> str:
+    """The parser's words without values of the file: one may be a key or token."""
+    if reason.startswith("What?"):
+        return f"the table [{reason.split()[1]}] stands here twice"
+    if reason.startswith(("invalid literal", "could not convert")):
+        return "this is no TOML value"
+    return reason.rstrip(".")
 
 
 def _toml_value(option: Option, value: Any, quoted: Callable[[str], str]) -> str:

@@ -16,7 +16,7 @@ WITHOUT_WARMUP = {"constant": "constant_with_warmup", "adafactor": None}
 class ScheduleOptions:
     """Schedule: the learning rate over the run."""
 
-    lr_scheduler: str = opt("constant", "name of the schedule: constant, constant_with_warmup, linear, cosine, ...")
+    lr_scheduler: str = opt("constant", "name of the schedule: constant, linear, cosine and the like")
     lr_scheduler_type: str = opt(
         "", "class to use instead: module.Class, or a name of torch.optim.lr_scheduler (empty = --lr_scheduler)"
     )

@@ -1,0 +1,264 @@
+"""The options of anima_train_network.py: as declared, and the rules between them."""
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from library.errors import OptionError
+from library.options.anima import AnimaTrainOptions
+from library.options.command_line import read_options
+from library.options.config_file import ConfigFileOptions
+from library.options.declare import Option, groups_of, options_of, warnings_of
+
+OURS = {"dry_run", "deterministic", "skip_bad_images", "cache_dir", "caption_variants"}
+REQUIRED = {
+    "pretrained_model_name_or_path": "dit.safetensors",
+    "qwen3": "qwen3.safetensors",
+    "vae": "vae.safetensors",
+    "dataset_config": "my.toml",
+    "output_dir": "out",
+    "network_module": "networks.lora_anima",
+}
+SPECS = os.environ.get("SPECS_DIR")
+TYPES = {"true or false": "switch", "a whole number": "int", "a number": "float", "a text": "str", "a path": "Path"}
+
+GUIDE = """--pretrained_model_name_or_path=dit.safetensors --qwen3=qwen3.safetensors --vae=vae.safetensors
+    --dataset_config=my.toml --output_dir=out --output_name=my_anima_lora --save_model_as=safetensors
+    --network_module=networks.lora_anima --network_dim=8 --learning_rate=1e-4 --optimizer_type=AdamW8bit --lr_scheduler=constant
+    --timestep_sampling=sigmoid --discrete_flow_shift=1.0 --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision=bf16
+    --gradient_checkpointing --cache_latents --cache_text_encoder_outputs --vae_chunk_size=64 --vae_disable_cache"""
+
+
+def declared() -> dict[str, Option]:
+    groups = [ConfigFileOptions, *groups_of(AnimaTrainOptions).values()]
+    return {option.name: option for group in groups for option in options_of(group)}
+
+
+def read(*arguments: str, without: str = "") -> AnimaTrainOptions:
+    required = [f"--{name}={value}" for name, value in REQUIRED.items() if name != without]
+    return read_options(AnimaTrainOptions, [*required, *arguments])
+
+
+def problems(*arguments: str, without: str = "") -> tuple[str, ...]:
+    with pytest.raises(OptionError) as caught:
+        read(*arguments, without=without)
+    return caught.value.problems
+
+
+def reference_rows() -> list[dict]:
+    return json.loads(Path(__file__).with_name("reference_options.json").read_text(encoding="utf-8"))
+
+
+def test_flags_are_the_reference_s_and_ours():
+    assert set(declared()) == {row["name"] for row in reference_rows()} | OURS
+
+
+@pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["name"])
+def test_type_default_and_choices_are_the_reference_s(row):
+    option = declared()[row["name"]]
+    type_name = "str" if option.name == "resolution" else TYPES.get(option.kind.words, "int_or_float")
+    assert (type_name, option.is_list, list(option.choices)) == (row["type"], row["list"], row["choices"])
+    assert option.default == row["default"] and type(option.default) is type(row["default"])
+
+
+@pytest.mark.skipif(not SPECS, reason="SPECS_DIR names no folder of facts")
+def test_table_is_the_spec():
+    spec = json.loads((Path(str(SPECS)) / "cli" / "anima_train_network.json").read_text(encoding="utf-8"))
+    facts = {option["dest"]: option for option in spec["options"]}
+    for row in reference_rows():
+        fact = facts[row["name"]]
+        choices = [choice for choice in fact.get("choices") or [] if choice is not None]
+        kind = "switch" if fact["action"] == "store_true" else fact["type"]
+        assert row == {
+            "name": fact["dest"], "type": kind, "default": fact["default"], "list": fact.get("nargs") == "*", "choices": choices,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", declared().values(), ids=lambda option: option.name)
+def test_every_option_explains_itself(option):
+    assert len(option.help) > 8 and option.help.isascii() and not option.help.endswith(".")
+    if option.default is None:
+        assert "not set" in option.help or option.name in WITHOUT_A_DEFAULT_MEANING
+
+
+# required, or nothing happens without them
+WITHOUT_A_DEFAULT_MEANING = {
+    *REQUIRED, "config_file", "train_data_dir", "reg_data_dir", "in_json", "resolution", "caption_extention", "secondary_separator",
+    "lr_scheduler_args", "optimizer_args", "network_args", "lr_scheduler_min_lr_ratio", "save_n_epoch_ratio", "training_comment",
+    "resume", "sample_prompts", "logging_dir", "log_tracker_config", "console_log_file", "base_weights",
+    *(name for name in declared() if name.startswith("metadata_")),
+}  # fmt: skip
+
+
+def test_defaults_are_valid_choices():
+    for option in declared().values():
+        assert not option.choices or option.default is None or option.default in option.choices
+
+
+def test_group_names_are_those_that_others_use():
+    names = {f.name for f in fields(AnimaTrainOptions)}
+    assert names == {
+        "console", "run", "model", "anima", "dataset", "captions", "caches", "saving", "resume", "metadata", "optimizer", "schedule",
+        "loss", "noise", "flow", "network", "samples", "logging",
+    }  # fmt: skip
+
+
+def test_command_of_the_guide():
+    options = read_options(AnimaTrainOptions, GUIDE.split())
+    assert options.network.network_dim == 8 and options.optimizer.learning_rate == 1e-4
+    assert options.run.max_train_epochs == 10 and options.run.mixed_precision == "bf16" and options.run.gradient_checkpointing
+    assert options.caches.latents_cached and options.caches.text_cached and not options.caches.any_on_disk
+    assert options.anima.vae_chunk_size == 64 and options.anima.vae_disable_cache
+    assert options.dataset.dataset_config == Path("my.toml")
+    assert list(warnings_of(options)) == []
+
+
+def test_caching_to_disk_implies_caching():
+    caches = read("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk").caches
+    assert caches.latents_cached and caches.text_cached and not caches.cache_latents
+
+
+def test_all_that_is_missing_is_told_at_once():
+    with pytest.raises(OptionError) as caught:
+        read_options(AnimaTrainOptions, [])
+    text = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == len(REQUIRED)
+    assert all(f"--{name}" in text for name in REQUIRED)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_each_required_flag(name):
+    (problem,) = problems(without=name)
+    assert f"--{name}" in problem
+
+
+def test_missing_network_module_names_ours():
+    assert "--network_module=networks.lora_anima" in problems(without="network_module")[0]
+
+
+REFUSED = [
+    # arguments, what the problem says
+    ("--seed=-1", "--seed is -1: give a whole number from 0"),
+    ("--seed=4294967296", "--seed is 4294967296"),
+    ("--max_train_steps=0", "--max_train_steps is 0: give 1 or more"),
+    ("--max_train_epochs=0", "--max_train_epochs is 0"),
+    ("--gradient_accumulation_steps=0", "--gradient_accumulation_steps is 0"),
+    ("--full_bf16", "--full_bf16 needs --mixed_precision=bf16, not no"),
+    ("--full_fp16 --mixed_precision=bf16", "--full_fp16 needs --mixed_precision=fp16, not bf16"),
+    ("--full_fp16 --full_bf16 --mixed_precision=bf16", "--full_fp16 cannot be combined with --full_bf16"),
+    ("--train_batch_size=0", "--train_batch_size is 0"),
+    ("--max_data_loader_n_workers=-1", "--max_data_loader_n_workers is -1: give 0 or more"),
+    ("--prior_loss_weight=-1", "--prior_loss_weight is -1.0"),
+    ("--resolution=big", "--resolution is 'big': give N or WIDTH,HEIGHT"),
+    (
+        "--enable_bucket --min_bucket_reso=512 --max_bucket_reso=256",
+        "--min_bucket_reso is 512, above --max_bucket_reso, which is 256",
+    ),
+    ("--enable_bucket --bucket_reso_steps=24", "--bucket_reso_steps is 24: this model needs a multiple of 16"),
+    ("--bucket_reso_steps=0 --enable_bucket", "--bucket_reso_steps is 0: give 1 or more"),
+    ("--keep_tokens=-1", "--keep_tokens is -1"),
+    ("--caption_dropout_rate=1.5", "--caption_dropout_rate is 1.5: give a number from 0 to 1"),
+    ("--caption_tag_dropout_rate=-0.1", "--caption_tag_dropout_rate is -0.1"),
+    ("--caption_separator=", "--caption_separator is empty"),
+    ("--vae_batch_size=0", "--vae_batch_size is 0"),
+    ("--caption_variants=2", "--caption_variants needs --cache_text_encoder_outputs"),
+    ("--caption_variants=0 --cache_text_encoder_outputs", "--caption_variants is 0"),
+    ("--save_every_n_epochs=0", "--save_every_n_epochs is 0"),
+    ("--save_last_n_steps_state=0", "--save_last_n_steps_state is 0"),
+    ("--output_name=a/b", "--output_name is 'a/b': give the start of a file name; the folder is --output_dir"),
+    ("--initial_epoch=0", "--initial_epoch is 0: give 1 or more"),
+    ("--initial_step=-1", "--initial_step is -1: give 0 or more"),
+    ("--skip_until_initial_step", "--skip_until_initial_step needs --initial_step, --initial_epoch or --resume"),
+    ("--learning_rate=-1e-4", "--learning_rate is -0.0001: give 0 or more"),
+    ("--text_encoder_lr 1e-4 -1e-4", "--text_encoder_lr is 0.0001 -0.0001"),
+    ("--max_grad_norm=-1", "--max_grad_norm is -1.0"),
+    ("--use_8bit_adam --optimizer_type=Lion", "--optimizer_type and --use_8bit_adam each name an optimizer"),
+    ("--use_8bit_adam --use_lion_optimizer", "--use_8bit_adam and --use_lion_optimizer"),
+    ("--lr_warmup_steps=100", "--lr_scheduler=constant has no warm-up: use --lr_scheduler=constant_with_warmup"),
+    ("--lr_warmup_steps=100 --lr_scheduler=adafactor", "--lr_scheduler=adafactor has no warm-up: drop --lr_warmup_steps"),
+    ("--lr_warmup_steps=10% --lr_scheduler_type=CosineAnnealingLR", "the class of --lr_scheduler_type has no warm-up"),
+    ("--lr_warmup_steps=-5 --lr_scheduler=linear", "--lr_warmup_steps is -5: give 0 or more"),
+    ("--lr_decay_steps=150%", "--lr_decay_steps is 150% of the run"),
+    ("--lr_scheduler_num_cycles=0", "--lr_scheduler_num_cycles is 0"),
+    ("--lr_scheduler_power=0", "--lr_scheduler_power is 0.0: give a number above 0"),
+    ("--lr_scheduler_min_lr_ratio=2", "--lr_scheduler_min_lr_ratio is 2.0"),
+    ("--huber_c=0", "--huber_c is 0.0"),
+    (
+        "--loss_type=huber",
+        "--huber_schedule is snr, which --loss_type=huber cannot use with a flow model: give --huber_schedule=constant",
+    ),
+    ("--loss_type=smooth_l1 --huber_schedule=snr", "--huber_schedule is snr, which --loss_type=smooth_l1"),
+    ("--adaptive_noise_scale=0.1", "--adaptive_noise_scale needs --noise_offset"),
+    ("--noise_offset=-0.1", "--noise_offset is -0.1"),
+    ("--min_timestep=500 --max_timestep=500", "--min_timestep is 500, not below --max_timestep, which is 500"),
+    ("--min_timestep=-1", "--min_timestep is -1: give a timestep from 0 to 1000"),
+    ("--max_timestep=1001", "--max_timestep is 1001"),
+    ("--sigmoid_scale=0", "--sigmoid_scale is 0.0"),
+    ("--discrete_flow_shift=0", "--discrete_flow_shift is 0.0"),
+    ("--network_dim=0", "--network_dim is 0: give 1 or more"),
+    ("--network_alpha=-1", "--network_alpha is -1.0: give 0 or more"),
+    ("--network_dropout=1", "--network_dropout is 1.0: give a number from 0 to below 1"),
+    ("--scale_weight_norms=0", "--scale_weight_norms is 0.0"),
+    ("--dim_from_weights", "--dim_from_weights needs --network_weights"),
+    ("--base_weights a b --base_weights_multiplier 1 1 1", "--base_weights_multiplier has 3 numbers, but --base_weights has 2"),
+    ("--sample_every_n_steps=10", "--sample_every_n_steps needs --sample_prompts"),
+    ("--sample_at_first", "--sample_at_first needs --sample_prompts"),
+    ("--log_with=tensorboard", "--log_with=tensorboard needs --logging_dir"),
+    ("--log_with=all", "--log_with=all needs --logging_dir"),
+    ("--qwen3_max_token_length=513", "--qwen3_max_token_length is 513: give 1 to 512 tokens"),
+    ("--t5_max_token_length=0", "--t5_max_token_length is 0"),
+    ("--vae_chunk_size=63", "--vae_chunk_size is 63: give an even number"),
+    ("--vae_chunk_size=0", "--vae_chunk_size is 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), REFUSED, ids=[arguments for arguments, _ in REFUSED])
+def test_refused(arguments, expected):
+    (problem,) = problems(*arguments.split())
+    assert expected in problem
+
+
+def test_dataset_by_flags():
+    assert read("--train_data_dir=images", "--resolution=1024", without="dataset_config").dataset.train_data_dir == "images"
+    (problem,) = problems("--train_data_dir=images", without="dataset_config")
+    assert "--resolution is missing" in problem
+    (problem,) = problems("--in_json=m.json", "--reg_data_dir=r", "--resolution=512", without="dataset_config")
+    assert "--reg_data_dir cannot be combined with --in_json" in problem
+
+
+ALLOWED = [
+    "--learning_rate=0", "--sample_every_n_steps=0", "--network_alpha=0", "--full_bf16 --mixed_precision=bf16",
+    "--lr_warmup_steps=10% --lr_scheduler=cosine", "--loss_type=huber --huber_schedule=exponential", "--max_timestep=1000",
+    "--skip_until_initial_step --resume=latest", "--log_with=wandb", "--base_weights a b --base_weights_multiplier 0.5",
+    "--max_data_loader_n_workers=0", "--bucket_reso_steps=24",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ALLOWED)
+def test_allowed(arguments):
+    assert isinstance(read(*arguments.split()), AnimaTrainOptions)
+
+
+WARNED = [
+    ("--train_data_dir=x", "--dataset_config describes the dataset; ignored: --train_data_dir"),
+    ("--cache_dir=c", "--cache_dir does nothing without"),
+    ("--save_last_n_epochs=2", "--save_last_n_epochs does nothing without --save_every_n_epochs"),
+    (
+        "--save_every_n_steps=5 --save_last_n_steps_state=10",
+        "--save_last_n_steps_state does nothing without --save_every_n_steps and",
+    ),
+    ("--ip_noise_gamma_random_strength", "--ip_noise_gamma_random_strength does nothing without --ip_noise_gamma"),
+    ("--weighting_scheme=logit_normal", "--weighting_scheme=logit_normal does nothing with --timestep_sampling=sigmoid"),
+    ("--sample_prompts=p.txt", "--sample_prompts draws nothing yet"),
+    ("--wandb_run_name=x", "--wandb_run_name does nothing without --log_with=wandb"),
+    ("--log_config", "--log_config does nothing without --logging_dir"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WARNED, ids=[arguments for arguments, _ in WARNED])
+def test_warned(arguments, expected):
+    (warning,) = warnings_of(read(*arguments.split()))
+    assert expected in warning
