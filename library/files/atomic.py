@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +36,8 @@ def write_atomically(final: Path, write: Callable[[BinaryIO], object]) -> None:
     except OSError as error:
         raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is no folder, the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def write_text_atomically(final: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,10 +168,8 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise OutputError(f"--output_dir {folder}: {os_error_text(error)}") from error
     finally:
-        try:
+        with suppress(OSError):  # where the folder is no folder, the error above says so
             probe.unlink(missing_ok=True)
-        except OSError:  # the folder itself is not one: the error above says so
-            probe = folder
 
 
 def checked_prompts(options: Any) -> tuple[SamplePrompt, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ def save_network(network: Any, final: Path, *, dtype: torch.dtype | None, metada
     except OSError as error:
         raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is no folder, the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def remove_old(*paths: Path) -> None:
