@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from library.anima.denoiser import ROPE_TABLES_KEPT, grid_angles
+from library.anima.layout import DenoiserConfig
+from tests.library.anima.tiny_dit import TINY, batch, tiny_denoiser
+
+
+def captions(lengths=((9, 7), (4, 3))):
+    """prompt_embeds, qwen_mask, t5_ids, t5_mask for (Qwen3 tokens, T5 tokens) of each caption, padded to the longest."""
+    generator = torch.Generator().manual_seed(2)
+    states, tokens = max(s for s, _ in lengths), max(t for _, t in lengths)
+    qwen_mask = torch.tensor([[i < s for i in range(states)] for s, _ in lengths]).long()
+    t5_mask = torch.tensor([[i < t for i in range(tokens)] for _, t in lengths]).long()
+    embeds = torch.randn(len(lengths), states, TINY.adapter.source_width, generator=generator)
+    ids = torch.randint(2, 64, (len(lengths), tokens), generator=generator)
+    return embeds * qwen_mask.unsqueeze(-1), qwen_mask, ids * t5_mask, t5_mask
+
+
+def test_context_is_padded_to_512_rows_of_zeros():
+    context = tiny_denoiser().encode_context(*captions())
+    assert context.shape == (2, 512, TINY.context_dim)
+    assert context[0, :7].abs().min() > 0 and context[1, :3].abs().min() > 0
+    assert not context[0, 7:].any() and not context[1, 3:].any()
+
+
+def test_padding_of_the_captions_changes_nothing():
+    denoiser = tiny_denoiser()
+    embeds, qwen_mask, ids, t5_mask = captions()
+    padded = [torch.nn.functional.pad(t, (0, 5)) for t in (qwen_mask, ids, t5_mask)]
+    longer = denoiser.encode_context(torch.nn.functional.pad(embeds, (0, 0, 0, 5)), padded[0], padded[1], padded[2])
+    torch.testing.assert_close(longer, denoiser.encode_context(embeds, qwen_mask, ids, t5_mask))
+
+
+def test_full_masks_are_no_masks():
+    denoiser = tiny_denoiser()
+    embeds, qwen_mask, ids, t5_mask = captions(((6, 5), (6, 5)))
+    torch.testing.assert_close(
+        denoiser.encode_context(embeds, None, ids, None), denoiser.encode_context(embeds, qwen_mask, ids, t5_mask)
+    )
+
+
+def test_empty_caption_is_finite_and_the_same_alone_or_in_a_batch():
+    denoiser = tiny_denoiser()
+    together = denoiser.encode_context(*captions(((6, 4), (0, 1))))
+    alone = denoiser.encode_context(torch.zeros(1, 0, 28), torch.zeros(1, 0), torch.ones(1, 1).long() * 7, torch.ones(1, 1))
+    assert torch.isfinite(together).all() and torch.isfinite(alone).all()
+    embeds, qwen_mask, ids, t5_mask = captions(((6, 4), (0, 1)))
+    ids[1, 0] = 7
+    torch.testing.assert_close(denoiser.encode_context(embeds, qwen_mask, ids, t5_mask)[1:], alone)
+
+
+def test_too_many_tokens_are_refused():
+    with pytest.raises(AssertionError, match="7 T5 tokens do not fit 6"):
+        tiny_denoiser().encode_context(*captions(), rows=6)
+
+
+def test_samples_do_not_see_each_other():
+    denoiser = tiny_denoiser()
+    latents, sigmas, context = batch()
+    together = denoiser(latents, sigmas, context)
+    alone = torch.cat([denoiser(latents[i : i + 1], sigmas[i : i + 1], context[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_rows_of_the_context_take_part():
+    denoiser = tiny_denoiser()
+    latents, sigmas, context = batch()
+    padded = torch.nn.functional.pad(context, (0, 0, 0, 20))
+    assert (denoiser(latents, sigmas, context) - denoiser(latents, sigmas, padded)).abs().max() > 1e-3
+
+
+def test_padding_mask_is_seen_at_any_size():
+    denoiser = tiny_denoiser()
+    inputs = batch()
+    mask = torch.zeros(2, 1, 8, 6)
+    mask[:, :, 4:] = 1
+    large = mask.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    masked = denoiser(*inputs, mask)
+    assert torch.equal(masked, denoiser(*inputs, large))
+    assert not torch.allclose(masked, denoiser(*inputs))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_checkpointing_gives_equal_gradients(training):
+    gradients = []
+    for checkpointing in (False, True):
+        denoiser = tiny_denoiser().train(training)
+        # dropout as a LoRA has it: inside the block, so the recomputation must draw the same mask
+        denoiser.blocks[0].mlp.layer1.register_forward_hook(lambda _m, _i, out: torch.nn.functional.dropout(out, 0.3))
+        names = ["blocks.0.self_attn.q_proj.weight", "blocks.1.mlp.layer2.weight", "llm_adapter.blocks.0.mlp.0.weight"]
+        weights = [denoiser.get_parameter(name).requires_grad_() for name in names]
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        latents, sigmas, _ = batch()
+        context = denoiser.encode_context(*captions(), rows=8)
+        gradients.append(torch.autograd.grad(denoiser(latents, sigmas, context).square().mean(), weights))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_blocks_compile_without_breaks():
+    denoiser = tiny_denoiser()
+    latents, sigmas, context = batch()
+    expected = denoiser(latents, sigmas, context)
+    embeds = captions()
+    expected_context = denoiser.encode_context(*embeds, rows=9)
+    for blocks in (denoiser.blocks, denoiser.llm_adapter.blocks):
+        for block in blocks:
+            block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(denoiser(latents, sigmas, context), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoiser.encode_context(*embeds, rows=9), expected_context, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_the_residual_stream_in_bf16(weights):
+    denoiser = tiny_denoiser(dtype=weights)
+    seen = []
+    for block in denoiser.blocks:
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    latents, sigmas, context = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        velocity = denoiser(latents, sigmas, context)
+    assert set(seen) == {torch.bfloat16}
+    assert velocity.dtype == torch.float32  # that of the latents
+    exact = tiny_denoiser()(latents, sigmas, context)
+    assert (velocity - exact).norm() / exact.norm() < 0.05
+
+
+def test_bf16_weights_run_without_autocast():
+    denoiser = tiny_denoiser(dtype=torch.bfloat16)
+    latents, sigmas, context = batch()
+    velocity = denoiser(latents.bfloat16(), sigmas, context)
+    assert velocity.dtype == torch.bfloat16
+    exact = tiny_denoiser()(latents, sigmas, context)
+    assert (velocity - exact).norm() / exact.norm() < 0.05
+
+
+def test_rope_tables_are_made_once_per_grid_and_bounded():
+    denoiser = tiny_denoiser()
+    cpu = torch.device("cpu")
+    assert denoiser.rope(4, 3, cpu) is denoiser.rope(4, 3, cpu)
+    for rows in range(1, ROPE_TABLES_KEPT + 5):
+        denoiser.rope(rows, 2, cpu)
+    assert len(denoiser._rope_tables) == ROPE_TABLES_KEPT
+    assert not any("rope" in name for name in denoiser.state_dict())
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    denoiser = tiny_denoiser()
+    latents, sigmas, context = batch()
+    with torch.inference_mode():
+        denoiser(latents, sigmas, context)
+    denoiser.blocks[0].self_attn.q_proj.weight.requires_grad_()
+    denoiser(latents, sigmas, context).sum().backward()
+    assert torch.isfinite(denoiser.blocks[0].self_attn.q_proj.weight.grad).all()
+
+
+def test_positions_of_the_published_sizes():
+    config = DenoiserConfig()
+    angles = grid_angles(config, 3, 5, torch.device("cpu"))
+    assert angles.shape == (15, 64)
+    assert not angles[:, :22].any()  # 44 channels of time, an image is frame 0
+    theta = 10000 * 4 ** (42 / 40)
+    row, column = 2, 3
+    token = angles[row * 5 + column]
+    torch.testing.assert_close(token[22:43], torch.tensor([row * theta ** (-2 * i / 42) for i in range(21)]))
+    torch.testing.assert_close(token[43:], torch.tensor([column * theta ** (-2 * i / 42) for i in range(21)]))
+
+
+def test_a_copy_has_its_own_tables():
+    denoiser = tiny_denoiser()
+    denoiser.rope(2, 2, torch.device("cpu"))
+    other = copy.deepcopy(denoiser)
+    other.rope(3, 2, torch.device("cpu"))
+    assert len(denoiser._rope_tables) == 1
+
+
+def test_without_adapter_a_context_can_be_given():
+    latents, sigmas, context = batch()
+    velocity = tiny_denoiser(replace(TINY, adapter=None))(latents, sigmas, context)
+    assert velocity.shape == latents.shape and math.isfinite(velocity.sum().item())

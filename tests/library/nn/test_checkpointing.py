@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from library.nn.checkpointing import run_block
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_the_same_in_the_recomputation(training):
+    block = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).train(training)
+    x = torch.randn(4, 8, requires_grad=True)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        out = run_block(block, x, checkpointing=checkpointing)
+        gradients.append(torch.autograd.grad(out.square().sum(), [x, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_block_runs_again_only_where_gradients_are_recorded():
+    runs = []
+    block = nn.Linear(4, 4)
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    x = torch.randn(2, 4, requires_grad=True)
+    run_block(block, x, checkpointing=True).sum().backward()
+    assert len(runs) == 2
+    with torch.no_grad():
+        run_block(block, x, checkpointing=True)
+    assert len(runs) == 3
