@@ -63,7 +63,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return AnimaConditioning
 
     def encode_images(self, vae: QwenImageVae, pixels: Tensor) -> Tensor:
-        return vae.encode(pixels.to(vae.dtype))
+        return vae.encode(pixels)
 
     def encode_text(self, text_encoder: AnimaTextEncoder, captions: Sequence[str]) -> AnimaConditioning:
         return text_encoder.encode(captions, self.device)
@@ -92,7 +92,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             steps=prompt.sample_steps or SAMPLE_STEPS,
             shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
         )
-        return self.vae.decode(latents.to(self.vae.dtype))[0]
+        return self.vae.decode(latents)[0]
 
     def describe_model(self) -> dict[str, str]:
         flow = self.options.flow

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
-from library.errors import EXIT_USER_ERROR, OptionError, TrainingError, UserError, error_block
+from library.errors import OptionError, TrainingError, UserError, user_errors_end_the_script
 from library.randomness import derive_seed
 from library.sampling.prompts import SamplePrompt
 from library.training import networks, trackers
@@ -605,13 +605,5 @@ class NetworkTrainer:
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
     """Trains, and ends the script with one message for what a user can mend."""
-    try:
+    with user_errors_end_the_script():
         trainer_class(run).train()
-    except UserError as error:
-        sys.stdout.flush()
-        if run.is_main_process:
-            print(error_block(error), file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("\nstopped; what the caches hold stays valid, and the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(130)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
+EXIT_CTRL_C = 130  # 128 + SIGINT
 
 
 class UserError(Exception):
@@ -71,10 +73,17 @@ def os_error_text(error: OSError) -> str:
 
 @contextmanager
 def user_errors_end_the_script() -> Iterator[None]:
-    """Wraps ``main()``: a :class:`UserError` becomes its block on stderr and exit status 2."""
+    """Wraps ``main()``: a :class:`UserError` becomes its block on stderr and exit status 2, Ctrl-C exit status 130.
+
+    Of several processes that all find the same, only the main one speaks.
+    """
     try:
         yield
     except UserError as error:
         sys.stdout.flush()
-        print(error_block(error), file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(error_block(error), file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("\nstopped; what is in the caches stays valid, and the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CTRL_C)

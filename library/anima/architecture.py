@@ -48,7 +48,7 @@ class AnimaArchitecture:
         with _collected(problems):
             found["text"] = read_text_encoder_layout(find_model_file("--qwen3", anima.qwen3, QWEN3, allow_folder=True))
         with _collected(problems):
-            found["vae"] = read_vae_layout(find_model_file("--vae", model.vae, QWEN_IMAGE_VAE))
+            found["vae"] = read_vae_layout(model.vae)
         if problems:
             raise CheckpointError(*problems)
         return AnimaLayouts(**found)

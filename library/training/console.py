@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ class BarFriendlyHandler(logging.Handler):
 
 def set_up_console(options: ConsoleOptions) -> None:
     """Called by a script's start, once. Processes other than the main one only show errors."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF data; the scan has told what matters
     is_main = os.environ.get("RANK", "0") == "0"
     level = logging.getLevelName(options.console_log_level or "INFO") if is_main else logging.ERROR
     handler: logging.Handler = BarFriendlyHandler()

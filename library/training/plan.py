@@ -87,10 +87,20 @@ def _cache_lines(run: CheckedRun) -> Iterator[str]:
         if not cache.on_disk:
             yield f"  {kind}: {state.total} cached in memory"
             continue
-        stale = f", {len(state.stale)} to be made again" if state.stale else ""
-        yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing{stale}"
-    if run.text_cache is not None and run.text_cache.variants > 1:
-        yield f"  captions: {run.text_cache.variants} variants of each are cached (--caption_variants)"
+        yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {len(state.stale)} to be made again"
+        reasons = Counter(reason for _, reason in state.stale)
+        yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
+    yield from _variant_lines(run)
+
+
+def _variant_lines(run: CheckedRun) -> Iterator[str]:
+    if run.text_cache is None or run.text_cache.variants == 1:
+        return
+    variants = run.text_cache.variants
+    yield f"  captions: {variants} variants of each are cached (--caption_variants)"
+    showings = max(item.repeats for item in run.training_set.items) * run.length.epochs
+    if variants < showings:
+        yield f"    an image is shown up to {showings} times, so variants come back; more need more room and time to cache"
 
 
 def _output_lines(run: CheckedRun, size: NetworkSize) -> Iterator[str]:

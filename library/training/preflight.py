@@ -61,10 +61,6 @@ class CheckedRun:
     text_cache: TextCache | None
     warnings: tuple[str, ...]
 
-    @property
-    def is_main_process(self) -> bool:
-        return os.environ.get("RANK", "0") == "0"
-
 
 def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     """Raises one UserError with all that was found. Needs no torch; loads no model."""
