@@ -1,0 +1,218 @@
+"""The documents say what the program does: flags, keys, defaults, examples, links and file names are compared with the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from library.dataset import schema
+from library.dataset.buckets import Buckets
+from library.dataset.dataset_file import read_dataset_file
+from library.dataset.items import DatasetSettings
+from library.dataset.toml_config import read_datasets
+from library.options.anima import AnimaTrainOptions
+from library.options.captions import CaptionOptions
+from library.options.command_line import read_options
+from library.options.config_file import ConfigFileOptions, read_config
+from library.options.dataset import DatasetOptions
+from library.options.declare import groups_of, options_of
+from library.options.given import known_options
+from library.sampling.prompts import FLAGS, read_prompts
+from tools.make_option_table import END, START, option_table, with_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "configs" / "examples").glob("*.toml"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PATH = re.compile(r"(?:(?:library|networks|tests|tools|configs|docs)/[\w./<>*-]*|[\w<>]+\.py|\.ci/run)")
+PYTEST_FLAGS = {"slow"}  # tests/conftest.py
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def page(request) -> Path:
+    return request.param
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def code_of(page: Path) -> Iterator[str]:
+    text = page.read_text(encoding="utf-8")
+    yield from (body for _, body in FENCE.findall(text))
+    yield from INLINE.findall(FENCE.sub("", text))
+
+
+@cache
+def script_options():
+    return known_options([options_of(ConfigFileOptions), *map(options_of, groups_of(AnimaTrainOptions).values())])
+
+
+def flags_in_source(path: Path) -> set[str]:
+    """The texts in a Python file that are a flag and nothing else: what its argument parser is given."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return {match[1] for text in texts if (match := FLAG.fullmatch(text))}
+
+
+@cache
+def other_flags() -> set[str]:
+    """Flags of our tools, of accelerate's launcher, of pytest here, and of prompt lines."""
+    accelerate = importlib.util.find_spec("accelerate")
+    assert accelerate is not None and accelerate.origin is not None
+    sources = [*(ROOT / "tools").glob("*.py"), ROOT / "quickstart.py", Path(accelerate.origin).parent / "commands" / "launch.py"]
+    found = set().union(*(flags_in_source(path) for path in sources if path.is_file()))
+    return {*found, *FLAGS, *PYTEST_FLAGS, "help"}
+
+
+def test_the_option_table_is_up_to_date():
+    page = (ROOT / "docs" / "anima_train_network.md").read_text(encoding="utf-8")
+    assert page == with_table(page, option_table()), "run: python tools/make_option_table.py --write"
+
+
+@pytest.mark.parametrize("page", ["no markers", f"{END} {START}", f"{START} {END} {END}", f"{START} {START} {END}"])
+def test_a_page_without_one_pair_of_markers_is_refused(page):
+    with pytest.raises(ValueError, match="once each"):
+        with_table(page, "table")
+
+
+def test_every_flag_in_the_docs_exists(page):
+    known = {*script_options(), *other_flags()}
+    unknown = {flag for code in code_of(page) for flag in FLAG.findall(code)} - known
+    assert not unknown
+
+
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_files_named_in_the_docs_exist(page):
+    """Paths of this repository in backticks; a placeholder such as <arch> stands for anything."""
+    named = {match for code in INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))) for match in PATH.findall(code)}
+    missing = [name for name in named if not list(ROOT.glob(re.sub(r"<\w+>", "*", name).rstrip("/.")))]
+    assert not missing
+
+
+# ---------------------------------------------------------------- examples
+
+
+def test_dataset_examples_are_read(tmp_path, monkeypatch):
+    for path in EXAMPLES:
+        if path.name.endswith("_dataset.toml"):
+            check_dataset(path, tmp_path, monkeypatch)
+
+
+def check_dataset(path: Path, folder: Path, monkeypatch) -> None:
+    """Reads a dataset file with the folders that it names, through everything but the images."""
+    document = read_dataset_file(path)
+    for table in document["datasets"]:
+        for subset in table["subsets"]:
+            (folder / subset.get("image_dir", ".")).mkdir(parents=True, exist_ok=True)
+            if "metadata_file" in subset:
+                (folder / subset["metadata_file"]).write_text("{}")
+    monkeypatch.chdir(folder)
+    assert read_datasets(DatasetOptions(dataset_config=path), CaptionOptions(), bucket_step=16)
+
+
+def test_training_examples_are_valid_options():
+    for path in EXAMPLES:
+        if path.name.endswith("_training.toml"):
+            options = read_options(AnimaTrainOptions, ["--config_file", str(path)])
+            assert options.saving.output_name and options.network.network_module
+
+
+def test_there_are_examples_of_both_kinds():
+    assert {path.name for path in EXAMPLES} >= {"anima_dataset.toml", "anima_training.toml"}
+
+
+def test_toml_in_the_docs_is_read(page, tmp_path, monkeypatch):
+    for number, text in enumerate(fences(page, "toml")):
+        path = tmp_path / f"block{number}.toml"
+        path.write_text(text, encoding="utf-8")
+        if "[[datasets]]" in text:
+            check_dataset(path, tmp_path, monkeypatch)
+        elif "[prompt]" in text:
+            assert read_prompts(path)
+        else:
+            assert not read_config(path, script_options()).problems
+
+
+# ---------------------------------------------------------------- the dataset's keys
+
+
+def table_rows(page: Path, first_header: str) -> list[list[str]]:
+    """Cells of all tables whose first column has this header."""
+    rows, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not cells:
+            inside = False
+        elif cells[0] == first_header:
+            inside = True
+        elif inside and not set(cells[0]) <= set("-: "):
+            rows.append(cells)
+    return rows
+
+
+DATASET_PAGE = ROOT / "docs" / "dataset_config.md"
+LEVELS = {schema.GENERAL: "G", schema.DATASETS: "D", schema.SUBSETS: "S"}
+
+
+def test_the_key_tables_match_the_schema():
+    written = {row[0].strip("`"): row[1:4] for row in table_rows(DATASET_PAGE, "Key")}
+    wanted = {key.name: [" ".join(LEVELS[level] for level in key.levels), shown(key.default), flag(key)] for key in schema.KEYS}
+    assert written == wanted
+
+
+def shown(default: object) -> str:
+    if default is None:
+        return "not set"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f'`"{default}"`' if isinstance(default, str) else f"{default:g}"  # type: ignore[str-format]
+
+
+def flag(key: schema.Key) -> str:
+    return f"`--{key.flag}`" if key.flag else "none"
+
+
+def test_the_bucket_examples_are_right():
+    rows = table_rows(DATASET_PAGE, "Image")
+    assert len(rows) >= 8
+    settings = {"buckets": {"max_bucket_reso": 2048}, "no upscaling": {"bucket_no_upscale": True}, "buckets off": {}}
+    for image, kind, *written in rows:
+        dataset = DatasetSettings(
+            place="", subsets=(), resolution_wh=(1024, 1024), enable_bucket=kind != "buckets off", **settings[kind]
+        )
+        placement = Buckets(dataset).place(size(image))
+        (width, height), (left, top) = placement.resized_wh, placement.crop_left_top
+        cut = (width - placement.bucket_wh[0], height - placement.bucket_wh[1])
+        assert [size(cell) for cell in written] == [placement.resized_wh, placement.bucket_wh, cut], image
+        assert (left, top) == (cut[0] // 2, cut[1] // 2)
+
+
+def size(text: str) -> tuple[int, int]:
+    width, height = re.findall(r"\d+", text)
+    return int(width), int(height)
