@@ -7,6 +7,7 @@ Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -406,9 +407,9 @@ class NetworkTrainer:
         return losses.sum() / batch.global_size
 
     def step_optimizer(self, loss: Tensor) -> StepNumbers | None:
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
         self.gradients.reduce()
+        if self.accelerator.scaler is not None:  # after the sum, so that all processes see the same overflow
+            self.accelerator.unscale_gradients(self.optimizer)
         shared = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(float(bool(self.stop)))]), reduction="sum")
         norm = self.gradients.clip()
         finite = self.gradients.drop_if_not_finite(shared[0])
@@ -457,7 +458,8 @@ class NetworkTrainer:
 
     def guard_against_divergence(self, numbers: StepNumbers) -> None:
         """A step whose loss or gradient is not finite was skipped; after several in a row the run ends with good weights."""
-        if numbers.finite:
+        overflow = self.accelerator.scaler is not None and math.isfinite(numbers.loss)  # fp16: the scaler looks for its scale
+        if numbers.finite or overflow:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1

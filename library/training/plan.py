@@ -87,7 +87,8 @@ def _cache_lines(run: CheckedRun) -> Iterator[str]:
         if not cache.on_disk:
             yield f"  {kind}: {state.total} cached in memory"
             continue
-        yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {len(state.stale)} to be made again"
+        stale = len(state.stale)
+        yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again"
         reasons = Counter(reason for _, reason in state.stale)
         yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
     yield from _variant_lines(run)
