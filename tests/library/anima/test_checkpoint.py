@@ -63,10 +63,11 @@ def test_file_replaced_after_its_header_was_read(tmp_path):
 
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.layout import read_denoiser_layout
-def peak_kib(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# ru_maxrss would begin with the peak of the process that started this one
+def peak_kib(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
 layout = read_denoiser_layout(sys.argv[1])
 before = peak_kib()
 denoiser = build_denoiser(layout.config)
@@ -77,7 +78,7 @@ print((peak_kib() - before) * 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_the_file_and_little_more(tmp_path):
     adapter = AdapterConfig(vocabulary=8000, width=1024, source_width=64, blocks=1, heads=16, head_dim=64, mlp_hidden=64)
     config = DenoiserConfig(width=1024, blocks=8, heads=8, head_dim=128, mlp_hidden=4096, adaln_dim=64, adapter=adapter)
@@ -87,4 +88,4 @@ def test_peak_memory_is_the_file_and_little_more(tmp_path):
     assert size > 280 * 2**20
     done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
     print(f"file {size / 2**20:.0f} MiB, peak above imports {int(done.stdout) / 2**20:.0f} MiB")
-    assert int(done.stdout) < size + 300 * 2**20
+    assert size / 2 < int(done.stdout) < size + 300 * 2**20
