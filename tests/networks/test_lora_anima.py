@@ -1,0 +1,217 @@
+"""Names, arguments and refusals of networks.lora_anima."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from library.errors import CheckpointError, NetworkError
+from networks import lora_anima
+
+
+def create(unet, text_encoders=None, *, dim=4, alpha=1.0, **given):
+    return lora_anima.create_network(1.0, dim, alpha, None, text_encoders, unet, **given)
+
+
+def names(loras):
+    return {lora.lora_name for lora in loras}
+
+
+def block_names(prefix: str, blocks: int, parts: dict[str, tuple[str, ...]]) -> set[str]:
+    return {f"{prefix}_{n}_{part}_{layer}" for n in range(blocks) for part, layers in parts.items() for layer in layers}
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "output_proj")
+DENOISER_NAMES = block_names(
+    "lora_unet_blocks", 28, {"self_attn": PROJECTIONS, "cross_attn": PROJECTIONS, "mlp": ("layer1", "layer2")}
+)
+ADAPTER_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ADAPTER_NAMES = block_names(
+    "lora_unet_llm_adapter_blocks", 6, {"self_attn": ADAPTER_ATTENTION, "cross_attn": ADAPTER_ATTENTION, "mlp": ("0", "2")}
+)
+QWEN_NAMES = block_names("lora_te_layers", 28, {"self_attn": ADAPTER_ATTENTION, "mlp": ("gate_proj", "up_proj", "down_proj")})
+READMITTED_NAMES = {
+    *block_names("lora_unet_blocks", 28, {f"adaln_modulation_{part}": ("1", "2") for part in ("self_attn", "cross_attn", "mlp")}),
+    *(f"lora_unet_{name}" for name in ("x_embedder_proj_1", "t_embedder_1_linear_1", "t_embedder_1_linear_2")),
+    *(f"lora_unet_final_layer_{name}" for name in ("linear", "adaln_modulation_1", "adaln_modulation_2")),
+}
+
+
+def test_published_model_has_the_published_names(published_denoiser, published_text_encoder):
+    network = create(published_denoiser, [published_text_encoder])
+    assert names(network.unet_loras) == DENOISER_NAMES and len(network.unet_loras) == 280
+    assert names(network.text_encoder_loras) == QWEN_NAMES and len(network.text_encoder_loras) == 196
+    cross_k = next(lora for lora in network.unet_loras if lora.lora_name == "lora_unet_blocks_0_cross_attn_k_proj")
+    assert cross_k.lora_down.weight.shape == (4, 1024) and cross_k.lora_up.weight.shape == (2048, 4)
+    assert cross_k.lora_down.weight.device.type == "cpu"
+
+
+def test_adapter_and_readmitted_names(published_denoiser):
+    network = create(published_denoiser, None, dim=1, train_llm_adapter="true", include_patterns=".*")
+    assert names(network.unet_loras) == DENOISER_NAMES | ADAPTER_NAMES | READMITTED_NAMES
+
+
+def test_text_encoder_alone_or_in_a_list_or_none(tiny_denoiser, tiny_text_encoder):
+    for given, count in ((tiny_text_encoder, 7), ([tiny_text_encoder], 7), ([], 0), (None, 0), ([None], 0)):
+        assert len(create(tiny_denoiser, given).text_encoder_loras) == count
+    assert len(create(None, tiny_text_encoder).unet_loras) == 0
+
+
+def test_defaults_and_alpha_zero(tiny_denoiser):
+    (lora, *_) = create(tiny_denoiser, dim=None, alpha=None).unet_loras
+    assert (lora.lora_dim, float(lora.alpha), lora.scale) == (4, 1.0, 0.25)
+    (lora, *_) = create(tiny_denoiser, dim=8, alpha=0).unet_loras
+    assert (float(lora.alpha), lora.scale) == (8.0, 1.0)
+
+
+def test_rank_above_the_layers_width_is_allowed(tiny_denoiser):
+    assert create(tiny_denoiser, dim=64).unet_loras[0].lora_down.weight.shape == (64, 16)
+
+
+def test_patterns_ranks_and_adapter(tiny_denoiser):
+    network = create(tiny_denoiser, None, train_llm_adapter="True", exclude_patterns=r"[r'.*\.mlp\..*', r'.*cross_attn.*']",
+                     include_patterns=r"blocks\.1\.mlp\.layer2", network_reg_dims=r".*q_proj=2, llm_adapter.*=0")  # fmt: skip
+    ranks = {lora.lora_name.removeprefix("lora_unet_blocks_"): lora.lora_dim for lora in network.unet_loras}
+    block = {"self_attn_q_proj": 2, "self_attn_k_proj": 4, "self_attn_v_proj": 4, "self_attn_output_proj": 4}
+    expected = {f"{n}_{name}": rank for n in range(2) for name, rank in block.items()} | {"1_mlp_layer2": 4}
+    adapter_q = {name: rank for name, rank in ranks.items() if "llm_adapter" in name}
+    assert {name: rank for name, rank in ranks.items() if "llm_adapter" not in name} == expected
+    assert adapter_q == {"lora_unet_llm_adapter_blocks_0_self_attn_q_proj": 2}  # the first match counts
+
+
+def test_dropouts_reach_the_modules(tiny_denoiser):
+    drop = create(tiny_denoiser, neuron_dropout=0.1, rank_dropout="0.2", module_dropout="0.3", dropout=0.1).unet_loras[0].dropouts
+    assert (drop.neuron, drop.rank, drop.module) == (0.1, 0.2, 0.3)
+    assert create(tiny_denoiser, dropout="0.4").unet_loras[0].dropouts.neuron == 0.4
+    assert not create(tiny_denoiser, dropout=None).unet_loras[0].dropouts.any
+
+
+def test_verbose_logs_every_module(tiny_denoiser, caplog):
+    with caplog.at_level(logging.INFO):
+        create(tiny_denoiser, dim=2, alpha=0)
+        assert caplog.messages == ["LoRA for unet: 20 modules, rank 2"]
+        create(tiny_denoiser, dim=2, alpha=0, verbose="true")
+    assert "  blocks.0.self_attn.q_proj: rank 2, alpha 2 (lora_unet_blocks_0_self_attn_q_proj)" in caplog.messages
+    assert len(caplog.messages) == 2 + 20
+
+
+def test_two_networks_in_one_process_do_not_disturb_each_other(tiny_denoiser, tmp_path):
+    first = create(tiny_denoiser, train_llm_adapter="true", include_patterns=".*")
+    first.apply_to(None, tiny_denoiser)
+    first.save_weights(tmp_path / "a.safetensors", None, {})
+    lora_anima.create_network_from_weights(1.0, tmp_path / "a.safetensors", None, None, tiny_denoiser)
+    assert len(create(tiny_denoiser).unet_loras) == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dim": 0}, r"--network_dim is 0: give a whole number from 1 on"),
+        ({"dim": -4}, r"--network_dim is -4"),
+        ({"alpha": -1.0}, r"--network_alpha is -1.0"),
+        ({"neuron_dropout": 1.0}, r"--network_dropout is 1.0"),
+        ({"conv_dim": "4"}, r"conv_dim is not an argument of this network"),
+        ({"train_llm_adaptor": "true"}, r"did you mean train_llm_adapter\?"),
+        ({"include_patterns": "blocks.9.*"}, r"include_patterns: 'blocks\.9\.\*' matches none of the 38 modules"),
+        ({"include_patterns": "llm_adapter.*"}, r"include_patterns: 'llm_adapter\.\*' matches none"),
+    ],
+)
+def test_refusals(tiny_denoiser, given, said):
+    with pytest.raises(NetworkError, match=said):
+        create(tiny_denoiser, **given)
+
+
+def test_refusals_come_together(tiny_denoiser):
+    with pytest.raises(NetworkError) as caught:
+        create(tiny_denoiser, dim=0, alpha=-1, exclude_patterns="nothing", network_reg_lrs="nowhere=1")
+    assert len(caught.value.problems) == 4
+
+
+# --- networks from files
+
+
+@pytest.fixture
+def saved(tiny_denoiser, tmp_path):
+    """A LoRA file with several ranks and an adapter module."""
+    network = create(tiny_denoiser, dim=4, alpha=3.0, train_llm_adapter="true", network_reg_dims=r".*mlp.*=2")
+    network.apply_to(None, tiny_denoiser)
+    for lora in network.unet_loras:
+        nn.init.normal_(lora.lora_up.weight)
+    network.save_weights(tmp_path / "saved.safetensors", None, {})
+    return tmp_path / "saved.safetensors", {lora.lora_name: lora.lora_dim for lora in network.unet_loras}
+
+
+def test_the_file_decides_modules_ranks_and_alphas(saved, tiny_denoiser, caplog):
+    file, ranks = saved
+    network, weights = lora_anima.create_network_from_weights(
+        0.5, file, None, None, tiny_denoiser, rank_dropout="0.1", dropout="0.2", exclude_patterns=".*mlp.*", network_reg_lrs=".*mlp.*=1e-3"
+    )  # fmt: skip
+    assert {lora.lora_name: lora.lora_dim for lora in network.unet_loras} == ranks
+    assert {float(lora.alpha) for lora in network.unet_loras} == {3.0}
+    assert network.unet_loras[0].dropouts.rank == 0.1 and network.unet_loras[0].dropouts.neuron == 0.2
+    assert network.unet_loras[0].multiplier == 0.5 and len(weights) == 3 * len(ranks)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        f"{file}: it decides the modules and ranks, so exclude_patterns does nothing"
+    ]
+    network.apply_to(None, tiny_denoiser)
+    assert str(network.load_weights(file)).startswith(f"{len(ranks)} LoRA modules loaded")
+    _, descriptions = network.prepare_optimizer_params(None, None, 1e-4)
+    assert descriptions == ["unet reg_lr_0", "unet"]
+
+
+def test_given_weights_are_used_instead_of_the_file(saved, tiny_denoiser):
+    file, ranks = saved
+    _, weights = lora_anima.create_network_from_weights(1.0, file, None, None, tiny_denoiser)
+    one = {key: value for key, value in weights.items() if key.startswith("lora_unet_blocks_0_mlp_layer1.")}
+    network, again = lora_anima.create_network_from_weights(1.0, "unread", None, None, tiny_denoiser, weights_sd=one)
+    assert names(network.unet_loras) == {"lora_unet_blocks_0_mlp_layer1"} and again is one
+
+
+def test_base_weights_merge_equals_the_lora(saved, tiny_denoiser):
+    file, _ = saved
+    layer = tiny_denoiser.get_submodule("blocks.0.cross_attn.k_proj")
+    before = layer.weight.clone()
+    network, weights = lora_anima.create_network_from_weights(0.5, file, None, None, tiny_denoiser, for_inference=True)
+    network.merge_to(None, tiny_denoiser, weights, torch.bfloat16, "cpu")
+    name = "lora_unet_blocks_0_cross_attn_k_proj"
+    delta = weights[f"{name}.lora_up.weight"] @ weights[f"{name}.lora_down.weight"] * 0.5 * 3.0 / 4
+    torch.testing.assert_close(layer.weight, before + delta)
+    assert layer.weight.dtype == torch.float32
+    untouched = tiny_denoiser.get_submodule("x_embedder.proj.1")
+    assert "forward" not in vars(untouched)
+
+
+def test_modules_without_a_place_are_named(saved, tiny_denoiser, caplog):
+    file, ranks = saved
+    del tiny_denoiser.llm_adapter
+    network, _ = lora_anima.create_network_from_weights(1.0, file, None, None, tiny_denoiser)
+    assert len(network.unet_loras) == 20
+    assert re.search(r"10 modules have no place in the models here: left out \(lora_unet_llm_adapter_blocks_0", caplog.text)
+
+
+def test_a_file_of_another_architecture(tiny_denoiser, tmp_path):
+    torch.save({"lora_unet_down_blocks_0_x.lora_down.weight": torch.zeros(2, 3), "lora_unet_down_blocks_0_x.lora_up.weight": torch.zeros(3, 2)},
+               tmp_path / "sd.pt")  # fmt: skip
+    with pytest.raises(
+        NetworkError, match=r"sd\.pt is no LoRA for this model.*\(lora_unet_down_blocks_0_x\).*made for this arch"
+    ):
+        lora_anima.create_network_from_weights(1.0, tmp_path / "sd.pt", None, None, tiny_denoiser)
+
+
+def test_a_file_of_a_model_of_other_sizes(saved, make_tree):
+    file, _ = saved
+    wider = make_tree({"blocks.0.self_attn.q_proj": (32, 32)})
+    with pytest.raises(
+        NetworkError, match=r"model of other sizes: lora_unet_blocks_0_self_attn_q_proj \(\(16, 4\) x \(4, 16\) in the"
+    ):
+        lora_anima.create_network_from_weights(1.0, file, None, None, wider)
+
+
+def test_a_missing_file(tiny_denoiser, tmp_path):
+    for name in ("no.safetensors", "no.pt"):
+        with pytest.raises(CheckpointError, match=f"cannot read .*{name}"):
+            lora_anima.create_network_from_weights(1.0, tmp_path / name, None, None, tiny_denoiser)
