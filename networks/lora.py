@@ -1,7 +1,7 @@
 """LoRA networks: the container that trainers drive, its files, and the way an architecture builds one.
 
 An architecture's file (``lora_<arch>.py``) supplies data: ModelRules and an arguments class. It calls
-:func:`build_network` and :func:`build_network_from_weights`. The layer is in ``lora_layer.py``, the choice of modules in
+:func:`build_network` and :func:`build_network_from_weights`. The layer is in ``layer.py``, the choice of modules in
 ``selection.py``, the files' contents in ``weights_file.py``.
 """
 
@@ -19,7 +19,7 @@ from library.errors import NetworkError
 from library.files.atomic import write_atomically
 from library.files.safetensors_file import save_safetensors
 from networks.arguments import NetworkArguments
-from networks.lora_layer import Dropouts, LoRAModule
+from networks.layer import Dropouts, LoRAModule
 from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
 from networks.weights_file import LoadReport, by_module, check_shapes, no_module_fits, read_lora_file, sshs_hashes
 

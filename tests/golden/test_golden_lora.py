@@ -8,7 +8,7 @@ from golden_files import Golden, load_golden, load_golden_json, relative_error
 from torch import nn
 
 from networks import lora_anima
-from networks.lora_layer import Dropouts, LoRAModule
+from networks.layer import Dropouts, LoRAModule
 
 TOLERANCE = 1e-5  # of the file's header
 SCENARIOS = ("default", "reg_dims_lrs_loraplus", "llm_adapter_and_patterns", "with_text_encoder", "reg_lr_zero_drops_group")

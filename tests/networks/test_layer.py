@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import NetworkError
-from networks.lora_layer import Dropouts, LoRAModule, kept
+from networks.layer import Dropouts, LoRAModule, kept
 
 
 def with_lora(layer: nn.Module, *, trained: bool = True, **given) -> LoRAModule:
