@@ -1,6 +1,6 @@
 """NetworkTrainer: the training algorithm that every architecture shares, and the questions an architecture answers.
 
-A script such as ``anima_train_network.py`` subclasses it and answers the hooks below ``HOOKS``; see docs/architecture.md.
+A script such as ``anima_train_network.py`` subclasses it and answers library/training/hooks.py; see docs/architecture.md.
 Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 """
 
@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,14 +24,13 @@ from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
 from library.errors import OptionError, TrainingError, UserError, user_errors_end_the_script
 from library.randomness import derive_seed
-from library.sampling.prompts import SamplePrompt
 from library.training import networks, trackers
 from library.training.good_weights import GoodWeights
 from library.training.gradients import Gradients
+from library.training.hooks import ArchitectureHooks
 from library.training.interrupts import StopRequest, resume_command
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
-from library.training.objective import NoisyLatents, Objective
 from library.training.optimizers import create_optimizer, evaluation_weights, load_optimizer_state, optimizer_state
 from library.training.plan import NetworkSize, plan_lines
 from library.training.precision import WEIGHT_DTYPES, allow_fp16_gradients, use_deterministic_kernels
@@ -40,7 +39,15 @@ from library.training.report import Report
 from library.training.sample_pictures import SamplePictures
 from library.training.saving import remove_old, save_dtype, save_network
 from library.training.schedules import create_schedule
-from library.training.state import StateDescription, check_identity, load_network_tensors, load_training_tensors, save_state
+from library.training.state import (
+    StateDescription,
+    check_identity,
+    load_network_tensors,
+    load_training_tensors,
+    save_state,
+    state_history,
+    state_identity,
+)
 from library.training.steps import Progress
 
 if TYPE_CHECKING:
@@ -55,7 +62,7 @@ MAX_SKIPPED_STEPS = 5  # in a row; then the run has diverged
 PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
 
 
-class NetworkTrainer:
+class NetworkTrainer(ArchitectureHooks):
     """Trains a network (LoRA) on a frozen model. One object, one run."""
 
     def __init__(self, run: CheckedRun):
@@ -78,55 +85,6 @@ class NetworkTrainer:
                 self.report(numbers)
                 self.run_due_events()
             self.finish()
-
-    # ------------------------------------------------------------------ HOOKS: what an architecture answers
-
-    def build_denoiser(self) -> nn.Module:
-        """The denoiser without weights (on the meta device). Called once, before anything is loaded."""
-        raise NotImplementedError(f"{type(self).__name__} must define build_denoiser()")
-
-    def load_denoiser(self, denoiser: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
-        raise NotImplementedError(f"{type(self).__name__} must define load_denoiser()")
-
-    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Any:
-        """The image coder. Called only if latents must be encoded or samples drawn."""
-        raise NotImplementedError(f"{type(self).__name__} must define load_vae()")
-
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> Any:
-        """The text encoders with their tokenizers. Called only if some text must be encoded."""
-        raise NotImplementedError(f"{type(self).__name__} must define load_text_encoder()")
-
-    def conditioning_type(self) -> type[Conditioning]:
-        """The class that ``encode_text`` returns."""
-        raise NotImplementedError(f"{type(self).__name__} must define conditioning_type()")
-
-    def encode_images(self, vae: Any, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8). The caller sets gradient mode."""
-        raise NotImplementedError(f"{type(self).__name__} must define encode_images()")
-
-    def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Conditioning:
-        """Conditioning of the captions. The caller sets gradient mode."""
-        raise NotImplementedError(f"{type(self).__name__} must define encode_text()")
-
-    def create_objective(self) -> Objective:
-        """How latents are corrupted, what the target is, and the loss."""
-        raise NotImplementedError(f"{type(self).__name__} must define create_objective()")
-
-    def predict(self, denoiser: nn.Module, noisy: NoisyLatents, text: Conditioning) -> Tensor:
-        """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
-
-        Used for training and validation; the caller sets autocast and gradient mode.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define predict()")
-
-    def draw_sample(self, prompt: SamplePrompt, positive: Conditioning, negative: Conditioning, seed: int) -> Tensor:
-        """One sample picture, (3, H, W) in [-1, 1]; ``self.vae`` is on the device."""
-        raise NotImplementedError(f"{type(self).__name__} must define draw_sample()")
-
-    def describe_model(self) -> dict[str, str]:
-        """Metadata that only the architecture knows: ss_base_model_version, modelspec.architecture and the like."""
-        raise NotImplementedError(f"{type(self).__name__} must define describe_model()")
 
     # ------------------------------------------------------------------ set-up, in the order in which memory is used
 
@@ -289,7 +247,7 @@ class NetworkTrainer:
                 self.say("--resume latest: no complete state is there yet, so the run starts from the beginning")
             self.advance_schedule(self.progress.step)
             return
-        for line in check_identity(folder, saved, self.identity(), self.history()):
+        for line in check_identity(folder, saved, *self.own_settings()):
             logger.warning("warning: %s", line)
         training = load_training_tensors(folder)
         self.load_network_state(load_network_tensors(folder))
@@ -299,6 +257,14 @@ class NetworkTrainer:
             self.accelerator.scaler.load_state_dict(training["scaler"])
         self.good_weights = GoodWeights(self.trained)
         self.say(f"resumed from {folder} after step {self.progress.step}")
+
+    def own_settings(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What a state of this run is recognised by: settings that must be equal, and settings that should be."""
+        architecture, optimizer = self.run.architecture.name, self.optimizer_name.partition("(")[0]
+        return (
+            state_identity(self.options.network, architecture=architecture, optimizer=optimizer),
+            state_history(self.options, self.run.length, seed=self.seed),
+        )
 
     def advance_schedule(self, steps: int) -> None:
         with warnings.catch_warnings():
@@ -313,24 +279,6 @@ class NetworkTrainer:
             raise UserError(f"the state {self.run.resume_folder} holds another network: its modules differ from this run's")
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-
-    def identity(self) -> dict[str, str]:
-        """Settings without which a state cannot go on: the network's shape and the optimizer's kind."""
-        network = self.options.network
-        names = ("network_module", "network_dim", "network_alpha", "network_args")
-        identity = {f"--{name}": str(getattr(network, name)) for name in names}
-        return {**identity, "--optimizer_type": self.optimizer_name.partition("(")[0], "architecture": self.run.architecture.name}
-
-    def history(self) -> dict[str, str]:
-        """Settings that should stay for the result of an uninterrupted run."""
-        length = self.run.length
-        return {
-            "the seed": str(self.seed),
-            "the number of batches per epoch": str(length.batches_per_epoch),
-            "--gradient_accumulation_steps": str(length.accumulation),
-            "--mixed_precision": self.options.run.mixed_precision,
-            "--learning_rate": str(self.options.optimizer.learning_rate),
-        }
 
     def start_logging(self) -> None:
         from library.options.reference_table import redacted
@@ -540,12 +488,13 @@ class NetworkTrainer:
     def save_state(self, folder: Path) -> None:
         if not self.accelerator.is_main_process:
             return
+        identity, history = self.own_settings()
         description = StateDescription(
             epoch=self.progress.position // self.run.length.steps_per_epoch,
             progress=self.progress,
             seed=self.seed,
-            identity=self.identity(),
-            history=self.history(),
+            identity=identity,
+            history=history,
             losses=self.average.values(),
         )
         scaler = self.accelerator.scaler

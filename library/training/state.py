@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, OptionError, did_you_mean
 from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
-from library.training.steps import Progress
+from library.training.steps import Progress, RunLength
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from library.options.network import NetworkOptions
 
 STATE_FORMAT = 1
 DESCRIPTION_FILE = "train_state.json"
@@ -131,6 +133,24 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
             continue  # half or foreign: an older complete one is what "latest" promises
         complete.append((description.progress.step, not folder.name.endswith(REPLACED_MARK), folder))
     return max(complete)[2] if complete else None
+
+
+def state_identity(network: NetworkOptions, *, architecture: str, optimizer: str) -> dict[str, str]:
+    """Settings without which a state cannot go on: the network's shape and the optimizer's class (flag -> value)."""
+    names = ("network_module", "network_dim", "network_alpha", "network_args")
+    own = {f"--{name}": str(getattr(network, name)) for name in names}
+    return {**own, "--optimizer_type": optimizer, "the architecture": architecture}
+
+
+def state_history(options: Any, length: RunLength, *, seed: int) -> dict[str, str]:
+    """Settings that should stay, for the result of an uninterrupted run."""
+    return {
+        "the seed": str(seed),
+        "the number of batches per epoch": str(length.batches_per_epoch),
+        "--gradient_accumulation_steps": str(length.accumulation),
+        "--mixed_precision": options.run.mixed_precision,
+        "--learning_rate": str(options.optimizer.learning_rate),
+    }
 
 
 def check_identity(folder: Path, saved: StateDescription, identity: Mapping[str, str], history: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,77 @@
+"""The questions that an architecture answers: what differs between one trainer script and the next, and nothing else.
+
+``train_network.NetworkTrainer`` owns order, devices, autocast, gradient mode and logging, and asks these. An answer is named
+for what it gives, takes typed values and returns a named type.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.dataset.conditioning import Conditioning
+from library.sampling.prompts import SamplePrompt
+from library.training.objective import NoisyLatents, Objective
+from library.training.preflight import CheckedRun
+
+
+class ArchitectureHooks(ABC):
+    """Subclassed by NetworkTrainer, answered by ``<arch>_train_network.py``."""
+
+    run: CheckedRun
+    options: Any
+    device: torch.device
+    weight_dtype: torch.dtype
+    denoiser: Any
+    vae: Any
+
+    @abstractmethod
+    def build_denoiser(self) -> nn.Module:
+        """The denoiser without weights (on the meta device). Called once, before anything is loaded."""
+
+    @abstractmethod
+    def load_denoiser(self, denoiser: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
+
+    @abstractmethod
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Any:
+        """The image coder. Called only if latents must be encoded or samples drawn."""
+
+    @abstractmethod
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> Any:
+        """The text encoders with their tokenizers. Called only if some text must be encoded."""
+
+    @abstractmethod
+    def conditioning_type(self) -> type[Conditioning]:
+        """The class that ``encode_text`` returns."""
+
+    @abstractmethod
+    def encode_images(self, vae: Any, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8). The caller sets gradient mode."""
+
+    @abstractmethod
+    def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of the captions. The caller sets gradient mode."""
+
+    @abstractmethod
+    def create_objective(self) -> Objective:
+        """How latents are corrupted, what the target is, and the loss."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, noisy: NoisyLatents, text: Conditioning) -> Tensor:
+        """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
+
+        Used for training and validation; the caller sets autocast and gradient mode.
+        """
+
+    @abstractmethod
+    def draw_sample(self, prompt: SamplePrompt, positive: Conditioning, negative: Conditioning, seed: int) -> Tensor:
+        """One sample picture, (3, H, W) in [-1, 1]; ``self.vae`` is on the device."""
+
+    @abstractmethod
+    def describe_model(self) -> dict[str, str]:
+        """Metadata that only the architecture knows: ss_base_model_version, modelspec.architecture and the like."""
