@@ -34,7 +34,7 @@ INLINE = re.compile(r"`([^`\n]+)`")
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?:(?:library|networks|tests|tools|configs|docs)/[\w./<>*-]*|[\w<>]+\.py|\.ci/run)")
-PYTEST_FLAGS = {"slow"}  # tests/conftest.py
+FOREIGN_FLAGS = {"slow", "logdir"}  # of pytest here (tests/conftest.py), and of tensorboard
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)
@@ -66,12 +66,12 @@ def flags_in_source(path: Path) -> set[str]:
 
 @cache
 def other_flags() -> set[str]:
-    """Flags of our tools, of accelerate's launcher, of pytest here, and of prompt lines."""
+    """Flags of our tools, of accelerate's launcher, of prompt lines, and the few of other programs."""
     accelerate = importlib.util.find_spec("accelerate")
     assert accelerate is not None and accelerate.origin is not None
     sources = [*(ROOT / "tools").glob("*.py"), ROOT / "quickstart.py", Path(accelerate.origin).parent / "commands" / "launch.py"]
     found = set().union(*(flags_in_source(path) for path in sources if path.is_file()))
-    return {*found, *FLAGS, *PYTEST_FLAGS, "help"}
+    return {*found, *FLAGS, *FOREIGN_FLAGS, "help"}
 
 
 def test_the_option_table_is_up_to_date():
