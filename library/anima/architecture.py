@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from library.anima.layout import DenoiserLayout, read_denoiser_layout
 from library.anima.text_layout import TextEncoderLayout, read_text_encoder_layout
+from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.latent_cache import LatentRecipe
 from library.dataset.text_cache import TextRecipe
 from library.errors import CheckpointError
-from library.files.model_path import QWEN3, QWEN_IMAGE_VAE, find_model_file
 from library.files.safetensors_file import file_fingerprint
 
 DTYPE_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # --mixed_precision -> dtype of frozen models
@@ -26,6 +26,7 @@ class AnimaLayouts:
 
     denoiser: DenoiserLayout
     text: TextEncoderLayout
+    tokenizers: TokenizerFiles
     vae: VaeLayout
 
 
@@ -46,9 +47,18 @@ class AnimaArchitecture:
         with _collected(problems):
             found["denoiser"] = read_denoiser_layout(model.pretrained_model_name_or_path, anima.llm_adapter_path)
         with _collected(problems):
-            found["text"] = read_text_encoder_layout(find_model_file("--qwen3", anima.qwen3, QWEN3, allow_folder=True))
+            found["text"] = read_text_encoder_layout(anima.qwen3)
+        with _collected(problems):
+            found["tokenizers"] = find_tokenizers(
+                found.get("text"),
+                t5_path=anima.t5_tokenizer_path,
+                qwen_max=anima.qwen3_max_token_length,
+                t5_max=anima.t5_max_token_length,
+            )
         with _collected(problems):
             found["vae"] = read_vae_layout(model.vae)
+        if not problems:
+            problems += fit_problems(found["denoiser"], found["text"], found["vae"])
         if problems:
             raise CheckpointError(*problems)
         return AnimaLayouts(**found)
@@ -60,12 +70,31 @@ class AnimaArchitecture:
     def text_recipe(self, layouts: AnimaLayouts, options: Any) -> TextRecipe:
         anima = options.anima
         tokenizer = file_fingerprint(Path(anima.t5_tokenizer_path)) if anima.t5_tokenizer_path else "bundled"
-        settings = {"qwen3_tokens": anima.qwen3_max_token_length, "t5_tokens": anima.t5_max_token_length, "t5_tokenizer": tokenizer}
+        settings = {
+            "qwen3_tokens": anima.qwen3_max_token_length,
+            "t5_tokens": anima.t5_max_token_length,
+            "t5_tokenizer": tokenizer,
+        }
         return TextRecipe(
             arch=self.name,
             encoder_fingerprint=file_fingerprint(Path(anima.qwen3)),
             dtype=DTYPE_NAMES[options.run.mixed_precision],
-            settings=settings,
+            settings={**lengths, "t5_tokenizer": tokenizer},
+        )
+
+
+def fit_problems(denoiser: DenoiserLayout, text: TextEncoderLayout, vae: VaeLayout) -> Iterator[str]:
+    """Parts that are right in themselves but not made for each other."""
+    adapter = denoiser.config.adapter
+    if adapter is not None and adapter.source_width != text.config.width:
+        yield (
+            f"--qwen3 {text.path} gives states of width {text.config.width}, the LLM adapter wants {adapter.source_width}: "
+            "give the Qwen3-0.6B that belongs to this Anima model"
+        )
+    if vae.config is not None and vae.config.latent_channels != denoiser.config.in_channels:
+        yield (
+            f"--vae {vae.path} makes latents of {vae.config.latent_channels} channels, the model wants "
+            f"{denoiser.config.in_channels}: give the Qwen-Image VAE"
         )
 
 

@@ -85,7 +85,7 @@ def _cache_lines(run: CheckedRun) -> Iterator[str]:
             continue
         state = cache.state()
         if not cache.on_disk:
-            yield f"  {kind}: {state.total} cached in memory"
+            yield f"  {kind}: {state.total} to be cached in memory"
             continue
         stale = len(state.stale)
         yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again"
