@@ -70,11 +70,7 @@ class AnimaArchitecture:
     def text_recipe(self, layouts: AnimaLayouts, options: Any) -> TextRecipe:
         anima = options.anima
         tokenizer = file_fingerprint(Path(anima.t5_tokenizer_path)) if anima.t5_tokenizer_path else "bundled"
-        settings = {
-            "qwen3_tokens": anima.qwen3_max_token_length,
-            "t5_tokens": anima.t5_max_token_length,
-            "t5_tokenizer": tokenizer,
-        }
+        lengths = {"qwen3_tokens": anima.qwen3_max_token_length, "t5_tokens": anima.t5_max_token_length}
         return TextRecipe(
             arch=self.name,
             encoder_fingerprint=file_fingerprint(Path(anima.qwen3)),
