@@ -1,0 +1,182 @@
+"""Anima's text side: captions -> Qwen3 states and T5 ids, the two inputs of the LLM adapter.
+
+B captions · N Qwen3 tokens · M T5 tokens · D width of the Qwen3 states (1024)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.anima.text_layout import TextEncoderConfig, TextEncoderLayout
+from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles, padded
+from library.files.safetensors_file import read_tensors
+from library.nn.loading import load_into
+
+T5_END_ID = 1  # the id of </s> in every T5 vocabulary, all that an empty caption has
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AnimaConditioning:
+    """Text conditioning of B captions, padded on the right to the longest. No axis is ever empty: N, M >= 1.
+
+    The LLM adapter masks both paddings, and its result is padded to the DiT's 512 rows later, so the padded length here
+    changes nothing. An empty caption has no valid Qwen3 row.
+    """
+
+    prompt_embeds: Tensor  # (B, N, D) Qwen3 states, zeros where masked
+    qwen_mask: Tensor  # (B, N) bool, True = a token
+    t5_ids: Tensor  # (B, M) int64, 0 where masked
+    t5_mask: Tensor  # (B, M) bool
+
+    @classmethod
+    def empty(cls, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AnimaConditioning:
+        """The encoding of '': no Qwen3 token, a lone ``</s>`` for T5."""
+        nothing = torch.zeros(1, 1, width, dtype=dtype, device=device)
+        end = torch.full((1, 1), T5_END_ID, device=device)
+        return cls(nothing, torch.zeros(1, 1, dtype=torch.bool, device=device), end, torch.ones_like(end, dtype=torch.bool))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.prompt_embeds, self.qwen_mask, self.t5_ids, self.t5_mask
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AnimaConditioning:
+        return AnimaConditioning(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors))
+
+    def pin_memory(self) -> AnimaConditioning:
+        return AnimaConditioning(*(tensor.pin_memory() for tensor in self._tensors))
+
+    def split(self) -> list[AnimaConditioning]:
+        """One per caption, without the padding that its batch needed."""
+        lengths = (
+            torch.stack([self.qwen_mask.sum(1), self.t5_mask.sum(1)], dim=1).clamp_min(1).tolist()
+        )  # one wait for the device
+        return [
+            AnimaConditioning(
+                self.prompt_embeds[i : i + 1, :n], self.qwen_mask[i : i + 1, :n],
+                self.t5_ids[i : i + 1, :m], self.t5_mask[i : i + 1, :m],
+            )
+            for i, (n, m) in enumerate(lengths)
+        ]  # fmt: skip
+
+    def cache_tensors(self) -> dict[str, Tensor]:
+        """``prompt_embeds`` (n, D) in its dtype and ``t5_ids`` (m,) int32 of ONE caption, valid rows only; n = 0 for ''."""
+        if len(self.t5_ids) != 1:
+            raise ValueError(f"a cache entry holds one caption, not {len(self.t5_ids)}: split() first")
+        return {
+            "prompt_embeds": self.prompt_embeds[0][self.qwen_mask[0]],
+            "t5_ids": self.t5_ids[0][self.t5_mask[0]].to(torch.int32),
+        }
+
+    @classmethod
+    def from_cache(cls, tensors: Mapping[str, Tensor]) -> AnimaConditioning:
+        embeds, ids = tensors["prompt_embeds"], tensors["t5_ids"].to(torch.int64)
+        if len(embeds) == 0:
+            embeds, qwen_mask = embeds.new_zeros(1, embeds.shape[1]), ids.new_zeros(1, dtype=torch.bool)
+        else:
+            qwen_mask = ids.new_ones(len(embeds), dtype=torch.bool)
+        return cls(embeds[None], qwen_mask[None], ids[None], torch.ones_like(ids, dtype=torch.bool)[None])
+
+    @classmethod
+    def stack(cls, parts: Sequence[AnimaConditioning]) -> AnimaConditioning:
+        return cls(*(_joined([part._tensors[place] for part in parts]) for place in range(4)))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """(B_i, L_i, ...) each -> (sum of B_i, longest L, ...), zeros (False) at the padding."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    if all(tensor.shape[1] == longest for tensor in tensors):
+        return torch.cat(list(tensors))
+    out = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), longest, *tensors[0].shape[2:])
+    start = 0
+    for tensor in tensors:
+        out[start : start + len(tensor), : tensor.shape[1]] = tensor
+        start += len(tensor)
+    return out
+
+
+class AnimaTextEncoder(nn.Module):
+    """Qwen3 with its tokenizer, and the T5 tokenizer. Frozen; ``model`` is transformers' Qwen3Model without its head."""
+
+    def __init__(self, model: nn.Module, tokenizers: AnimaTokenizers, width: int):
+        super().__init__()
+        self.model = model
+        self.tokenizers = tokenizers
+        self.width = width  # D
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], device: torch.device | str | None = None) -> AnimaConditioning:
+        """States of the last layer after the final norm, on ``device`` (default: the model's), in the model's dtype.
+
+        A caption's result does not depend on the others in its batch, except for rounding.
+        """
+        own_device = next(self.model.parameters()).device
+        tokens = [self.tokenizers.ids(caption) for caption in captions]
+        qwen_ids, qwen_mask = (torch.tensor(rows) for rows in padded([t.qwen for t in tokens], self.tokenizers.qwen_pad_id))
+        t5_ids, t5_mask = (torch.tensor(rows) for rows in padded([t.t5 for t in tokens], pad_id=0))
+        embeds = self.states(qwen_ids.to(own_device), qwen_mask.to(own_device), nothing=not bool(qwen_mask.any()))
+        return AnimaConditioning(embeds, qwen_mask, t5_ids, t5_mask).to(own_device if device is None else device)
+
+    @torch.no_grad()
+    def states(self, ids: Tensor, mask: Tensor, *, nothing: bool = False) -> Tensor:
+        """ids (B, N) int64, mask (B, N) with True at tokens, padded on the right -> (B, N, D), zeros where masked.
+
+        ``nothing``: no token in the whole batch, so the model need not run. Attention is causal, so tokens never see the padding
+        behind them and no mask is passed: that allows the fastest attention kernel.
+        """
+        if nothing:
+            parameter = next(self.model.parameters())
+            return parameter.new_zeros(*ids.shape, self.width)
+        states = self.model(input_ids=ids, use_cache=False).last_hidden_state
+        return states.masked_fill_(~mask.bool()[:, :, None], 0)
+
+
+def load_text_encoder(
+    layout: TextEncoderLayout,
+    tokenizers: AnimaTokenizers | TokenizerFiles,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> AnimaTextEncoder:
+    """Builds the encoder and streams its weights in, tensor by tensor, in ``dtype`` on ``device``.
+
+    Raises CheckpointError when the tokenizer does not belong to the encoder.
+    """
+    if isinstance(tokenizers, TokenizerFiles):
+        tokenizers = tokenizers.load()
+    tokenizers.check_vocabulary(layout.config.vocabulary)
+    model = build_qwen3(layout.config)
+    tensors = (
+        (source.names[key], tensor) for source in layout.sources for key, tensor in read_tensors(source.header, source.names)
+    )
+    load_into(model, tensors, device=device, dtype=dtype)
+    return AnimaTextEncoder(model.eval(), tokenizers, layout.config.width)
+
+
+def build_qwen3(config: TextEncoderConfig) -> nn.Module:
+    """transformers' Qwen3Model with weights on the meta device, and real rotary tables."""
+    # the module itself, not the package: the package's lazy lookup scans every model there is
+    from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+
+    arguments: dict[str, Any] = dict(
+        hidden_size=config.width,
+        num_hidden_layers=config.blocks,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.mlp_hidden,
+        vocab_size=config.vocabulary,
+        rope_theta=config.rope_theta,  # transformers 5 moves it into rope_parameters by itself
+        rms_norm_eps=config.norm_eps,
+        attn_implementation="sdpa",
+    )
+    settings = Qwen3Config(**arguments)
+    with torch.device("meta"):
+        model = Qwen3Model(settings)
+    model.rotary_emb = Qwen3RotaryEmbedding(settings)
+    return model
