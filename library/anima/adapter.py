@@ -22,7 +22,8 @@ class LlmAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embed = nn.Embedding(config.vocabulary, config.width)
+        # Its usual random start imports torch's compiler when on the meta device: a second, and 70 MiB.
+        self.embed = nn.Embedding.from_pretrained(torch.zeros(config.vocabulary, config.width), freeze=False)
         self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.blocks))
         self.out_proj = nn.Linear(config.width, context_dim)
         self.norm = RmsNorm(context_dim)

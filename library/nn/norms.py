@@ -39,7 +39,8 @@ class _CpuRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = at_least_fp32(x)
-        inverse = torch.linalg.vecdot(wide, wide).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (..., 1)
+        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).mul_(weight).to(x.dtype)
 

@@ -5,7 +5,7 @@ N positions · H heads · K head width
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,27 @@ def rope_table(angles: Tensor) -> RopeTable:
 
 def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
     """x (B, N, H, K) turned by the angle of its position; computed in fp32, returned in the dtype of x."""
+    return _Rotation.apply(x, table.cos, table.sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: three kernels, where recording the steps would need eight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grads[0], cos, sin, -1), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
-    return torch.addcmul(x * table.cos, swapped, table.sin).to(x.dtype)
+    return torch.addcmul(x * cos, swapped, sin, value=direction).to(x.dtype)
 
 
 def rope_angles(positions: int, width: int, theta: float, device: torch.device) -> Tensor:

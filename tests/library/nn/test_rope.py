@@ -27,3 +27,10 @@ def test_bf16_is_turned_in_fp32():
     turned = apply_rope(x, table)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, apply_rope(x.float(), table).bfloat16())
+
+
+def test_gradient_is_the_numerical_one():
+    x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    table = rope_table(rope_angles(3, 4, 100.0, x.device))
+    table = type(table)(table.cos.double(), table.sin.double())
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, table), (x,))
