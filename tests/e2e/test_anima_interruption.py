@@ -72,11 +72,10 @@ def test_ten_kills_at_random_moments(start_script, run_script, flags, uninterrup
         wait_for(process, "plan for")
         time.sleep(chance.uniform(0.5, 4.0))  # from caching to the last save
         process.kill()
-        process.communicate()
+        process.wait()
         if (output / "tiny-state").is_dir():
             break
     if not (output / "tiny-state").is_dir():
         done = run_script(SCRIPT, *flags("killed"), "--resume=latest")
         assert done.returncode == 0, done.stdout + done.stderr
     assert same_lora(uninterrupted, output / "tiny.safetensors")
-    assert not [p for p in output.iterdir() if ".tmp-" in p.name and p.suffix == ".safetensors"] or done.returncode == 0
