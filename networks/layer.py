@@ -125,8 +125,12 @@ class LoRAModule(nn.Module):
         self.load_state_dict({"alpha": torch.tensor(float(self.lora_dim)), **weights})
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self.alpha.clone()
         super()._load_from_state_dict(*args, **kwargs)
-        self.scale = float(self.alpha) / self.lora_dim  # else a loaded pair would act with the strength of the old alpha
+        if not torch.equal(
+            before, self.alpha
+        ):  # else a resumed run with a rounded (bfloat16) alpha would act a little differently
+            self.scale = float(self.alpha) / self.lora_dim
 
     @torch.no_grad()
     def add_to_weight(self, weights: dict[str, Tensor], device: torch.device | str | None = None) -> None:

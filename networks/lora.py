@@ -228,7 +228,7 @@ class LoRANetwork(nn.Module):
         check_shapes(file, [(self._targets[name].candidate, self._targets[name].rank) for name in fitting], weights)
         for name in fitting:
             own[name].load_pair(weights[name])
-        return LoadReport(file=str(file), loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
+        return LoadReport(loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
                           unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:

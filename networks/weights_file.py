@@ -22,13 +22,12 @@ from networks.selection import DOWN, UP, Candidate, examples
 class LoadReport:
     """What load_weights() did. ``missing``: modules that the file lacks; ``unexpected``: modules of the file without a place."""
 
-    file: str
     loaded: int
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
     def __str__(self) -> str:
-        parts = [f"{self.loaded} LoRA modules loaded from {self.file}"]
+        parts = [f"{self.loaded} LoRA modules loaded"]
         if self.missing:
             parts.append(f"{len(self.missing)} are not in it and start anew ({examples(self.missing)})")
         if self.unexpected:

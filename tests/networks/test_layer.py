@@ -284,6 +284,13 @@ def test_loaded_alpha_changes_the_strength():
     assert lora.scale == 1.0
 
 
+def test_resuming_with_a_rounded_alpha_keeps_the_strength():
+    lora = with_lora(nn.Linear(6, 9), alpha=0.3).bfloat16()
+    scale = lora.scale
+    lora.load_state_dict(lora.state_dict())
+    assert lora.scale == scale != float(lora.alpha) / 4
+
+
 def test_norm():
     lora = with_lora(nn.Conv2d(6, 9, 3))
     product = lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)
