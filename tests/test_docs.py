@@ -159,6 +159,13 @@ def test_toml_in_the_docs_is_read(page, tmp_path, monkeypatch):
             assert not read_config(path, script_options()).problems
 
 
+def test_json_in_the_docs_is_read(tmp_path, monkeypatch):
+    for number, text in enumerate(fences(DATASET_PAGE, "json")):
+        path = tmp_path / f"block{number}.json"
+        path.write_text(text, encoding="utf-8")
+        check_dataset(path, tmp_path, monkeypatch)
+
+
 # ---------------------------------------------------------------- the dataset's keys
 
 
