@@ -85,7 +85,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
         latents = sample_latents(
             denoiser,
-            noise.to(self.device, self.weight_dtype),
+            noise.to(self.device),
             positive=contexts[0],
             negative=contexts[1],
             scale=SAMPLE_SCALE if prompt.scale is None else prompt.scale,

@@ -6,6 +6,7 @@ Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 
 from __future__ import annotations
 
+import glob
 import logging
 import math
 import sys
@@ -23,6 +24,8 @@ from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
 from library.errors import OptionError, TrainingError, UserError, user_errors_end_the_script
+from library.files.atomic import TEMPORARY_MARK
+from library.files.left_overs import remove_left_overs
 from library.randomness import derive_seed
 from library.training import networks, trackers
 from library.training.good_weights import GoodWeights
@@ -94,6 +97,7 @@ class NetworkTrainer(ArchitectureHooks):
         self.print_plan()
         if self.options.run.dry_run:
             return
+        self.remove_left_overs()
         self.fill_caches()
         if self.run.text_cache is not None:
             self.run.text_cache.conditioning_type = self.conditioning_type()
@@ -203,6 +207,12 @@ class NetworkTrainer(ArchitectureHooks):
     def anywhere(self, condition: bool) -> bool:
         """True when the condition holds in any process, so that all take the same way."""
         return condition if self.processes == 1 else any(self.gather_objects(condition))
+
+    def remove_left_overs(self) -> None:
+        """Temporary files and states of an earlier run of this name that was killed while saving."""
+        if self.accelerator.is_main_process:
+            names = self.run.names
+            remove_left_overs([names.folder], f"{glob.escape(names.last_file().stem)}*{TEMPORARY_MARK}*")
 
     def load_models(self) -> None:
         """Loads the denoiser, merges --base_weights, applies the network, and loads what must encode at every step."""

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import struct
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import CheckpointError, DatasetError, OutputError, os_error_text
 from library.files.atomic import TEMPORARY_MARK, write_atomically
+from library.files.left_overs import remove_left_overs
 from library.files.safetensors_file import SafetensorsHeader, read_header, read_tensors, save_safetensors
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ FORMAT = "1"  # raise it when the layout, or the way from image or caption to th
 SUFFIX = ".safetensors"
 MAX_NAME_BYTES = 230  # file systems allow 255; the rest is for the temporary name's ".tmp-PID"
 HASH_CHUNK_BYTES = 1 << 20
-SECONDS_PER_DAY = 86_400
-FRESH_S = 60  # a temporary file this young may belong to a process of another machine that shares the folder
 
 REASONS = {
     "format": "made by another version of this program",
@@ -297,42 +295,8 @@ def _damaged_in_use(path: Path, why: str) -> DatasetError:
 
 
 def clean_left_overs(folders: Iterable[Path]) -> int:
-    """Removes temporary cache files that killed runs left in ``folders``; says how many.
-
-    Only those of processes that are gone from this machine, and those older than a day.
-    """
-    removed = 0
-    for folder in sorted(set(folders)):
-        if not folder.is_dir():
-            continue
-        for path in folder.glob(f"*{SUFFIX}{TEMPORARY_MARK}*"):
-            if _is_left_over(path):
-                path.unlink(missing_ok=True)
-                removed += 1
-    return removed
-
-
-def _is_left_over(path: Path) -> bool:
-    pid = path.name.rpartition(TEMPORARY_MARK)[2]
-    try:
-        age_s = time.time() - path.stat().st_mtime
-    except OSError:
-        return False
-    if not pid.isdigit():
-        return False
-    return age_s > SECONDS_PER_DAY or (age_s > FRESH_S and not _is_running(int(pid)))
-
-
-def _is_running(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # there os.kill(pid, 0) would end it; such files go by their age
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
+    """Removes temporary cache files that killed runs left in ``folders``; says how many."""
+    return remove_left_overs(folders, f"*{SUFFIX}{TEMPORARY_MARK}*")
 
 
 def make_folder(folder: Path) -> None:

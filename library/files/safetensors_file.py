@@ -115,13 +115,10 @@ def read_tensors(header: SafetensorsHeader, names: Iterable[str] | None = None) 
     with header.path.open("rb", buffering=0) as file:
         for start, name in in_file_order:
             info = header.tensors[name]
-            buffer = bytearray(info.end - info.start)
+            buffer = torch.empty(info.end - info.start, dtype=torch.uint8)  # aligned, which a bytearray need not be
             file.seek(start)
-            _read_fully(file, memoryview(buffer), header.path)
-            if buffer:
-                yield name, torch.frombuffer(buffer, dtype=dtypes[info.dtype]).reshape(info.shape)
-            else:
-                yield name, torch.empty(info.shape, dtype=dtypes[info.dtype])
+            _read_fully(file, memoryview(buffer.numpy()), header.path)
+            yield name, buffer.view(dtypes[info.dtype]).reshape(info.shape)
 
 
 def _read_fully(file: BinaryIO, view: memoryview, path: Path) -> None:

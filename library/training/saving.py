@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OutputError, os_error_text
-from library.files.atomic import sync_folder
+from library.files.atomic import TEMPORARY_MARK, sync_folder
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def save_network(network: Any, final: Path, *, dtype: torch.dtype | None, metada
 
     The network module decides on the container by the extension, so the temporary name keeps it.
     """
-    temporary = final.with_name(f"{final.stem}.tmp-{os.getpid()}{final.suffix}")
+    temporary = final.with_name(f"{final.stem}{TEMPORARY_MARK}{os.getpid()}{final.suffix}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         network.save_weights(str(temporary), dtype, metadata)
