@@ -12,7 +12,6 @@ from __future__ import annotations
 from library.anima.architecture import ANIMA
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
-
 from library.training.preflight import checked_run
 
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
@@ -22,14 +21,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.sampling import initial_noise, sample_latents
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
-from library.sampling.prompts import SamplePrompt
-from torch import Tensor, nn
-
 from library.anima.vae import QwenImageVae, load_vae
+from library.sampling.prompts import SamplePrompt
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
 
@@ -43,7 +42,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def build_denoiser(self) -> AnimaDenoiser:
         return build_denoiser(self.run.layouts.denoiser.config)
 
-    def load_denoiser(self, denoiser: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    def load_denoiser(self, denoiser: Any, *, device: torch.device, dtype: torch.dtype) -> None:
         load_denoiser(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> QwenImageVae:
@@ -71,7 +70,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def create_objective(self) -> FlowObjective:
         return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
 
-    def predict(self, denoiser: Any, noisy: NoisyLatents, text: AnimaConditioning) -> Tensor:  # type: ignore[override]
+    def predict(self, denoiser: Any, noisy: NoisyLatents, text: AnimaConditioning) -> Tensor:
         context = denoiser.encode_context(text.prompt_embeds, text.qwen_mask, text.t5_ids, text.t5_mask)  # (B, 512, C)
         return denoiser(noisy.latents, noisy.sigmas, context)
 

@@ -117,7 +117,7 @@ def read_tensors(header: SafetensorsHeader, names: Iterable[str] | None = None) 
             info = header.tensors[name]
             buffer = torch.empty(info.end - info.start, dtype=torch.uint8)  # aligned, which a bytearray need not be
             file.seek(start)
-            _read_fully(file, memoryview(buffer.numpy()), header.path)
+            _read_fully(file, memoryview(buffer.numpy()), header.path)  # type: ignore[arg-type]  # arrays are buffers
             yield name, buffer.view(dtypes[info.dtype]).reshape(info.shape)
 
 

@@ -34,7 +34,7 @@ class ArchitectureHooks(ABC):
         """The denoiser without weights (on the meta device). Called once, before anything is loaded."""
 
     @abstractmethod
-    def load_denoiser(self, denoiser: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    def load_denoiser(self, denoiser: Any, *, device: torch.device, dtype: torch.dtype) -> None:
         """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class ArchitectureHooks(ABC):
         """How latents are corrupted, what the target is, and the loss."""
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, noisy: NoisyLatents, text: Conditioning) -> Tensor:
+    def predict(self, denoiser: Any, noisy: NoisyLatents, text: Conditioning) -> Tensor:
         """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
 
         Used for training and validation; the caller sets autocast and gradient mode.
