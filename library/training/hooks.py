@@ -62,7 +62,7 @@ class ArchitectureHooks(ABC):
         """How latents are corrupted, what the target is, and the loss."""
 
     @abstractmethod
-    def predict(self, denoiser: Any, noisy: NoisyLatents, text: Conditioning) -> Tensor:
+    def predict(self, denoiser: Any, noisy: NoisyLatents, text: Any) -> Tensor:
         """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
 
         Used for training and validation; the caller sets autocast and gradient mode.
