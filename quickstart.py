@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -208,7 +209,7 @@ def run_step(what: str, command: Sequence[str], log: Path, *, hint: str = "", sh
     start = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with log.open("wb") as file:
+        with log.open("wb", buffering=0) as file:  # readable while the command runs
             status = follow(command, file, show=show)
     except OSError as error:
         raise QuickstartError(f"{what} failed: {error}") from error
@@ -232,28 +233,28 @@ def follow(command: Sequence[str], file, *, show: bool) -> int:
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    interrupted = False
-    while True:
+    # a thread of its own: Ctrl-C interrupts the main one, and between reading and writing that would lose output
+    copier = threading.Thread(target=copy_output, args=(process.stdout, file, show), daemon=True)
+    copier.start()
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = 130
         try:
-            for chunk in chunks(process.stdout):
-                file.write(chunk)
-                if show:
-                    print(decoder.decode(chunk).replace("\r\n", "\n"), end="", flush=True)
-            status = process.wait()
-            return 130 if interrupted else status
-        except KeyboardInterrupt:
-            if interrupted:  # the second Ctrl-C: no more waiting
-                process.kill()
-                process.wait()
-                raise
-            interrupted = True
+            process.wait()
+        except KeyboardInterrupt:  # the second Ctrl-C: no more waiting
+            process.kill()
+            process.wait()
+    copier.join()
+    return status
 
 
-def chunks(stream) -> Iterator[bytes]:
+def copy_output(stream, file, show: bool) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while chunk := os.read(stream.fileno(), 65536):
-        yield chunk
+        file.write(chunk)
+        if show:
+            print(decoder.decode(chunk).replace("\r\n", "\n"), end="", flush=True)
 
 
 def run_tests(python: Path, pytest_arguments: Sequence[str]) -> int:
@@ -396,12 +397,19 @@ def summary(output: Path, losses: Sequence[float], seconds: float, python: Path)
     yield f"  inputs    {output / 'models'}, {output / 'pictures'}, {output / 'dataset.toml'}"
     yield ""
     yield "What to run next:"
-    yield f"  see the curves   {python.parent / tool} --logdir {output / 'tensorboard'}"
+    yield f"  see the curves   {typed(python.parent / tool)} --logdir {typed(output / 'tensorboard')}"
     yield f"  run the tests    {Path(sys.executable).name} quickstart.py test"
     yield "  your own LoRA    put your paths into configs/examples/anima_dataset.toml and anima_training.toml, then"
-    yield f"                   {python.parent / 'accelerate'} launch --num_cpu_threads_per_process 1 anima_train_network.py \\"
-    yield "                       --config_file configs/examples/anima_training.toml"
+    launch = f"{typed(python.parent / 'accelerate')} launch --num_cpu_threads_per_process 1"
+    yield f"                   {launch} anima_train_network.py --config_file configs/examples/anima_training.toml"
     yield "  every option     docs/anima_train_network.md"
+
+
+def typed(path: Path) -> str:
+    """A path as one would type it in a shell."""
+    if os.name == "nt":
+        return f'"{path}"' if " " in str(path) else str(path)
+    return shlex.quote(str(path))
 
 
 if __name__ == "__main__":
