@@ -371,20 +371,21 @@ class NetworkTrainer(ArchitectureHooks):
         shared = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(float(bool(self.stop)))]), reduction="sum")
         norm = self.gradients.clip()
         finite = self.gradients.drop_if_not_finite(shared[0])
+        rates = self.learning_rates()
         self.optimizer.step()
         self.schedule.step()
         self.gradients.zero()
         if self.options.network.scale_weight_norms:
             self.norm_report = self.network.apply_max_norm_regularization(self.options.network.scale_weight_norms, self.device)
-        before = self.numbers.put(torch.stack([shared[0], norm.float(), finite.float(), shared[1]]))
+        before = self.numbers.put(torch.stack([shared[0], norm.float(), finite.float(), shared[1]]), rates)
         return self.step_numbers(self.progress.step, before)
 
-    def step_numbers(self, step: int, values: list[float] | None) -> StepNumbers | None:
-        """``values`` as they were put, of the step that ended as number ``step``."""
-        if values is None:
+    def step_numbers(self, step: int, put: tuple[list[float], dict[str, float]] | None) -> StepNumbers | None:
+        """The numbers as they were put, of the step that ended as number ``step``."""
+        if put is None:
             return None
-        loss, norm, finite, stop = values
-        return StepNumbers(step, loss, norm, bool(finite), bool(stop))
+        (loss, norm, finite, stop), rates = put
+        return StepNumbers(step, loss, norm, bool(finite), bool(stop), rates)
 
     # ------------------------------------------------------------------ between steps
 
@@ -404,7 +405,7 @@ class NetworkTrainer(ArchitectureHooks):
             self.average.add(numbers.loss)
         epoch, _ = self.run.length.batches_of_update(max(self.progress.position - 1, 0))
         self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
-                           rates=self.learning_rates(), waited_s=self.batches.waited_s)  # fmt: skip
+                           waited_s=self.batches.waited_s)  # fmt: skip
 
     def learning_rates(self) -> dict[str, float]:
         rates: dict[str, float] = {}

@@ -9,12 +9,18 @@ import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
+LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch for what it starts
+
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM are remembered instead of ending the process; a second Ctrl-C ends it at once."""
+    """While entered, SIGINT and SIGTERM are remembered instead of ending the process; a second Ctrl-C ends it at once.
+
+    ``accelerate launch`` hands no SIGTERM on to a single process: when the launcher is gone, that counts as one.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._launcher = os.getppid() if LAUNCHER_MARK in os.environ and os.name != "nt" else None
         self._previous: dict[int, object] = {}
 
     @property
@@ -23,6 +29,8 @@ class StopRequest:
         return 128 + (self.signal_number or signal.SIGTERM)
 
     def __bool__(self) -> bool:
+        if self.signal_number is None and self._launcher is not None and os.getppid() != self._launcher:
+            self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 
     def __enter__(self) -> StopRequest:
@@ -57,5 +65,5 @@ def resume_command(folder: Path) -> str:
             skip = "=" not in word
         else:
             kept.append(word)
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [Path(sys.executable).name]
+    launcher = ["accelerate", "launch"] if LAUNCHER_MARK in os.environ else [Path(sys.executable).name]
     return shlex.join([*launcher, *kept, "--resume", str(folder)])

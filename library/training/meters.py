@@ -18,41 +18,48 @@ class DelayedNumbers:
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, dict[str, float]] | None = None
 
-    def put(self, numbers: Tensor) -> list[float] | None:
-        """Starts the copy of ``numbers`` (1-D, on the device); returns those of the step before."""
+    def put(self, numbers: Tensor, known: dict[str, float]) -> tuple[list[float], dict[str, float]] | None:
+        """Starts the copy of ``numbers`` (1-D, on the device); returns those of the step before.
+
+        ``known`` are numbers of the step that the host knows already; they come back with the others.
+        """
         before = self.take()
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             host.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending = (host, event)
+            self._pending = (host, event, known)
         else:
-            self._pending = (numbers, None)
+            self._pending = (numbers, None, known)
         return before
 
-    def take(self) -> list[float] | None:
+    def take(self) -> tuple[list[float], dict[str, float]] | None:
         """The pending numbers, waiting for them if need be; None when there are none."""
         if self._pending is None:
             return None
-        host, event = self._pending
+        host, event, known = self._pending
         self._pending = None
         if event is not None:
             event.synchronize()
-        return host.tolist()
+        return host.tolist(), known
 
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
-    """What a finished step is known by. ``grad_norm`` is before clipping; ``finite`` False: the step was skipped."""
+    """What a finished step is known by.
+
+    ``grad_norm`` is before clipping; ``finite`` False: the step was skipped; ``rates``: the learning rates it was taken with.
+    """
 
     step: int
     loss: float
     grad_norm: float
     finite: bool
     stop_wanted: bool  # some process was asked to stop
+    rates: dict[str, float]
 
 
 class LossAverage:

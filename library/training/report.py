@@ -46,17 +46,15 @@ class Report:
     def count_images(self, count: int) -> None:
         self._images += count
 
-    def step(
-        self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int, rates: dict[str, float], waited_s: float
-    ) -> None:
+    def step(self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int, waited_s: float) -> None:
         """``waited_s``: seconds that training has waited for data so far."""
         self._bar.set_description(f"epoch {min(epoch, epochs)}/{epochs}", refresh=False)
         self._bar.set_postfix(loss=f"{numbers.loss:.4f}", average=f"{average:.4f}", refresh=False)
         self._bar.update(numbers.step - self._bar.n)
         if self._accelerator.trackers:
-            self._accelerator.log(self._values(numbers, average, rates, waited_s), step=numbers.step)
+            self._accelerator.log(self._values(numbers, average, waited_s), step=numbers.step)
 
-    def _values(self, numbers: StepNumbers, average: float, rates: dict[str, float], waited_s: float) -> dict[str, float]:
+    def _values(self, numbers: StepNumbers, average: float, waited_s: float) -> dict[str, float]:
         now = time.perf_counter()
         seconds, images = now - self._last_time, self._images - self._last_images
         waited, self._last_waited_s = waited_s - self._last_waited_s, waited_s
@@ -67,7 +65,7 @@ class Report:
             "speed/images_per_s": images / max(seconds, 1e-9),
             "speed/data_wait_s": waited,
             "memory/peak_gib": peak_memory_gib(),
-            **rates,
+            **numbers.rates,
         }
         return {"loss/current": numbers.loss, **values} if numbers.finite else values
 

@@ -62,6 +62,15 @@ def test_a_signal_saves_and_the_run_goes_on(start_script, run_script, flags, uni
     assert same_lora(uninterrupted, tmp_path / "stopped" / "tiny.safetensors")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_run_whose_launcher_was_ended_saves_and_stops(start_script, flags, tmp_path):
+    process = start_script(SCRIPT, *flags("orphan"), "--max_train_steps=100000", launcher=1)
+    wait_for(process, f"saved {tmp_path / 'orphan'}")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)  # ends when the trainer, too, has closed the pipe
+    assert "stopped after step" in output and "--resume" in output
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ten_kills_at_random_moments(start_script, run_script, flags, uninterrupted, tmp_path):

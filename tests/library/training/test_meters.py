@@ -8,9 +8,9 @@ from library.training.meters import DelayedNumbers, LossAverage
 
 def test_numbers_come_one_step_later():
     numbers = DelayedNumbers()
-    assert numbers.put(torch.tensor([1.0])) is None
-    assert numbers.put(torch.tensor([2.0])) == [1.0]
-    assert numbers.take() == [2.0]
+    assert numbers.put(torch.tensor([1.0]), {"lr": 0.1}) is None
+    assert numbers.put(torch.tensor([2.0]), {"lr": 0.2}) == ([1.0], {"lr": 0.1})
+    assert numbers.take() == ([2.0], {"lr": 0.2})
     assert numbers.take() is None
 
 
