@@ -154,7 +154,7 @@ def load_text_encoder(
         (source.names[key], tensor) for source in layout.sources for key, tensor in read_tensors(source.header, source.names)
     )
     load_into(model, tensors, device=device, dtype=dtype)
-    return AnimaTextEncoder(model.eval(), tokenizers, layout.config.width)
+    return AnimaTextEncoder(model, tokenizers, layout.config.width).eval()
 
 
 def build_qwen3(config: TextEncoderConfig) -> nn.Module:

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
+from library.anima.text_layout import read_text_encoder_layout
+from library.anima.tokenizers import TokenizerFiles
+from library.errors import CheckpointError
+from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from tests.golden.golden_files import relative_error
+from tests.library.anima.tiny_qwen import SMALL_VOCABULARY, TINY_QWEN, save_tiny_qwen
+
+CAPTIONS = ["a cat", "", "a watercolor painting of a lighthouse at dusk, with gulls"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> AnimaTextEncoder:
+    path = save_tiny_qwen(tmp_path_factory.mktemp("qwen") / "qwen3.safetensors")
+    return load_text_encoder(read_text_encoder_layout(path), TokenizerFiles())
+
+
+def conditioning(*sizes: tuple[int, int], width: int = 6, dtype: torch.dtype = torch.float32) -> AnimaConditioning:
+    """Captions of (Qwen3 tokens, T5 tokens), stacked."""
+    parts = [{"prompt_embeds": torch.randn(n, width).to(dtype), "t5_ids": torch.randint(2, 99, (m,))} for n, m in sizes]
+    return AnimaConditioning.stack([AnimaConditioning.from_cache(part) for part in parts])
+
+
+def assert_equal(a: AnimaConditioning, b: AnimaConditioning) -> None:
+    for name in ("prompt_embeds", "qwen_mask", "t5_ids", "t5_mask"):
+        left, right = getattr(a, name), getattr(b, name)
+        assert left.dtype == right.dtype and torch.equal(left, right), name
+
+
+def test_a_batch_is_its_captions(encoder):
+    batch = encoder.encode(CAPTIONS)
+    assert batch.prompt_embeds.shape == (3, *batch.qwen_mask.shape[1:], TINY_QWEN.width)
+    assert batch.qwen_mask.sum(1).tolist() == [2, 0, 14]
+    assert not batch.prompt_embeds[~batch.qwen_mask].any() and not batch.t5_ids[~batch.t5_mask].any()
+    for one, caption in zip(batch.split(), CAPTIONS, strict=True):
+        alone = encoder.encode([caption])
+        assert torch.equal(one.t5_ids, alone.t5_ids) and torch.equal(one.qwen_mask, alone.qwen_mask)
+        assert one.prompt_embeds.shape == alone.prompt_embeds.shape
+        assert relative_error(one.prompt_embeds, alone.prompt_embeds) < 1e-5
+
+
+def test_only_empty_captions_do_not_run_the_model(encoder):
+    def fail(*_):
+        raise AssertionError("the model ran")
+
+    handle = encoder.model.register_forward_pre_hook(fail)
+    try:
+        batch = encoder.encode(["", ""])
+    finally:
+        handle.remove()
+    empty = AnimaConditioning.empty(TINY_QWEN.width)
+    assert_equal(batch, AnimaConditioning.stack([empty, empty]))
+    assert batch.qwen_mask.shape == (2, 1) and not batch.qwen_mask.any() and batch.t5_ids.tolist() == [[1], [1]]
+
+
+def test_padding_behind_a_caption_does_not_reach_it(encoder):
+    ids, mask = torch.tensor([[64, 8251, 5, 7]]), torch.tensor([[1, 1, 0, 0]])
+    other = torch.tensor([[64, 8251, 900, 12]])
+    assert torch.equal(encoder.states(ids, mask), encoder.states(other, mask))
+
+
+def test_equals_transformers_with_an_attention_mask(encoder):
+    batch = encoder.encode(CAPTIONS)
+    ids = [encoder.tokenizers.ids(caption).qwen for caption in CAPTIONS]
+    padded = torch.tensor([row + [151643] * (batch.qwen_mask.shape[1] - len(row)) for row in ids])
+    with torch.no_grad():
+        theirs = encoder.model(input_ids=padded, attention_mask=batch.qwen_mask.long(), use_cache=False).last_hidden_state
+    assert relative_error(batch.prompt_embeds, theirs * batch.qwen_mask[:, :, None]) < 1e-5
+
+
+def test_bfloat16_keeps_the_rotary_tables_exact(tmp_path, encoder):
+    path = save_tiny_qwen(tmp_path / "qwen3.safetensors")
+    half = load_text_encoder(read_text_encoder_layout(path), encoder.tokenizers, dtype=torch.bfloat16)
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    states = half.encode(CAPTIONS).prompt_embeds
+    assert states.dtype == torch.bfloat16
+    assert relative_error(states, encoder.encode(CAPTIONS).prompt_embeds) < 0.05
+
+
+def test_frozen(encoder):
+    assert not encoder.training and not encoder.model.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not any(tensor.is_meta for tensor in (*encoder.parameters(), *encoder.buffers()))
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path, encoder):
+    path = save_tiny_qwen(tmp_path / "qwen3.safetensors", SMALL_VOCABULARY)
+    with pytest.raises(CheckpointError, match="151,669 tokens"):
+        load_text_encoder(read_text_encoder_layout(path), encoder.tokenizers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3, 4), (0, 1)])
+def test_a_cache_entry_comes_back_from_a_file(tmp_path, size, dtype):
+    text = conditioning(size, dtype=dtype)
+    tensors = text.cache_tensors()
+    assert tensors["prompt_embeds"].shape == (size[0], 6) and tensors["prompt_embeds"].dtype == dtype
+    assert tensors["t5_ids"].dtype == torch.int32
+    save_safetensors(tmp_path / "text.safetensors", tensors)
+    assert_equal(AnimaConditioning.from_cache(dict(read_tensors(read_header(tmp_path / "text.safetensors")))), text)
+
+
+def test_split_undoes_stack():
+    parts = [conditioning(size) for size in ((3, 4), (0, 1), (5, 2))]
+    batch = AnimaConditioning.stack(parts)
+    assert batch.prompt_embeds.shape == (3, 5, 6) and batch.t5_ids.shape == (3, 4)
+    for one, part in zip(batch.split(), parts, strict=True):
+        assert_equal(one, part)
+    again = AnimaConditioning.stack([AnimaConditioning.stack(parts[:2]), parts[2]])
+    assert_equal(again, batch)
+
+
+def test_empty_is_the_cached_empty_caption():
+    empty = AnimaConditioning.empty(6, torch.bfloat16)
+    assert_equal(empty, AnimaConditioning.from_cache(empty.cache_tensors()))
+    assert empty.cache_tensors()["prompt_embeds"].shape == (0, 6)
+    assert empty.t5_ids.tolist() == [[1]] and empty.t5_mask.tolist() == [[True]] and empty.qwen_mask.tolist() == [[False]]
+
+
+def test_moves():
+    text = conditioning((2, 3))
+    assert_equal(text.to("cpu", non_blocking=True), text)
+    assert text.to("meta").prompt_embeds.is_meta and text.to("meta").t5_mask.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_memory():
+    text = conditioning((2, 3))
+    assert_equal(text.pin_memory(), text)
+    assert text.pin_memory().prompt_embeds.is_pinned()
+
+
+def test_a_cache_entry_is_one_caption():
+    with pytest.raises(ValueError, match="one caption, not 2"):
+        conditioning((1, 1), (2, 2)).cache_tensors()
