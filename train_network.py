@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
+MAX_NORM_CURVES = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")  # what --scale_weight_norms logs
 MAX_SKIPPED_STEPS = 5  # in a row; then the run has diverged
 PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
 
@@ -375,17 +376,25 @@ class NetworkTrainer(ArchitectureHooks):
         self.optimizer.step()
         self.schedule.step()
         self.gradients.zero()
-        if self.options.network.scale_weight_norms:
-            self.norm_report = self.network.apply_max_norm_regularization(self.options.network.scale_weight_norms, self.device)
-        before = self.numbers.put(torch.stack([shared[0], norm.float(), finite.float(), shared[1]]), rates)
+        norms = self.keep_max_norm()
+        before = self.numbers.put(torch.stack([shared[0], norm.float(), finite.float(), shared[1], *norms]), rates)
         return self.step_numbers(self.progress.step, before)
+
+    def keep_max_norm(self) -> list[Tensor]:
+        """--scale_weight_norms: scales down what grew too large; MAX_NORM_CURVES as () tensors, or none without the flag."""
+        limit = self.options.network.scale_weight_norms
+        if not limit:
+            return []
+        numbers = self.network.apply_max_norm_regularization(limit, self.device)
+        return [torch.as_tensor(number, dtype=torch.float32, device=self.device) for number in numbers]
 
     def step_numbers(self, step: int, put: tuple[list[float], dict[str, float]] | None) -> StepNumbers | None:
         """The numbers as they were put, of the step that ended as number ``step``."""
         if put is None:
             return None
-        (loss, norm, finite, stop), rates = put
-        return StepNumbers(step, loss, norm, bool(finite), bool(stop), rates)
+        (loss, norm, finite, stop, *norms), rates = put
+        curves = {**rates, **dict(zip(MAX_NORM_CURVES, norms, strict=False))}  # no norms without --scale_weight_norms
+        return StepNumbers(step, loss, norm, bool(finite), bool(stop), curves)
 
     # ------------------------------------------------------------------ between steps
 

@@ -54,6 +54,9 @@ class AnimaTrainOptions(TrainOptions):
             yield "--qwen3 is missing: name the Qwen3-0.6B text encoder, a .safetensors file or a folder"
         if not self.model.vae:
             yield "--vae is missing: name the file of the Qwen-Image VAE"
-        if any(self.optimizer.text_encoder_lr or ()):
-            yield "--text_encoder_lr is given, but a LoRA for Anima's text encoder cannot be trained yet: drop it, or give 0"
+        if any(self.optimizer.text_encoder_lr or ()) and not self.network.network_train_unet_only:
+            yield (
+                "--text_encoder_lr is given, but a LoRA for Anima's text encoder cannot be trained yet: drop it, or add "
+                "--network_train_unet_only"
+            )
         yield from self.loss.flow_problems()

@@ -51,7 +51,8 @@ class DelayedNumbers:
 class StepNumbers:
     """What a finished step is known by.
 
-    ``grad_norm`` is before clipping; ``finite`` False: the step was skipped; ``rates``: the learning rates it was taken with.
+    ``grad_norm`` is before clipping; ``finite`` False: the step was skipped; ``curves``: what
+    else is logged of it, such as the learning rates it was taken with.
     """
 
     step: int
@@ -59,7 +60,7 @@ class StepNumbers:
     grad_norm: float
     finite: bool
     stop_wanted: bool  # some process was asked to stop
-    rates: dict[str, float]
+    curves: dict[str, float]
 
 
 class LossAverage:

@@ -31,7 +31,7 @@ def import_network_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and not name.startswith(error.name):
             raise NetworkError(f"--network_module {name} needs the package {error.name}: pip install {error.name}") from error
-        own = [f"networks.{path.stem}" for path in (Path(scripts) / "networks").glob("lora*.py")]
+        own = [f"networks.{path.stem}" for path in (Path(scripts) / "networks").glob("lora_*.py")]
         package = name.split(".")[0]
         hint = did_you_mean(name, own) or f"; if it is a package of its own: pip install {PIP_NAMES.get(package, package)}"
         raise NetworkError(f"--network_module {name} cannot be found{hint}") from error

@@ -65,7 +65,7 @@ class Report:
             "speed/images_per_s": images / max(seconds, 1e-9),
             "speed/data_wait_s": waited,
             "memory/peak_gib": peak_memory_gib(),
-            **numbers.rates,
+            **numbers.curves,
         }
         return {"loss/current": numbers.loss, **values} if numbers.finite else values
 

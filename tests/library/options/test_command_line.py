@@ -84,8 +84,8 @@ def test_missing_file_is_told_with_the_other_problems(tmp_path):
 def test_output_config_reads_back_to_equal_options(tmp_path, capsys):
     arguments = [
         *REQUIRED, "--network_dim=8", "--learning_rate=1e-4", "--lr_scheduler=cosine", "--lr_warmup_steps=10%", "--cache_latents",
-        r"--logging_dir=C:\my logs\x64", "--optimizer_args", "betas=0.9,0.99", "weight_decay=0.1", "--text_encoder_lr", "1e-5", "0",
-        "--output_name=it's \u4e2d", "--cache_dir=some where/else", "--cache_latents_to_disk",
+        r"--logging_dir=C:\my logs\x64", "--optimizer_args", "betas=0.9,0.99", "weight_decay=0.1", "--network_train_unet_only",
+        "--text_encoder_lr", "1e-5", "0", "--output_name=it's \u4e2d", "--cache_dir=some where/else", "--cache_latents_to_disk",
     ]  # fmt: skip
     name = f"--config_file={tmp_path / 'my options'}"
     with pytest.raises(SystemExit) as ended:
