@@ -15,21 +15,22 @@ TEMPORARY_MARK = ".tmp-"  # temporary names are NAME.tmp-PID: readers never matc
 REPLACED_MARK = ".replaced"  # the old folder while a new one takes its name
 
 
-def temporary_name(final: Path) -> Path:
-    return final.with_name(f"{final.name}{TEMPORARY_MARK}{os.getpid()}")
+def temporary_name(final: Path, *, ending: str = "") -> Path:
+    return final.with_name(f"{final.name.removesuffix(ending)}{TEMPORARY_MARK}{os.getpid()}{ending}")
 
 
-def write_atomically(final: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Makes ``final`` hold what ``write`` writes, or leaves it as it was.
+@contextmanager
+def file_written_atomically(final: Path, *, keep_ending: bool = False) -> Iterator[Path]:
+    """Gives a temporary path in the same folder to write; on success it takes the name ``final``, on failure it is removed.
 
-    Raises OutputError naming the file when the disk is full or the folder cannot be written.
+    ``keep_ending``: for writers that decide by the file's ending. Raises OutputError naming the file when the disk is full or
+    the folder cannot be written.
     """
-    temporary = temporary_name(final)
+    temporary = temporary_name(final, ending=final.suffix if keep_ending else "")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(final)
         sync_folder(final.parent)
@@ -38,6 +39,12 @@ def write_atomically(final: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with suppress(OSError):  # where its folder is no folder, the error above says so
             temporary.unlink(missing_ok=True)
+
+
+def write_atomically(final: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Makes ``final`` hold what ``write`` writes, or leaves it as it was. Raises OutputError as above."""
+    with file_written_atomically(final) as temporary, temporary.open("wb") as file:
+        write(file)
 
 
 def write_text_atomically(final: Path, text: str) -> None:

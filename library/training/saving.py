@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import OutputError, os_error_text
-from library.files.atomic import TEMPORARY_MARK, sync_folder
+from library.files.atomic import file_written_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -27,19 +24,8 @@ def save_network(network: Any, final: Path, *, dtype: torch.dtype | None, metada
 
     The network module decides on the container by the extension, so the temporary name keeps it.
     """
-    temporary = final.with_name(f"{final.stem}{TEMPORARY_MARK}{os.getpid()}{final.suffix}")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+    with file_written_atomically(final, keep_ending=True) as temporary:
         network.save_weights(str(temporary), dtype, metadata)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(final)
-        sync_folder(final.parent)
-    except OSError as error:
-        raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
-    finally:
-        with suppress(OSError):  # where its folder is no folder, the error above says so
-            temporary.unlink(missing_ok=True)
 
 
 def remove_old(*paths: Path) -> None:
