@@ -392,6 +392,7 @@ def summary(output: Path, losses: Sequence[float], seconds: float, python: Path)
     yield f"  loss      {direction} from {first:.3f} (mean of the first quarter) to {last:.3f} (last quarter)"
     yield f"  LoRA      {lora} ({lora.stat().st_size / 1000:.0f} kB)"
     yield f"  samples   {training / 'sample'} ({len(samples)} pictures: before, during and after training)"
+    yield "            coloured noise: the tiny checkpoints are random, so there is nothing in them that a LoRA could bring out"
     yield f"  states    {training} ({', '.join(states)})"
     yield f"  logs      {output / 'tensorboard'}"
     yield f"  inputs    {output / 'models'}, {output / 'pictures'}, {output / 'dataset.toml'}"
