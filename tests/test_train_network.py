@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from library.options.command_line import read_options
 
 from library.errors import OptionError, TrainingError
 from library.files.safetensors_file import read_header, read_tensors
 from library.options.anima import AnimaTrainOptions
+from library.options.command_line import read_options
 from library.training.preflight import check_run
 from tests.tiny_arch import TinyArchitecture, TinyTrainer
 
@@ -175,3 +175,55 @@ def test_dry_run_trains_and_writes_nothing(train, tmp_path, caplog):
     train("--max_train_steps=2", "--dry_run", "--cache_latents_to_disk")
     assert not any((tmp_path / "out").iterdir())
     assert "5 images" in caplog.text
+
+
+def test_base_weights_are_merged_with_their_multiplier(train, tmp_path):
+    train("--max_train_steps=3", output="first")
+    file = tmp_path / "first" / "t.safetensors"
+    trainer = train(
+        "--max_train_steps=1", "--base_weights", str(file), str(file), "--base_weights_multiplier", "0.5", output="second"
+    )
+    w, name = weights(file), "lora_unet_blocks_0_mlp_layer1"
+    delta = w[f"{name}.lora_up.weight"] @ w[f"{name}.lora_down.weight"] * w[f"{name}.alpha"] / 2
+    expected = torch.eye(3) * 0.5 + 1.5 * delta  # 0.5 as given, 1.0 where no multiplier is left
+    assert torch.allclose(trainer.denoiser.blocks[0]["mlp"]["layer1"].weight, expected, atol=1e-6)
+
+
+def test_ranks_come_from_the_weights(train, tmp_path):
+    train("--max_train_steps=1", "--network_dim=3", output="first")
+    train(
+        "--max_train_steps=1", f"--network_weights={tmp_path / 'first' / 't.safetensors'}", "--dim_from_weights", output="second"
+    )
+    assert weights(tmp_path / "second" / "t.safetensors")["lora_unet_blocks_0_mlp_layer1.lora_down.weight"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("container", "precision", "dtype"), [("ckpt", None, torch.float32), ("safetensors", "bf16", torch.bfloat16)]
+)
+def test_container_and_precision_of_the_file(train, tmp_path, container, precision, dtype):
+    flags = [f"--save_model_as={container}"] + ([f"--save_precision={precision}"] if precision else [])
+    train("--max_train_steps=1", *flags)
+    file = tmp_path / "out" / f"t.{container}"
+    saved = weights(file) if container == "safetensors" else torch.load(file, weights_only=True)
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+
+
+def test_minimum_metadata(train, tmp_path):
+    train("--max_train_steps=1", "--no_metadata", "--metadata_title=T")
+    metadata = read_header(tmp_path / "out" / "t.safetensors").metadata
+    ours = {key for key in metadata if key.startswith("ss_")}
+    assert ours == {"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha"}
+    assert metadata["modelspec.title"] == "T" and "sshs_model_hash" in metadata
+
+
+def test_logged_rates_are_those_of_their_step(train, tmp_path):
+    train("--max_train_steps=4", "--lr_scheduler=linear", f"--logging_dir={tmp_path / 'logs'}")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = next((tmp_path / "logs").rglob("events.out.tfevents*")).parent
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    rates = {event.step: event.value for event in events.Scalars("lr/unet")}
+    assert rates == pytest.approx({1: 1e-2, 2: 7.5e-3, 3: 5e-3, 4: 2.5e-3})
+    names = set(events.Tags()["scalars"])
+    assert {"loss/current", "loss/average", "norm/grad", "speed/images_per_s", "speed/data_wait_s", "memory/peak_gib"} <= names
