@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_files import Golden, load_golden, relative_error
 
+from golden_files import Golden, load_golden, relative_error
 from library.anima.adapter import LlmAdapter
 from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import AnimaDenoiser

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_files import load_golden, load_golden_json
 
+from golden_files import load_golden, load_golden_json
 from library.dataset.buckets import Buckets, bucket_problems, bucket_sizes, rounded_limits
 from library.dataset.captions import is_dropped, is_random, render_caption
 from library.dataset.images import load_pixels, resize

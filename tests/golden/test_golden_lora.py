@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_files import Golden, load_golden, load_golden_json, relative_error
 from torch import nn
 
+from golden_files import Golden, load_golden, load_golden_json, relative_error
 from networks import lora_anima
 from networks.layer import Dropouts, LoRAModule
 

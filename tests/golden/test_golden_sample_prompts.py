@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from golden_files import load_golden_json
 
+from golden_files import load_golden_json
 from library.errors import OptionError
 from library.sampling.prompts import read_prompts
 

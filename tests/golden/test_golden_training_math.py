@@ -8,8 +8,8 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import Golden, load_golden, relative_error
 
+from golden_files import Golden, load_golden, relative_error
 from library.options.flow import FlowOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions

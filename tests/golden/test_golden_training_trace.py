@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from golden_files import Golden, load_golden, relative_error
 from torch import nn
 
+from golden_files import Golden, load_golden, relative_error
 from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.layout import config_from_shapes

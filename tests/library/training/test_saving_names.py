@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from library.options.saving import SavingOptions
 
+from library.options.saving import SavingOptions
 from library.training.saving_names import OutputNames, SaveSchedule
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from library.options.resume import ResumeOptions
 
 from library.errors import OptionError
+from library.options.resume import ResumeOptions
 from library.training.steps import Progress, RunLength, initial_progress
 
 LENGTH = RunLength(batches_per_epoch=7, accumulation=3, total_steps=12)  # 3 steps an epoch: 3 + 3 + 1 batches
