@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +25,6 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 6)
 STAMP_NAME = "quickstart_stamp.json"
-CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's public index of builds without CUDA
 LOG_TAIL_LINES = 25
 LORA_NAME = "my_anima_lora"
 PICTURES = 20
@@ -139,7 +137,8 @@ def install(python: Path, files: Sequence[str], pip_arguments: Sequence[str], lo
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *pip_arguments]
     hint = "check the network, or name another package index with --pip-args"
     if torch is None:
-        torch_command = [*pip, "torch", "-c", str(constraints), *torch_index_arguments()]
+        say_what_torch_brings()
+        torch_command = [*pip, "torch", "-c", str(constraints)]
         run_step("installing PyTorch (this can take some minutes)", torch_command, logs / "torch.log", hint=hint)
     chosen = [part for name in files for part in ("-r", str(ROOT / name))]
     run_step("installing the other packages", [*pip, *chosen, "-c", str(constraints)], logs / "packages.log", hint=hint)
@@ -166,15 +165,10 @@ def write_constraints(python: Path, torch: str) -> Path:
     return path
 
 
-def torch_index_arguments() -> list[str]:
-    """On Linux the standard build carries gigabytes of CUDA: without an NVIDIA GPU, offer pip the build without it."""
-    if not sys.platform.startswith("linux") or shutil.which("nvidia-smi"):
-        return []
-    try:
-        with urllib.request.urlopen(CPU_TORCH_INDEX + "/torch/", timeout=5):
-            return ["--extra-index-url", CPU_TORCH_INDEX]
-    except (OSError, ValueError):
-        return []
+def say_what_torch_brings() -> None:
+    """On Linux the standard build carries gigabytes of CUDA, also where there is no GPU to use it."""
+    if sys.platform.startswith("linux") and not shutil.which("nvidia-smi"):
+        print("  (no NVIDIA GPU found: PyTorch's index of CPU builds, given by --pip-args, would make this download smaller)")
 
 
 def requirement_hashes(files: Sequence[str]) -> dict[str, str]:

@@ -106,12 +106,12 @@ def test_every_requirement_is_pinned_once():
     assert set(names("requirements.txt") + names("requirements-dev.txt")) <= set(pinned)
 
 
-def test_no_index_is_named_where_the_standard_torch_is_right(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert quickstart.torch_index_arguments() == []
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(quickstart.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert quickstart.torch_index_arguments() == []
+def test_the_size_of_torch_is_told_only_where_it_surprises(monkeypatch, capsys):
+    for platform, gpu, told in (("linux", None, True), ("linux", "/usr/bin/nvidia-smi", False), ("win32", None, False)):
+        monkeypatch.setattr(quickstart.sys, "platform", platform)
+        monkeypatch.setattr(quickstart.shutil, "which", lambda name, gpu=gpu: gpu)
+        quickstart.say_what_torch_brings()
+        assert ("--pip-args" in capsys.readouterr().out) == told
 
 
 def test_a_step_leaves_its_output_in_the_log_and_on_the_screen(tmp_path, capsys):
