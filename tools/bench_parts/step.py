@@ -1,0 +1,133 @@
+"""The host's own work in a step of the tiny model: what the trainer adds to forward, backward and optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from anima_train_network import AnimaNetworkTrainer
+from library.dataset.batch import Batch
+from library.training.interrupts import StopRequest
+from tools.bench_parts.figures import Figure, seconds
+from tools.bench_parts.tiny_run import CACHED_ON_DISK, make_tiny_run
+
+OWN_PERCENT = 15.0  # target
+SETTLING_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Images in a batch, the area of each as a square's side, and how many pairs a repeat measures."""
+
+    images: int
+    resolution: int
+    pairs: int
+
+
+CASES = (Case(images=2, resolution=128, pairs=20), Case(images=1, resolution=512, pairs=6))  # the first is the quick start's
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of one piece of work: CPU of the whole process (also that of the threads which make batches), and by the clock."""
+
+    cpu_s: float
+    wall_s: float
+
+
+class WatchedTrainer(AnimaNetworkTrainer):
+    """The trainer; ``batch`` is the one that the last update was made of."""
+
+    batch: Batch
+
+    def next_batch(self, epoch: int, number: int) -> Batch | None:
+        found = super().next_batch(epoch, number)
+        assert found is not None  # one process sees every batch
+        self.batch = found
+        return found
+
+
+def measure(repeats: int, *, cases: Sequence[Case] = CASES) -> list[Figure]:
+    """Float32, AdamW, and one thread, as the guide's command has it. The pictures' sizes are mixed."""
+    with one_thread():
+        return [own_work(case, repeats * case.pairs) for case in cases]
+
+
+def own_work(case: Case, turns: int) -> Figure:
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_tiny_run(Path(folder), resolution=case.resolution, batch_size=case.images)
+        with training(run.checked(*CACHED_ON_DISK, f"--max_train_steps={SETTLING_STEPS + turns + 1}")) as trainer:
+            pairs = [(cost_of(lambda: whole_step(trainer)), bare_step(trainer)) for _ in range(SETTLING_STEPS + turns)]
+    pairs = pairs[SETTLING_STEPS:]
+    cpu = own_percent([(whole.cpu_s, bare.cpu_s) for whole, bare in pairs])
+    wall = own_percent([(whole.wall_s, bare.wall_s) for whole, bare in pairs])
+    whole_s, bare_s = (median(cost.cpu_s for cost in costs) for costs in zip(*pairs, strict=True))
+    how = f"CPU: step {seconds(whole_s)}, bare {seconds(bare_s)}, medians of {turns} pairs; by the clock {wall:.3g} %"
+    name = f"step: own work, {case.images} x {case.resolution} px"
+    return Figure(name=name, value=cpu, unit="%", at_most=OWN_PERCENT, how=how)
+
+
+def own_percent(pairs: Sequence[tuple[float, float]]) -> float:
+    """(whole, bare) of each step -> the median of what is not bare, in percent of the median step."""
+    return 100 * median(whole - bare for whole, bare in pairs) / median(whole for whole, _ in pairs)
+
+
+@contextmanager
+def training(run: Any) -> Iterator[WatchedTrainer]:
+    """A trainer after its set-up, its progress bar and messages unseen."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), StopRequest() as stop:
+        trainer = WatchedTrainer(run)
+        trainer.set_up()
+        trainer.stop = stop
+        try:
+            yield trainer
+        finally:
+            trainer.batches.close()
+            trainer.close_logging()
+
+
+def whole_step(trainer: WatchedTrainer) -> None:
+    """One round of the loop in ``train()``."""
+    trainer.report(trainer.update())
+    trainer.run_due_events()
+
+
+def bare_step(trainer: WatchedTrainer) -> Cost:
+    """The denoiser's forward with a squared error, backward, and the optimizer, on the tensors of the last update."""
+    batch: Any = trainer.batch
+    noisy = trainer.objective.corrupt(batch.latents, seed=trainer.seed, step=0, positions=batch.positions)
+
+    def work() -> None:
+        F.mse_loss(trainer.predict(trainer.denoiser, noisy, batch.text), noisy.target).backward()
+        trainer.raw_optimizer.step()
+
+    cost = cost_of(work)
+    trainer.gradients.zero()
+    return cost
+
+
+def cost_of(work: Callable[[], None]) -> Cost:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Cost(time.process_time() - cpu, time.perf_counter() - wall)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,67 @@
+"""A run on the tiny model: checkpoints, pictures and flags in a folder of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DATASET = """[general]
+resolution = {resolution}
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 1024
+bucket_reso_steps = 64
+caption_extension = ".txt"
+
+[[datasets]]
+batch_size = {batch_size}
+
+[[datasets.subsets]]
+image_dir = "{images}"
+"""
+CACHED_ON_DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
+
+
+@dataclass(frozen=True, slots=True)
+class TinyRun:
+    """``flags``: a complete command line but for the number of steps and the caches."""
+
+    folder: Path
+    pictures: int
+    flags: tuple[str, ...]
+
+    def checked(self, *flags: str) -> Any:
+        """The checked run of these and further flags, as the training script makes it."""
+        from library.anima.architecture import ANIMA
+        from library.options.anima import AnimaTrainOptions
+        from library.options.command_line import read_options
+        from library.training.preflight import check_run
+
+        return check_run(read_options(AnimaTrainOptions, [*self.flags, *flags]), ANIMA)
+
+
+def make_tiny_run(folder: Path, *, pictures: int = 12, resolution: int = 256, batch_size: int = 1, scale: float = 0.5) -> TinyRun:
+    """Writes the tiny model, ``pictures`` pictures of mixed sizes with captions, and a dataset file."""
+    from tools.make_sample_pictures import make_pictures
+    from tools.make_tiny_models import make_anima
+
+    models = make_anima(folder / "models")
+    make_pictures(folder / "pictures", pictures, scale=scale)
+    images = (folder / "pictures").as_posix()
+    dataset = folder / "dataset.toml"
+    dataset.write_text(DATASET.format(resolution=resolution, batch_size=batch_size, images=images), encoding="utf-8")
+    flags = (
+        f"--pretrained_model_name_or_path={models['dit']}",
+        f"--qwen3={models['qwen3']}",
+        f"--vae={models['vae']}",
+        f"--dataset_config={dataset}",
+        f"--output_dir={folder / 'out'}",
+        "--output_name=bench",
+        "--network_module=networks.lora_anima",
+        "--network_dim=8",
+        "--learning_rate=1e-4",
+        "--seed=1",
+        "--console_log_simple",
+    )
+    return TinyRun(folder, pictures, flags)
