@@ -26,12 +26,8 @@ def measure(repeats: int, *, width: int = PUBLISHED_WIDTH, side: int = 384) -> l
     ours = same_vae(theirs)
     pixels = torch.rand(1, 3, side, side) * 2 - 1
     difference = (ours.encode(pixels) - encoded_by(theirs, pixels, ours)).abs().max().item()
-    pairs = alternate(
-        stopwatch(lambda: encoded_by(theirs, pixels, ours)),
-        stopwatch(lambda: ours.encode(pixels)),
-        repeats=repeats,
-        warm_up=False,
-    )
+    diffusers, project = stopwatch(lambda: encoded_by(theirs, pixels, ours)), stopwatch(lambda: ours.encode(pixels))
+    pairs = alternate(diffusers, project, repeats=(repeats + 1) // 2, warm_up=False)  # diffusers takes its time
     how = pairs.described("diffusers", "ours")
     return [
         Figure(name=f"vae: encode {side}x{side}, diffusers / ours", value=pairs.ratio, unit="x", at_least=TIMES_FASTER, how=how),
