@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from library.anima.layout import DenoiserLayout, read_denoiser_layout
@@ -16,6 +15,7 @@ from library.dataset.latent_cache import LatentRecipe
 from library.dataset.text_cache import TextRecipe
 from library.errors import CheckpointError
 from library.files.safetensors_file import file_fingerprint
+from library.randomness import derive_seed
 
 DTYPE_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # --mixed_precision -> dtype of frozen models
 
@@ -65,15 +65,19 @@ class AnimaArchitecture:
 
     def latent_recipe(self, layouts: AnimaLayouts, options: Any) -> LatentRecipe:
         dtype = "float32" if options.model.no_half_vae else DTYPE_NAMES[options.run.mixed_precision]
-        return LatentRecipe(arch=self.name, vae_fingerprint=file_fingerprint(Path(options.model.vae)), dtype=dtype)
+        vae = layouts.vae
+        fingerprint = file_fingerprint(vae.path)
+        if vae.config is not None:  # a config.json beside the file may set the scale of the latents
+            fingerprint += f"-{derive_seed(*map(repr, (*vae.config.latents_mean, *vae.config.latents_std))):x}"
+        return LatentRecipe(arch=self.name, vae_fingerprint=fingerprint, dtype=dtype)
 
     def text_recipe(self, layouts: AnimaLayouts, options: Any) -> TextRecipe:
         anima = options.anima
-        tokenizer = file_fingerprint(Path(anima.t5_tokenizer_path)) if anima.t5_tokenizer_path else "bundled"
+        tokenizer = file_fingerprint(layouts.tokenizers.t5_dir) if anima.t5_tokenizer_path else "bundled"
         lengths = {"qwen3_tokens": anima.qwen3_max_token_length, "t5_tokens": anima.t5_max_token_length}
         return TextRecipe(
             arch=self.name,
-            encoder_fingerprint=file_fingerprint(Path(anima.qwen3)),
+            encoder_fingerprint=file_fingerprint(layouts.text.path),
             dtype=DTYPE_NAMES[options.run.mixed_precision],
             settings={**lengths, "t5_tokenizer": tokenizer},
         )

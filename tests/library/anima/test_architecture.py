@@ -1,0 +1,69 @@
+"""Anima before torch: its files together, and what its caches depend on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from library.anima.architecture import ANIMA
+from library.errors import CheckpointError
+from library.options.anima import AnimaOptions, AnimaTrainOptions
+from library.options.models import ModelOptions
+from library.options.run import RunOptions
+
+
+@pytest.fixture
+def options(tiny_anima) -> AnimaTrainOptions:
+    return AnimaTrainOptions(
+        model=ModelOptions(pretrained_model_name_or_path=str(tiny_anima["dit"]), vae=str(tiny_anima["vae"])),
+        anima=AnimaOptions(qwen3=str(tiny_anima["qwen3"])),
+    )
+
+
+def with_groups(options: AnimaTrainOptions, **groups) -> AnimaTrainOptions:
+    return replace(options, **{name: replace(getattr(options, name), **values) for name, values in groups.items()})
+
+
+def test_files_that_fit_are_read(options):
+    layouts = ANIMA.read_layouts(options)
+    assert layouts.denoiser.config.adapter.source_width == layouts.text.config.width
+
+
+def test_the_problems_of_all_files_come_together(options, tmp_path):
+    wrong = with_groups(options, model={"vae": str(tmp_path / "a"), "pretrained_model_name_or_path": str(tmp_path / "b")})
+    with pytest.raises(CheckpointError) as caught:
+        ANIMA.read_layouts(wrong)
+    assert len(caught.value.problems) == 2
+
+
+def test_parts_of_different_models_are_told(options, monkeypatch):
+    layouts = ANIMA.read_layouts(options)
+    wider = replace(layouts.text, config=replace(layouts.text.config, width=layouts.text.config.width * 2))
+    monkeypatch.setattr("library.anima.architecture.read_text_encoder_layout", lambda path: wider)
+    with pytest.raises(CheckpointError, match="the LLM adapter wants"):
+        ANIMA.read_layouts(options)
+
+
+def test_latents_depend_on_file_precision_and_scale(options, tiny_anima, tmp_path):
+    def recipe(options):
+        return ANIMA.latent_recipe(ANIMA.read_layouts(options), options)
+
+    moved = shutil.copy(tiny_anima["vae"], tmp_path / "moved.safetensors")
+    assert recipe(with_groups(options, model={"vae": str(moved)})) == recipe(options)
+    half = with_groups(options, run={"mixed_precision": "bf16"})
+    assert recipe(half).dtype == "bfloat16" and recipe(with_groups(half, model={"no_half_vae": True})).dtype == "float32"
+    (tmp_path / "config.json").write_text(json.dumps({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}))
+    assert recipe(with_groups(options, model={"vae": str(moved)})) != recipe(options)
+
+
+def test_text_depends_on_file_precision_and_lengths(options):
+    def recipe(options):
+        return ANIMA.text_recipe(ANIMA.read_layouts(options), options)
+
+    assert recipe(options) == recipe(options)
+    assert recipe(with_groups(options, run={"mixed_precision": "bf16"})).dtype == "bfloat16"
+    assert recipe(with_groups(options, anima={"t5_max_token_length": 100})) != recipe(options)
+    assert options.run == RunOptions()
