@@ -137,9 +137,11 @@ def test_a_command_that_does_not_exist_is_an_error_not_a_traceback(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 def test_ctrl_c_lets_the_command_finish(tmp_path):
-    child = "import time\ntry:\n    print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
+    # a shell that starts the tests in the background lets them ignore Ctrl-C, and children inherit that
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    child = heed + "import time\ntry:\n    print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')"
     command = [sys.executable, "-c", child]
-    code = f"import pathlib, quickstart; quickstart.run_step('x', {command!r}, pathlib.Path('x.log'))"
+    code = heed + f"import pathlib, quickstart; quickstart.run_step('x', {command!r}, pathlib.Path('x.log'))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
