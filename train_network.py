@@ -369,7 +369,8 @@ class NetworkTrainer(ArchitectureHooks):
         self.gradients.reduce()
         if self.accelerator.scaler is not None:  # after the sum, so that all processes see the same overflow
             self.accelerator.unscale_gradients(self.optimizer)
-        shared = self.accelerator.reduce(torch.stack([loss, loss.new_tensor(float(bool(self.stop)))]), reduction="sum")
+        wish = torch.full_like(loss, float(bool(self.stop)))  # a fill: copying a number from the host would wait for the device
+        shared = self.accelerator.reduce(torch.stack([loss, wish]), reduction="sum")
         norm = self.gradients.clip()
         finite = self.gradients.drop_if_not_finite(shared[0])
         rates = self.learning_rates()
@@ -386,7 +387,7 @@ class NetworkTrainer(ArchitectureHooks):
         if not limit:
             return []
         numbers = self.network.apply_max_norm_regularization(limit, self.device)
-        return [torch.as_tensor(number, dtype=torch.float32, device=self.device) for number in numbers]
+        return [n.float() if isinstance(n, Tensor) else torch.full((), float(n), device=self.device) for n in numbers]
 
     def step_numbers(self, step: int, put: tuple[list[float], dict[str, float]] | None) -> StepNumbers | None:
         """The numbers as they were put, of the step that ended as number ``step``."""

@@ -23,7 +23,7 @@ STRIDE = 8  # pixels per latent; the whole project counts on it
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
 
-# specs/checkpoints/qwen_image_vae.json: per-channel statistics of the published model's raw latents
+# per-channel statistics of the published model's raw latents
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,

@@ -1,6 +1,6 @@
 """How far a prediction is from its target, and how much that counts.
 
-Facts: specs/cli/semantics.md ("Loss", "Loss weighting"), numbers: golden/anima/training_math.
+Recorded numbers: tests/golden (training_math).
 """
 
 from __future__ import annotations

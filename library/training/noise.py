@@ -3,7 +3,6 @@
 Every function is pure: tensors and random numbers in, tensors out. The options act for every model family. What the reference
 draws once for a batch (random strengths, the sizes of multires noise) is drawn for each sample here, and what it measures over
 a batch (the deviation of multires noise) is measured for each sample, so that a batch may be split over processes at will.
-Facts: specs/cli/semantics.md ("Noise").
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which optimizer the options mean, and whether it can be had. Torch-free: a typo is told before anything heavy is imported.
-
-Facts: specs/cli/semantics.md ("Optimizer resolution").
-"""
+"""Which optimizer the options mean, and whether it can be had. Torch-free: a typo is told before anything heavy is imported."""
 
 from __future__ import annotations
 

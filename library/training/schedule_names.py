@@ -1,7 +1,4 @@
-"""Which learning-rate schedule the options mean, and whether it can be had. Torch-free.
-
-Facts: specs/cli/semantics.md ("LR schedulers").
-"""
+"""Which learning-rate schedule the options mean, and whether it can be had. Torch-free."""
 
 from __future__ import annotations
 

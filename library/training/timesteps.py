@@ -1,8 +1,8 @@
 """How noisy each training sample is: random draws -> sigmas of the flow models.
 
 ``sigma`` is the share of noise in a latent: 0 = image, 1 = noise. Every sampling is a function of draws from a standard
-distribution, so that the same draws always give the same sigmas, whatever device or process made them. Facts:
-specs/cli/semantics.md ("Timestep sampling, flow models"), numbers: golden/anima/training_math.
+distribution, so that the same draws always give the same sigmas, whatever device or process made them.
+Recorded numbers: tests/golden (training_math).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_every_prefix_is_read_and_the_head_ignored(tmp_path, prefix):
 
 
 def test_published_sizes():
-    # specs/checkpoints/qwen3_06b.json
+    # the published sizes
     shapes = expected_shapes(TextEncoderConfig())
     assert len(shapes) == 310
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())

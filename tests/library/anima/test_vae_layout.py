@@ -31,7 +31,7 @@ def test_sizes_and_names_of_the_published_layout(tmp_path):
 
 
 def test_published_sizes_have_the_published_number_of_parameters():
-    # specs/checkpoints/qwen_image_vae.json counts 126,892,531 with three time slices and the time convolutions
+    # the published file counts 126,892,531 with three time slices and the time convolutions
     shapes = expected_shapes(96, (96, 192, 384, 384), 2, 16)
     assert len(shapes) == 194 - 8  # four time_conv modules, weight and bias
     assert shapes["decoder.blocks.4.conv1.weight"] == (384, 192, 3, 3)
