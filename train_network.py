@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import glob
 import logging
-import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,25 +21,23 @@ from torch import Tensor, nn
 from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
-from library.errors import OptionError, TrainingError, UserError, user_errors_end_the_script
+from library.errors import OptionError, TrainingError, user_errors_end_the_script
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
 from library.randomness import derive_seed
 from library.training import networks, trackers
-from library.training.good_weights import GoodWeights
-from library.training.gradients import Gradients
+from library.training.divergence import DivergenceGuard
 from library.training.hooks import ArchitectureHooks
 from library.training.interrupts import StopRequest, resume_command
+from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
-from library.training.optimizers import create_optimizer, evaluation_weights, load_optimizer_state, optimizer_state
 from library.training.plan import NetworkSize, plan_lines
-from library.training.precision import WEIGHT_DTYPES, allow_fp16_gradients, use_deterministic_kernels
+from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
 from library.training.preflight import CheckedRun, worker_count
 from library.training.report import Report
 from library.training.sample_pictures import SamplePictures
 from library.training.saving import remove_old, save_dtype, save_network
-from library.training.schedules import create_schedule
 from library.training.state import (
     StateDescription,
     check_identity,
@@ -61,8 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
-MAX_NORM_CURVES = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")  # what --scale_weight_norms logs
-MAX_SKIPPED_STEPS = 5  # in a row; then the run has diverged
 PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
 
 
@@ -75,7 +69,7 @@ class NetworkTrainer(ArchitectureHooks):
         self.progress: Progress = run.start
         self.vae: Any = None  # stays None while latents are cached and no samples are drawn
         self.text_encoder: Any = None  # stays None once its outputs are cached
-        self.skipped_in_a_row = 0
+        self.stop_agreed = False  # by all processes
 
     def train(self) -> None:
         """The whole run. Leaves with SystemExit(130 or 143) after a signal, having saved the LoRA and a state."""
@@ -83,7 +77,8 @@ class NetworkTrainer(ArchitectureHooks):
         if self.options.run.dry_run:
             return
         with StopRequest() as self.stop:
-            self.sample_pictures(epoch=0)
+            if self.progress.step == 0:
+                self.sample_pictures(epoch=0)
             while self.progress.step < self.run.length.total_steps and not self.must_stop():
                 numbers = self.update()
                 self.report(numbers)
@@ -95,6 +90,7 @@ class NetworkTrainer(ArchitectureHooks):
     def set_up(self) -> None:
         self.start_accelerator()
         self.create_network()
+        self.optimizer_name = try_optimizer(self.options, self.run.length.total_steps)
         self.print_plan()
         if self.options.run.dry_run:
             return
@@ -103,7 +99,7 @@ class NetworkTrainer(ArchitectureHooks):
         if self.run.text_cache is not None:
             self.run.text_cache.conditioning_type = self.conditioning_type()
         self.load_models()
-        self.create_optimizer()
+        self.learner = Learner(self.network, self.accelerator, self.options, total_steps=self.run.length.total_steps)
         self.resume()
         self.start_logging()
         self.start_data()
@@ -226,28 +222,13 @@ class NetworkTrainer(ArchitectureHooks):
             self.denoiser.enable_gradient_checkpointing()
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)
+        self.network.prepare_grad_etc([], self.denoiser)
+        self.network.train()
         if self.run.latent_cache is None:
             self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
         if self.run.text_cache is None:
             self.text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
         self.objective = self.create_objective()
-
-    def create_optimizer(self) -> None:
-        groups, self.group_names = networks.optimizer_groups(self.network, self.options.optimizer)
-        made = create_optimizer(groups, self.options.optimizer)
-        self.optimizer_name = made.description
-        self.schedule = create_schedule(
-            made.optimizer, self.options.schedule, total_steps=self.run.length.total_steps, optimizer=self.options.optimizer
-        )
-        self.raw_optimizer = made.optimizer
-        self.optimizer = self.accelerator.prepare_optimizer(made.optimizer)
-        self.network.prepare_grad_etc([], self.denoiser)
-        self.network.train()
-        self.trained = [p for group in made.optimizer.param_groups for p in group["params"]]
-        self.gradients = Gradients(self.trained, max_norm=self.options.optimizer.max_grad_norm)
-        self.good_weights = GoodWeights(self.trained)
-        if self.options.run.full_fp16 and self.accelerator.scaler is not None:
-            allow_fp16_gradients(self.accelerator.scaler)
 
     def resume(self) -> None:
         """Goes on from --resume, and puts the schedule where --initial_step says."""
@@ -256,17 +237,11 @@ class NetworkTrainer(ArchitectureHooks):
         if folder is None or saved is None:
             if self.options.resume.resume:
                 self.say("--resume latest: no complete state is there yet, so the run starts from the beginning")
-            self.advance_schedule(self.progress.step)
+            self.learner.advance_schedule(self.progress.step)
             return
         for line in check_identity(folder, saved, *self.own_settings()):
             logger.warning("warning: %s", line)
-        training = load_training_tensors(folder)
-        self.load_network_state(load_network_tensors(folder))
-        load_optimizer_state(self.raw_optimizer, training["optimizer"])
-        self.schedule.load_state_dict(training["schedule"])
-        if training["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(training["scaler"])
-        self.good_weights = GoodWeights(self.trained)
+        self.learner.load_state(load_training_tensors(folder), load_network_tensors(folder))
         self.say(f"resumed from {folder} after step {self.progress.step}")
 
     def own_settings(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -277,20 +252,6 @@ class NetworkTrainer(ArchitectureHooks):
             state_history(self.options, self.run.length, seed=self.seed),
         )
 
-    def advance_schedule(self, steps: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch expects an optimizer step before each of these
-            for _ in range(steps):
-                self.schedule.step()
-
-    @torch.no_grad()
-    def load_network_state(self, tensors: dict[str, Tensor]) -> None:
-        own = self.network.state_dict()
-        if own.keys() != tensors.keys():
-            raise UserError(f"the state {self.run.resume_folder} holds another network: its modules differ from this run's")
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
     def start_logging(self) -> None:
         from library.options.reference_table import redacted
 
@@ -298,6 +259,7 @@ class NetworkTrainer(ArchitectureHooks):
         config = redacted(self.options) if self.options.logging.log_config else {}
         trackers.start_trackers(self.accelerator, self.options.logging, config)
         self.numbers = DelayedNumbers()
+        self.guard = DivergenceGuard(scales_losses=self.learner.scales_losses)
         self.pictures = SamplePictures(
             self.run, self.accelerator, seed=self.seed, draw=self.draw_sample, encode=self.prompt_conditioning
         )
@@ -326,7 +288,6 @@ class NetworkTrainer(ArchitectureHooks):
         epoch, batch_numbers = self.run.length.batches_of_update(self.progress.position)
         if batch_numbers.start == 0:
             self.network.on_epoch_start([], self.denoiser)
-        self.good_weights.before_update(self.progress.step)
         loss = torch.zeros((), device=self.device)
         for number in batch_numbers:
             batch = self.next_batch(epoch, number)
@@ -366,28 +327,13 @@ class NetworkTrainer(ArchitectureHooks):
         return losses.sum() / batch.global_size
 
     def step_optimizer(self, loss: Tensor) -> StepNumbers | None:
-        self.gradients.reduce()
-        if self.accelerator.scaler is not None:  # after the sum, so that all processes see the same overflow
-            self.accelerator.unscale_gradients(self.optimizer)
+        self.learner.sum_gradients()
         wish = torch.full_like(loss, float(bool(self.stop)))  # a fill: copying a number from the host would wait for the device
         shared = self.accelerator.reduce(torch.stack([loss, wish]), reduction="sum")
-        norm = self.gradients.clip()
-        finite = self.gradients.drop_if_not_finite(shared[0])
-        rates = self.learning_rates()
-        self.optimizer.step()
-        self.schedule.step()
-        self.gradients.zero()
-        norms = self.keep_max_norm()
-        before = self.numbers.put(torch.stack([shared[0], norm.float(), finite.float(), shared[1], *norms]), rates)
+        rates = self.learner.rates()
+        norm, finite, norms = self.learner.step(self.progress.step, shared[0])
+        before = self.numbers.put(torch.stack([shared[0], norm, finite, shared[1], *norms]), rates)
         return self.step_numbers(self.progress.step, before)
-
-    def keep_max_norm(self) -> list[Tensor]:
-        """--scale_weight_norms: scales down what grew too large; MAX_NORM_CURVES as () tensors, or none without the flag."""
-        limit = self.options.network.scale_weight_norms
-        if not limit:
-            return []
-        numbers = self.network.apply_max_norm_regularization(limit, self.device)
-        return [n.float() if isinstance(n, Tensor) else torch.full((), float(n), device=self.device) for n in numbers]
 
     def step_numbers(self, step: int, put: tuple[list[float], dict[str, float]] | None) -> StepNumbers | None:
         """The numbers as they were put, of the step that ended as number ``step``."""
@@ -403,69 +349,56 @@ class NetworkTrainer(ArchitectureHooks):
         """A signal came. Several processes agree by the number that travelled with the losses, so all stop at one step."""
         return bool(self.stop) if self.processes == 1 else self.stop_agreed
 
-    stop_agreed = False
-
     def report(self, numbers: StepNumbers | None) -> None:
         if numbers is None:
             return
         self.stop_agreed = self.stop_agreed or numbers.stop_wanted
-        self.good_weights.learned(numbers.step - 1, numbers.finite)
-        self.guard_against_divergence(numbers)
+        self.learner.weights.learned(numbers.step - 1, numbers.finite)
+        if self.guard.has_diverged(numbers):
+            self.end_diverged_run(numbers.step)
         if numbers.finite:
             self.average.add(numbers.loss)
         epoch, _ = self.run.length.batches_of_update(max(self.progress.position - 1, 0))
         self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
                            waited_s=self.batches.waited_s)  # fmt: skip
 
-    def learning_rates(self) -> dict[str, float]:
-        rates: dict[str, float] = {}
-        for name, group in zip(self.group_names, self.raw_optimizer.param_groups, strict=True):
-            rates[f"lr/{name}"] = float(group["lr"])
-            if "d" in group:  # D-Adaptation and Prodigy estimate the step size
-                rates[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
-        return rates
-
-    def guard_against_divergence(self, numbers: StepNumbers) -> None:
-        """A step whose loss or gradient is not finite was skipped; after several in a row the run ends with good weights."""
-        overflow = self.accelerator.scaler is not None and math.isfinite(numbers.loss)  # fp16: the scaler looks for its scale
-        if numbers.finite or overflow:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        logger.warning("step %d: the loss or its gradient is not finite; the step was skipped", numbers.step)
-        if self.skipped_in_a_row < MAX_SKIPPED_STEPS:
-            return
-        self.good_weights.restore()
+    def end_diverged_run(self, step: int) -> None:
+        """Saves the last weights that gave a finite loss, and leaves with an error."""
+        self.learner.weights.restore_good()
         file = self.run.names.last_file()
         self.save_lora(file)
+        self.accelerator.wait_for_everyone()
         raise TrainingError(
-            f"the loss was not finite in {MAX_SKIPPED_STEPS} steps in a row, the last one step {numbers.step}; the last good "
-            f"weights are in {file}. Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a "
-            "smaller --max_grad_norm"
+            f"the loss was not finite in several steps in a row, the last one step {step}; the last good weights are in {file}. "
+            "Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a smaller --max_grad_norm"
         )
 
     def run_due_events(self) -> None:
-        """Samples, LoRA files and states due after this step; a state comes last, so that it knows of all the others."""
+        """Samples, LoRA files and states due after this step.
+
+        States come after all else that this step owes, because a run that goes on from one owes none of it; old files go last.
+        """
         length, saves, names, step = self.run.length, self.run.saves, self.run.names, self.progress.step
         ended = self.progress.position // length.steps_per_epoch if length.ends_epoch(self.progress.position) else None
         self.sample_pictures(epoch=None)
+        if ended is not None:
+            self.sample_pictures(epoch=ended)
+        due: list[tuple[Path, Path, list[Path]]] = []  # LoRA file, state, what makes way
         if saves.saves_step(step):
-            self.save_lora(names.step_file(step))
-            self.save_state_if_asked(names.step_state(step))
-            self.remove(saves.step_to_remove(step), names.step_file)
-            self.remove(saves.step_state_to_remove(step), names.step_state)
-        if ended is None:
-            return
-        self.sample_pictures(epoch=ended)
-        if saves.saves_epoch(ended):
-            self.save_lora(names.epoch_file(ended))
-            self.save_state_if_asked(names.epoch_state(ended))
-            self.remove(saves.epoch_to_remove(ended), names.epoch_file)
-            self.remove(saves.epoch_state_to_remove(ended), names.epoch_state)
+            due.append((names.step_file(step), names.step_state(step), saves.made_way_for_step(step, names)))
+        if ended is not None and saves.saves_epoch(ended):
+            due.append((names.epoch_file(ended), names.epoch_state(ended), saves.made_way_for_epoch(ended, names)))
+        for file, _, _ in due:
+            self.save_lora(file)
+        for _, state, _ in due:
+            if self.options.saving.save_state:
+                self.save_state(state)
+        if self.accelerator.is_main_process:
+            remove_old(*(path for _, _, old in due for path in old))
 
     def finish(self) -> None:
         """The last files. After a signal: a state and the LoRA of this step, and how to go on."""
-        self.report(self.step_numbers(self.progress.step, self.numbers.take()))
+        self.report_pending()
         self.batches.close()
         names, saving = self.run.names, self.options.saving
         if self.must_stop() and self.progress.step < self.run.length.total_steps:
@@ -478,10 +411,15 @@ class NetworkTrainer(ArchitectureHooks):
             f"training is done: {self.progress.step} steps, average loss {self.average.mean:.4f}, LoRA in {names.last_file()}"
         )
 
+    def report_pending(self) -> None:
+        """The numbers of the last step, which are still on their way."""
+        self.report(self.step_numbers(self.progress.step, self.numbers.take()))
+
     def stop_early(self) -> None:
         names, step = self.run.names, self.progress.step
-        self.save_lora(names.step_file(step))
         self.save_state(names.step_state(step))
+        self.save_lora(names.step_file(step), in_haste=True)
+        self.accelerator.wait_for_everyone()  # a process that leaves makes the launcher end the others
         self.close_logging()
         self.say(f"stopped after step {step}; to go on: {resume_command(names.step_state(step))}")
         sys.exit(self.stop.exit_status)
@@ -492,21 +430,19 @@ class NetworkTrainer(ArchitectureHooks):
 
     # ------------------------------------------------------------------ files
 
-    def save_lora(self, file: Path) -> None:
+    def save_lora(self, file: Path, *, in_haste: bool = False) -> None:
         """Main process only; optimizers that keep an average of the weights swap it in for the moment."""
         if not self.accelerator.is_main_process:
             return
         epochs_done = self.progress.position // self.run.length.steps_per_epoch
         metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done)
-        with self.evaluating():
+        with self.learner.evaluating():
             save_network(self.network, file, dtype=save_dtype(self.options.saving.save_precision), metadata=metadata)
         self.say(f"saved {file}")
 
-    def save_state_if_asked(self, folder: Path) -> None:
-        if self.options.saving.save_state:
-            self.save_state(folder)
-
     def save_state(self, folder: Path) -> None:
+        """Main process only; the pending numbers are reported first, so that the state knows of every finished step."""
+        self.report_pending()
         if not self.accelerator.is_main_process:
             return
         identity, history = self.own_settings()
@@ -518,28 +454,8 @@ class NetworkTrainer(ArchitectureHooks):
             history=history,
             losses=self.average.values(),
         )
-        scaler = self.accelerator.scaler
-        training = {
-            "optimizer": optimizer_state(self.raw_optimizer),
-            "schedule": self.schedule.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        save_state(folder, description, network=self.network.state_dict(), training=training)
+        save_state(folder, description, network=self.network.state_dict(), training=self.learner.state())
         self.say(f"saved the state {folder}")
-
-    def remove(self, number: int | None, path: Callable[[int], Path]) -> None:
-        if number is not None and self.accelerator.is_main_process:
-            remove_old(path(number))
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Dropout off, averaged weights in; back to training afterwards."""
-        self.network.eval()
-        try:
-            with evaluation_weights(self.raw_optimizer):
-                yield
-        finally:
-            self.network.train()
 
     # ------------------------------------------------------------------ sample pictures
 
@@ -554,7 +470,7 @@ class NetworkTrainer(ArchitectureHooks):
 
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:
-        with self.evaluating(), self.vae_on_device():
+        with self.learner.evaluating(), self.vae_on_device():
             yield
 
     @contextmanager

@@ -15,7 +15,8 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward, and cuDNN's, add in any order
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def allow_fp16_gradients(scaler: Any) -> None:

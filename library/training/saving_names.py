@@ -102,6 +102,16 @@ class SaveSchedule:
     def saves_step(self, step: int) -> bool:
         return bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
 
+    def made_way_for_epoch(self, epoch: int, names: OutputNames) -> list[Path]:
+        """The old LoRA file and state that go once those of ``epoch`` are saved."""
+        file, state = self.epoch_to_remove(epoch), self.epoch_state_to_remove(epoch)
+        return [*([names.epoch_file(file)] if file else []), *([names.epoch_state(state)] if state else [])]
+
+    def made_way_for_step(self, step: int, names: OutputNames) -> list[Path]:
+        """The old LoRA file and state that go once those of ``step`` are saved."""
+        file, state = self.step_to_remove(step), self.step_state_to_remove(step)
+        return [*([names.step_file(file)] if file else []), *([names.step_state(state)] if state else [])]
+
     def epoch_to_remove(self, epoch: int) -> int | None:
         return self._old_epoch(epoch, self.keep_epochs)
 

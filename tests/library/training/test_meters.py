@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from library.training.good_weights import SNAPSHOT_EVERY, GoodWeights
-from library.training.meters import DelayedNumbers, LossAverage
+from library.training.divergence import MAX_OVERFLOWS, MAX_SKIPPED_STEPS, DivergenceGuard
+from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
+from library.training.trained_weights import SNAPSHOT_EVERY, TrainedWeights
 
 
 def test_numbers_come_one_step_later():
@@ -24,16 +25,42 @@ def test_the_average_is_over_one_epoch_and_survives_a_resume():
 
 def test_weights_count_as_good_once_their_loss_was_finite():
     weight = torch.nn.Parameter(torch.zeros(2))
-    good = GoodWeights([weight])
+    kept = TrainedWeights([weight])
 
     def update(step: int, *, finite: bool, value: float) -> None:
-        good.before_update(step)
+        kept.remember(step)
         weight.data.fill_(value)
-        good.learned(step, finite)
+        kept.learned(step, finite)
 
     for step in range(SNAPSHOT_EVERY + 1):
         update(step, finite=True, value=step + 1.0)
     for step in range(SNAPSHOT_EVERY + 1, 3 * SNAPSHOT_EVERY):
         update(step, finite=False, value=float("inf"))
-    good.restore()
+    kept.restore_good()
     assert weight.tolist() == [float(SNAPSHOT_EVERY)] * 2  # the weights from before update number SNAPSHOT_EVERY
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(2))
+    kept = TrainedWeights([weight])
+    for finite, expected in ((False, 1.0), (True, 5.0)):
+        kept.remember(1)
+        weight.data.fill_(5.0)
+        kept.keep_if(torch.tensor(finite))
+        assert weight.tolist() == [expected] * 2
+
+
+def numbers(step: int, *, loss: float = float("nan"), finite: bool = False) -> StepNumbers:
+    return StepNumbers(step, loss, 1.0, finite, False, {})
+
+
+def test_divergence_is_several_steps_in_a_row():
+    guard = DivergenceGuard(scales_losses=False)
+    outcomes = [guard.has_diverged(numbers(step, finite=step == 3)) for step in range(MAX_SKIPPED_STEPS + 4)]
+    assert outcomes.index(True) == 3 + MAX_SKIPPED_STEPS
+
+
+def test_overflows_of_fp16_are_a_search_until_they_are_far_too_many():
+    guard = DivergenceGuard(scales_losses=True)
+    outcomes = [guard.has_diverged(numbers(step, loss=0.5)) for step in range(MAX_OVERFLOWS)]
+    assert outcomes.index(True) == MAX_OVERFLOWS - 1
