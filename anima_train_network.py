@@ -82,7 +82,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             for side in (prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX)
         )
         noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
-        latents = sample_latents(
+        return sample_latents(
             denoiser,
             noise.to(self.device),
             positive=contexts[0],
@@ -91,7 +91,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
             steps=prompt.sample_steps or SAMPLE_STEPS,
             shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
         )
-        return self.vae.decode(latents)[0]
+
+    def decode_images(self, vae: QwenImageVae, latents: Tensor) -> Tensor:
+        return vae.decode(latents)
 
     def describe_model(self) -> dict[str, str]:
         flow = self.options.flow

@@ -40,12 +40,10 @@ from library.training.sample_pictures import SamplePictures
 from library.training.saving import remove_old, save_dtype, save_network
 from library.training.state import (
     StateDescription,
-    check_identity,
     load_network_tensors,
     load_training_tensors,
     save_state,
-    state_history,
-    state_identity,
+    state_settings,
 )
 from library.training.steps import Progress
 
@@ -57,6 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
+PLAIN_DISTRIBUTIONS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
 
 
@@ -106,6 +105,7 @@ class NetworkTrainer(ArchitectureHooks):
 
     def start_accelerator(self) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate.utils import GradientAccumulationPlugin
 
         names = trackers.tracker_names(self.options.logging)
         self.log_dir = trackers.run_log_dir(self.options.logging)
@@ -114,10 +114,16 @@ class NetworkTrainer(ArchitectureHooks):
                 mixed_precision=self.options.run.mixed_precision,
                 log_with=names or None,
                 project_dir=str(self.log_dir) if self.log_dir else None,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # update() divides by itself
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_WAIT)],
             )
         except ValueError as error:  # a precision that this device does not have
             raise OptionError(f"--mixed_precision {self.options.run.mixed_precision}: {error}") from error
+        if self.accelerator.distributed_type.value not in PLAIN_DISTRIBUTIONS:
+            raise OptionError(
+                f"accelerate is configured for {self.accelerator.distributed_type.value}, which LoRA training here does not "
+                "use: choose plain multi-GPU training in accelerate config"
+            )
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]
@@ -239,18 +245,8 @@ class NetworkTrainer(ArchitectureHooks):
                 self.say("--resume latest: no complete state is there yet, so the run starts from the beginning")
             self.learner.advance_schedule(self.progress.step)
             return
-        for line in check_identity(folder, saved, *self.own_settings()):
-            logger.warning("warning: %s", line)
         self.learner.load_state(load_training_tensors(folder), load_network_tensors(folder))
         self.say(f"resumed from {folder} after step {self.progress.step}")
-
-    def own_settings(self) -> tuple[dict[str, str], dict[str, str]]:
-        """What a state of this run is recognised by: settings that must be equal, and settings that should be."""
-        architecture, optimizer = self.run.architecture.name, self.optimizer_name.partition("(")[0]
-        return (
-            state_identity(self.options.network, architecture=architecture, optimizer=optimizer),
-            state_history(self.options, self.run.length, seed=self.seed),
-        )
 
     def start_logging(self) -> None:
         from library.options.reference_table import redacted
@@ -261,7 +257,12 @@ class NetworkTrainer(ArchitectureHooks):
         self.numbers = DelayedNumbers()
         self.guard = DivergenceGuard(scales_losses=self.learner.scales_losses)
         self.pictures = SamplePictures(
-            self.run, self.accelerator, seed=self.seed, draw=self.draw_sample, encode=self.prompt_conditioning
+            self.run,
+            self.accelerator,
+            seed=self.seed,
+            draw=self.draw_sample,
+            decode=lambda latents: self.decode_images(self.vae, latents),
+            encode=self.prompt_conditioning,
         )
 
     def start_data(self) -> None:
@@ -445,7 +446,9 @@ class NetworkTrainer(ArchitectureHooks):
         self.report_pending()
         if not self.accelerator.is_main_process:
             return
-        identity, history = self.own_settings()
+        identity, history = state_settings(
+            self.options, self.run.architecture.name, batches_per_epoch=self.run.length.batches_per_epoch
+        )
         description = StateDescription(
             epoch=self.progress.position // self.run.length.steps_per_epoch,
             progress=self.progress,
@@ -494,4 +497,11 @@ class NetworkTrainer(ArchitectureHooks):
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
     """Trains, and ends the script with one message for what a user can mend."""
     with user_errors_end_the_script():
-        trainer_class(run).train()
+        try:
+            trainer_class(run).train()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --gradient_checkpointing, a "
+                "smaller --train_batch_size or batch_size, a smaller resolution, --cache_latents, --cache_text_encoder_outputs, "
+                "--mixed_precision bf16, --optimizer_type AdamW8bit, --vae_batch_size 1, and for Anima --vae_chunk_size 64"
+            ) from error

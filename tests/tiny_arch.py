@@ -99,7 +99,10 @@ class TinyTrainer(NetworkTrainer):
 
     def draw_sample(self, prompt, positive, negative, seed):
         noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-        return self.denoiser(noise, positive.lengths * 0.001)[0].clamp(-1, 1)
+        return self.denoiser(noise, positive.lengths * 0.001)
+
+    def decode_images(self, vae, latents):
+        return latents.clamp(-1, 1)
 
     def describe_model(self):
         return {"ss_base_model_version": "tiny", "modelspec.architecture": "tiny/lora"}

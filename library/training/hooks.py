@@ -70,7 +70,11 @@ class ArchitectureHooks(ABC):
 
     @abstractmethod
     def draw_sample(self, prompt: SamplePrompt, positive: Conditioning, negative: Conditioning, seed: int) -> Tensor:
-        """One sample picture, (3, H, W) in [-1, 1]; ``self.vae`` is on the device."""
+        """Scaled latents (1, C, h, w) of one sample picture. The caller sets autocast and gradient mode."""
+
+    @abstractmethod
+    def decode_images(self, vae: Any, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [-1, 1]. Called outside autocast: the VAE's dtype counts."""
 
     @abstractmethod
     def describe_model(self) -> dict[str, str]:

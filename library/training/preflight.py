@@ -20,21 +20,24 @@ from library.dataset.items import TrainingSet
 from library.dataset.order import batches_per_epoch
 from library.dataset.scan import scan
 from library.dataset.toml_config import read_datasets
-from library.errors import DatasetError, OptionError, OutputError, UserError, os_error_text
+from library.errors import CheckpointError, DatasetError, OptionError, OutputError, UserError, os_error_text
+from library.files.safetensors_file import read_header
 from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
 from library.training.console import image_check_bar, set_up_console
+from library.training.networks import check_weights_file
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
 from library.training.saving_names import OutputNames, SaveSchedule
 from library.training.schedule_names import schedule_notices, schedule_problems
-from library.training.state import StateDescription, find_state, read_description
+from library.training.state import StateDescription, check_identity, find_state, read_description, state_settings
 from library.training.steps import Progress, RunLength, initial_progress
 from library.training.trackers import tracker_problems
 
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
     from library.dataset.text_cache import TextCache
+    from library.options.network import NetworkOptions
 
 MIB = 2**20
 DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
@@ -69,6 +72,7 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     problems.add(*tracker_problems(options.logging))
     with problems.collect():
         check_writable(Path(options.saving.output_dir))
+    problems.add(*weights_file_problems(options.network))
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
         prompts = checked_prompts(options)
@@ -119,6 +123,9 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             f"the state {resume_folder} has done {start.step} steps and the run ends at {length.total_steps}: "
             "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
         )
+    changes = (
+        check_identity(resume_folder, resumed, state_settings(options, architecture.name)) if resume_folder and resumed else []
+    )
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
     check_disk(training_set, (latent_cache, text_cache), options)
     return CheckedRun(
@@ -137,8 +144,22 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         resumed=resumed,
         latent_cache=latent_cache,
         text_cache=text_cache,
-        warnings=(*option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
+        warnings=(*changes, *option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
     )
+
+
+def weights_file_problems(network: NetworkOptions) -> Iterator[str]:
+    """LoRA files that are missing or damaged; whether they fit the model shows once the network is made."""
+    files = [("--network_weights", network.network_weights), *(("--base_weights", file) for file in network.base_weights or ())]
+    for flag, file in files:
+        if file is None:
+            continue
+        try:
+            check_weights_file(flag, file)
+            if Path(file).suffix == ".safetensors":
+                read_header(Path(file))
+        except CheckpointError as error:
+            yield from error.problems
 
 
 def option_warnings(options: Any) -> Iterator[str]:

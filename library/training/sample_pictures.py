@@ -20,26 +20,28 @@ from library.training.trackers import log_picture
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Draw = Callable[[SamplePrompt, Conditioning, Conditioning, int], Tensor]  # prompt, positive, negative, seed -> (3, H, W)
+Draw = Callable[[SamplePrompt, Conditioning, Conditioning, int], Tensor]  # prompt, positive, negative, seed -> latents
 
 
 class SamplePictures:
     """Draws the prompts of a run; each process its share.
 
-    ``draw`` gives one picture in [-1, 1]; ``encode`` the conditioning of a text; ``ready`` is entered while drawing (VAE on the
-    device, dropout off). A prompt without a seed gets one of its own from the run's: fixed pictures can be compared.
+    ``draw`` gives the latents of one picture, ``decode`` makes them pixels (1, 3, H, W) in [-1, 1], ``encode`` gives the
+    conditioning of a text; only ``draw`` runs under autocast. ``ready`` is entered meanwhile (VAE on the device, dropout
+    off). A prompt without a seed gets one of its own from the run's: fixed pictures can be compared.
     """
 
-    def __init__(self, run: CheckedRun, accelerator: Accelerator, *, seed: int, draw: Draw,
+    def __init__(self, run: CheckedRun, accelerator: Accelerator, *, seed: int, draw: Draw, decode: Callable[[Tensor], Tensor],
                  encode: Callable[[str], Conditioning]):  # fmt: skip
-        self._run, self._accelerator, self._seed, self._draw, self._encode = run, accelerator, seed, draw, encode
+        self._run, self._accelerator, self._seed = run, accelerator, seed
+        self._draw, self._decode, self._encode = draw, decode, encode
 
     def draw_if_due(self, *, step: int, epoch: int | None, ready: Callable[[], AbstractContextManager[None]]) -> None:
         """``epoch``: the finished one at its end, 0 before training, None after a step."""
         if not self._run.prompts or not is_due(self._run.options.samples, step=step, epoch=epoch):
             return
         accelerator = self._accelerator
-        with ready(), torch.no_grad(), accelerator.autocast():
+        with ready(), torch.no_grad():
             mine = self._run.prompts[accelerator.process_index :: accelerator.num_processes]
             pictures = [(prompt, self._draw_one(prompt, step, epoch)) for prompt in mine]
         if accelerator.num_processes > 1:
@@ -55,7 +57,9 @@ class SamplePictures:
         positive, negative = (
             self._encode(text).to(self._accelerator.device) for text in (prompt.prompt, prompt.negative_prompt or "")
         )
-        pixels = self._draw(prompt, positive, negative, seed).float().cpu()  # (3, H, W)
+        with self._accelerator.autocast():
+            latents = self._draw(prompt, positive, negative, seed)
+        pixels = self._decode(latents)[0].float().cpu()  # (3, H, W)
         name = picture_name(
             self._run.options.saving.output_name,
             step=step,

@@ -8,19 +8,19 @@ saved. ``train_state.json`` is written last and lists the other files with their
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, OptionError, did_you_mean
 from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
-from library.training.steps import Progress, RunLength
+from library.training.optimizer_names import optimizer_source
+from library.training.steps import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from library.options.network import NetworkOptions
 
 STATE_FORMAT = 1
 DESCRIPTION_FILE = "train_state.json"
@@ -60,16 +60,29 @@ class StateDescription:
 
 def save_state(folder: Path, description: StateDescription, *, network: Mapping[str, Tensor], training: Any) -> None:
     """Writes a complete state or leaves the old one. ``training``: optimizer, schedule and scaler states (torch.save)."""
-    import torch
-
     from library.files.safetensors_file import serialize
+    from library.files.torch_file import torch_bytes
 
     with folder_written_atomically(folder) as temporary:
         (temporary / NETWORK_FILE).write_bytes(serialize(network))
-        with (temporary / TENSORS_FILE).open("wb") as file:
-            torch.save(training, file)
+        (temporary / TENSORS_FILE).write_bytes(torch_bytes(training))
         files = {name: (temporary / name).stat().st_size for name in (NETWORK_FILE, TENSORS_FILE)}
         write_text_atomically(temporary / DESCRIPTION_FILE, description.to_json(files))
+
+
+def remove_replaced_states(states: Iterable[Path]) -> None:
+    """Removes those of ``states`` that a killed run had set aside as ``NAME.replaced``, where the state NAME is complete."""
+    for path in states:
+        if path.name.endswith(REPLACED_MARK) and _is_complete(path.with_name(path.name.removesuffix(REPLACED_MARK))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_description(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def read_description(folder: Path) -> StateDescription:
@@ -135,26 +148,31 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
     return max(complete)[2] if complete else None
 
 
-def state_identity(network: NetworkOptions, *, architecture: str, optimizer: str) -> dict[str, str]:
-    """Settings without which a state cannot go on: the network's shape and the optimizer's class (flag -> value)."""
+# groups whose options change what is trained, and those of their options that do not
+HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "captions", "dataset")
+HISTORY_RUN_OPTIONS = ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16")
+HARMLESS = ("max_data_loader_n_workers", "persistent_data_loader_workers", "skip_bad_images", "optimizer_type", "use_8bit_adam",
+            "use_lion_optimizer")  # fmt: skip
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler")
+
+
+def state_settings(options: Any, architecture: str, *, batches_per_epoch: int) -> tuple[dict[str, str], dict[str, str]]:
+    """(identity, history): settings without which a state cannot go on, and those that should stay for the result of an
+    uninterrupted run; flag -> value as text. Options that an architecture does not have are left out.
+    """
     names = ("network_module", "network_dim", "network_alpha", "network_args")
-    own = {f"--{name}": str(getattr(network, name)) for name in names}
-    return {**own, "--optimizer_type": optimizer, "the architecture": architecture}
+    identity = {f"--{name}": str(getattr(options.network, name)) for name in names}
+    identity.update({"--optimizer_type": optimizer_source(options.optimizer).path, "the architecture": architecture})
+    groups = [getattr(options, name) for name in HISTORY_GROUPS if hasattr(options, name)]
+    values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
+    values.update({name: getattr(options.run, name) for name in HISTORY_RUN_OPTIONS})
+    history = {f"--{name}": str(value) for name, value in values.items()}
+    return identity, {**history, "the number of batches per epoch": str(batches_per_epoch)}
 
 
-def state_history(options: Any, length: RunLength, *, seed: int) -> dict[str, str]:
-    """Settings that should stay, for the result of an uninterrupted run."""
-    return {
-        "the seed": str(seed),
-        "the number of batches per epoch": str(length.batches_per_epoch),
-        "--gradient_accumulation_steps": str(length.accumulation),
-        "--mixed_precision": options.run.mixed_precision,
-        "--learning_rate": str(options.optimizer.learning_rate),
-    }
-
-
-def check_identity(folder: Path, saved: StateDescription, identity: Mapping[str, str], history: Mapping[str, str]) -> list[str]:
+def check_identity(folder: Path, saved: StateDescription, settings: tuple[dict[str, str], dict[str, str]]) -> list[str]:
     """Raises OptionError when the state belongs to other settings; returns lines about changes that are allowed."""
+    identity, history = settings
     problems = [
         f"the state {folder} was saved with {flag} {saved.identity.get(flag)}, but this run has {value}: "
         "give the old value, or start a new run with --network_weights"
@@ -163,12 +181,16 @@ def check_identity(folder: Path, saved: StateDescription, identity: Mapping[str,
     ]
     if problems:
         raise OptionError(*problems)
-    return [
-        f"{flag} was {saved.history.get(flag)} when the state was saved and is {value} now: the run goes on, but not as one "
-        "uninterrupted run would"
-        for flag, value in history.items()
-        if saved.history.get(flag) != value
-    ]
+    changed = [flag for flag, value in history.items() if saved.history.get(flag, value) != value]
+    return [_change(flag, saved.history[flag], history[flag]) for flag in changed]
+
+
+def _change(flag: str, old: str, new: str) -> str:
+    if flag.removeprefix("--") in RATES:
+        return (
+            f"{flag} was {old} when the state was saved and is {new} now: the state's learning rates and schedule go on unchanged"
+        )
+    return f"{flag} was {old} when the state was saved and is {new} now: the run goes on, but not as one uninterrupted run would"
 
 
 def load_network_tensors(folder: Path) -> dict[str, Tensor]:

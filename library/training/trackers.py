@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import OptionError
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
@@ -29,12 +27,20 @@ def tracker_names(options: LoggingOptions) -> list[str]:
 
 
 def tracker_problems(options: LoggingOptions) -> list[str]:
-    """Trackers whose package is not installed. Needs no torch."""
-    return [
+    """Trackers whose package is not installed, and a settings file that cannot be read. Needs no torch."""
+    problems = [
         f"--log_with {name} needs the package {name}: pip install {name}"
         for name in tracker_names(options)
         if find_spec(name) is None
     ]
+    if options.log_tracker_config:
+        import toml
+
+        try:
+            toml.load(options.log_tracker_config)
+        except (OSError, ValueError) as error:  # TomlDecodeError is a ValueError
+            problems.append(f"--log_tracker_config {options.log_tracker_config} cannot be read: {error}")
+    return problems
 
 
 def run_log_dir(options: LoggingOptions) -> Path | None:
@@ -52,10 +58,9 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, config: di
         return
     settings: dict[str, Any] = {}
     if options.log_tracker_config:
-        try:
-            settings = toml.load(options.log_tracker_config)
-        except (OSError, toml.TomlDecodeError) as error:
-            raise OptionError(f"--log_tracker_config {options.log_tracker_config}: {error}") from error
+        settings = toml.load(options.log_tracker_config)  # checked by tracker_problems
+    if accelerator.project_dir is not None:
+        os.environ.setdefault("WANDB_DIR", str(accelerator.project_dir))
     if options.wandb_run_name:
         settings.setdefault("wandb", {})["name"] = options.wandb_run_name
     if options.wandb_api_key:

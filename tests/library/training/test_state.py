@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from library.errors import CheckpointError, OptionError
+from library.errors import CheckpointError, OptionError, OutputError
+from library.options.anima import AnimaTrainOptions
+from library.options.optimizer import OptimizerOptions
 from library.training.state import (
     DESCRIPTION_FILE,
     NETWORK_FILE,
@@ -19,7 +21,9 @@ from library.training.state import (
     load_network_tensors,
     load_training_tensors,
     read_description,
+    remove_replaced_states,
     save_state,
+    state_settings,
 )
 from library.training.steps import Progress
 
@@ -30,7 +34,7 @@ def description(step: int = 4) -> StateDescription:
         progress=Progress(step, step),
         seed=7,
         identity={"--network_dim": "8"},
-        history={"the seed": "7"},
+        history={"--loss_type": "l2", "--learning_rate": "0.1"},
         losses=[0.5, 0.25],
     )
 
@@ -101,9 +105,20 @@ def test_a_state_whose_replacement_was_interrupted_is_found(tmp_path):
 def test_other_settings_are_refused_and_changed_ones_told(tmp_path):
     saved = description()
     with pytest.raises(OptionError, match="--network_dim 8, but this run has 16"):
-        check_identity(tmp_path, saved, {"--network_dim": "16"}, {})
-    assert check_identity(tmp_path, saved, {"--network_dim": "8"}, {"the seed": "7"}) == []
-    assert "the seed was 7" in check_identity(tmp_path, saved, {"--network_dim": "8"}, {"the seed": "8"})[0]
+        check_identity(tmp_path, saved, ({"--network_dim": "16"}, {}))
+    assert check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--loss_type": "l2"})) == []
+    assert check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--new_flag": "1"})) == []  # unknown to an older state
+    assert "--loss_type was l2" in check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--loss_type": "l1"}))[0]
+    (line,) = check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--learning_rate": "1"}))
+    assert "the state's rates" in line
+
+
+def test_settings_of_a_run():
+    identity, history = state_settings(
+        AnimaTrainOptions(optimizer=OptimizerOptions(use_8bit_adam=True)), "anima", batches_per_epoch=3
+    )
+    assert identity["--optimizer_type"] == "bitsandbytes.optim.AdamW8bit" and identity["the architecture"] == "anima"
+    assert history["--timestep_sampling"] == "sigmoid" and "--max_data_loader_n_workers" not in history
 
 
 def test_damaged_tensors_are_an_error(tmp_path):
@@ -119,3 +134,29 @@ def test_a_failed_save_leaves_the_old_state(tmp_path):
         save_state(folder, replace(description(8)), network={"a": object()}, training={})  # type: ignore[dict-item]
     assert read_description(folder).progress.step == 4
     assert [p.name for p in tmp_path.iterdir()] == ["x-state"]
+
+
+def test_a_disk_that_fills_up_leaves_the_old_state(small_disk):
+    folder = make(small_disk / "x-state", 4)
+    large = {"optimizer": torch.zeros(50_000), "schedule": {}, "scaler": None}
+    with pytest.raises(OutputError, match="x-state: the disk is full"):
+        save_state(folder, description(8), network={"a.alpha": torch.tensor(2.0)}, training=large)
+    assert read_description(folder).progress.step == 4
+    assert [p.name for p in small_disk.iterdir()] == ["x-state"]
+
+
+def test_a_replaced_state_goes_only_where_the_new_one_is_complete(tmp_path):
+    done, half, alone = (make(tmp_path / f"{name}-state.replaced") for name in ("done", "half", "alone"))
+    make(tmp_path / "done-state", 8)
+    (make(tmp_path / "half-state", 8) / TENSORS_FILE).unlink()
+    for old, content in ((done, "moved back"), (half, "kept")):
+        old.mkdir(exist_ok=True)
+        (old / "note").write_text(content)
+    remove_replaced_states(sorted(tmp_path.iterdir()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "alone-state.replaced",
+        "done-state",
+        "half-state",
+        "half-state.replaced",
+    ]
+    assert alone.is_dir() and (half / "note").read_text() == "kept"
