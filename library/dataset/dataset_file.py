@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 
 from library.errors import DatasetError, did_you_mean
+from library.files.text_file import read_utf8
 
+FLAG = "--dataset_config"
 BACKSLASH_HINT = "; in Windows paths write / or put the path in single quotes"
 
 
 def read_dataset_file(path: Path) -> dict:
     """The tables of the file. Raises DatasetError with file, line and column for a mistake in its syntax."""
     if path.suffix.lower() not in (".toml", ".json"):
-        raise DatasetError(f"--dataset_config {path}: a dataset file ends in .toml or .json")
-    text = _read_text(path)
+        raise DatasetError(f"{FLAG} {path}: a dataset file ends in .toml or .json")
+    if problem := missing_path_problem(path, folder=False):
+        raise DatasetError(f"{FLAG} {problem}")
+    text = read_utf8(path, error=DatasetError, flag=FLAG)
     document = _parse_json(text, path) if path.suffix.lower() == ".json" else _parse_toml(text, path)
     if not isinstance(document, dict):
         raise DatasetError(f'{path}: the file must hold one object with "datasets" in it')
@@ -49,16 +53,6 @@ def _near_path(path: Path) -> str:
         return ""
     near = did_you_mean(missing.name, siblings)
     return near or ("" if missing == path.absolute() else f" (there is no {missing})")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        problem = missing_path_problem(path, folder=False) or f"{path} cannot be read: {error.strerror}"
-        raise DatasetError(f"--dataset_config: {problem}") from error
 
 
 def _parse_json(text: str, path: Path) -> object:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from library.dataset.items import SubsetSettings
 from library.errors import DatasetError
+from library.files.text_file import read_utf8
 
 ALWAYS_READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 READ_WITH_PLUGIN = {".avif": "pillow_avif", ".jxl": "pillow_jxl"}  # newer Pillow reads AVIF by itself
@@ -77,13 +78,11 @@ def read_caption(image: Path, subset: SubsetSettings) -> str | None:
     """
     path = caption_path(image, subset.caption_extension)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise DatasetError(_encoding_problem(path, error)) from error
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
+        text = read_utf8(path, error=DatasetError)
+    except DatasetError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     return caption_lines(text, all_lines=subset.enable_wildcard)
 
 
@@ -153,9 +152,3 @@ def _missing_caption_warnings(images: list[Path], missing: list[Path], subset: S
             f"{subset.place}: {len(missing)} of {len(images)} images have no {extension} caption file "
             f"(such as {missing[0].name}) and there are no class_tokens: they train with an empty caption"
         )
-
-
-def _encoding_problem(path: Path, error: UnicodeDecodeError) -> str:
-    utf16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
-    guess = " (it looks like UTF-16)" if utf16 else ""
-    return f"{path}: byte {error.start} is not UTF-8{guess}: save the file as UTF-8"

@@ -44,6 +44,7 @@ class DatasetSettings:
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
+    resize_interpolation: str | None = None  # for the metadata of LoRA files; what counts is the subset's
     subsets: tuple[SubsetSettings, ...]
     warnings: tuple[str, ...] = ()  # found while the settings were read; scan() passes them on in TrainingSet.warnings
 
@@ -56,6 +57,7 @@ class Item:
     key: str  # names the item in random choices: "dataset:subset:file name", no absolute path
     path: Path
     caption: str  # as read: the first line, or all lines joined by newline where wildcards are on
+    tags: str | None = None  # of a metadata file: the part of the caption that its "tags" are
     dataset_index: int
     subset: SubsetSettings
     repeats: int

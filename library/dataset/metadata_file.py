@@ -14,13 +14,15 @@ from pathlib import Path
 from library.dataset.folders import caption_lines
 from library.dataset.items import SubsetSettings
 from library.errors import DatasetError
+from library.files.text_file import read_utf8
 
 
 @dataclass(frozen=True, slots=True)
 class MetadataEntry:
     key: str  # as the file names the image
     path: Path
-    caption: str
+    caption: str  # with the tags
+    tags: str  # alone
 
 
 def read_metadata(subset: SubsetSettings, extensions: tuple[str, ...]) -> tuple[list[MetadataEntry], list[str]]:
@@ -36,18 +38,18 @@ def read_metadata(subset: SubsetSettings, extensions: tuple[str, ...]) -> tuple[
     entries, problems = [], []
     for key, record in records.items():
         try:
-            caption = joined_caption(*_caption_and_tags(record), subset)
+            caption, tags = _caption_and_tags(record)
         except ValueError as error:
             problems.append(f"{path}, {key}: {error}")
             continue
-        entries.append(MetadataEntry(key, _image_path(key, subset, extensions), caption))
+        joined = joined_caption(caption, tags, subset)
+        entries.append(MetadataEntry(key, _image_path(key, subset, extensions), joined, tags))
     return entries, problems
 
 
 def joined_caption(caption: str, tags: str, subset: SubsetSettings) -> str:
-    """Caption and tags as one text; with wildcards every line of the caption gets the tags."""
+    """Caption and tags (one line) as one text; with wildcards every line of the caption gets the tags."""
     lines = caption_lines(caption, all_lines=subset.enable_wildcard).split("\n")
-    tags = caption_lines(tags, all_lines=False)
     if not tags:
         return "\n".join(lines)
     return "\n".join(f"{line}{subset.caption_separator}{tags}" if line else tags for line in lines)
@@ -55,7 +57,7 @@ def joined_caption(caption: str, tags: str, subset: SubsetSettings) -> str:
 
 def _json_records(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        document = json.loads(_read_text(path))
+        document = json.loads(read_utf8(path, error=DatasetError))
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
     if not isinstance(document, dict):
@@ -64,7 +66,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path, error=DatasetError).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -77,23 +79,14 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, object]]:
         yield key, record
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def _caption_and_tags(record: object) -> tuple[str, str]:
-    """Raises ValueError with what the entry must be."""
+    """The caption as written and the first line of the tags. Raises ValueError with what the entry must be."""
     if not isinstance(record, dict):
         raise ValueError('the entry must be an object with "caption" or "tags"')
     for name in ("caption", "tags"):
         if not isinstance(record.get(name, ""), (str, type(None))):
             raise ValueError(f'"{name}" must be a text')
-    return record.get("caption") or "", record.get("tags") or ""
+    return record.get("caption") or "", caption_lines(record.get("tags") or "", all_lines=False)
 
 
 def _image_path(key: str, subset: SubsetSettings, extensions: tuple[str, ...]) -> Path:

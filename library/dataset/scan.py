@@ -45,6 +45,7 @@ class Found:
     key: str
     path: Path
     caption: str
+    tags: str | None = None  # see Item
 
 
 @dataclass(slots=True)
@@ -134,15 +135,16 @@ def _find_images(index: int, dataset: DatasetSettings, pool: ThreadPoolExecutor,
     replaced = 0
     for number, subset in enumerate(dataset.subsets):
         find = _find_in_folder if subset.metadata_file is None else _find_in_metadata
-        for name, path, caption in find(subset, extensions, pool, findings):
+        for name, path, caption, tags in find(subset, extensions, pool, findings):
             replaced += path in by_path
-            by_path[path] = Found(dataset_index=index, subset=subset, key=f"{index}:{number}:{name}", path=path, caption=caption)
+            key = f"{index}:{number}:{name}"
+            by_path[path] = Found(dataset_index=index, subset=subset, key=key, path=path, caption=caption, tags=tags)
     if replaced:
         findings.warnings.append(f"{dataset.place}: {replaced} images are in two subsets: the later subset has them")
     yield from by_path.values()
 
 
-Named = tuple[str, Path, str]  # name in the subset, path, caption
+Named = tuple[str, Path, str, str | None]  # name in the subset, path, caption, tags
 
 
 def _find_in_folder(
@@ -167,7 +169,7 @@ def _find_in_folder(
             continue
         readable.append(image)
         captions.append(caption)
-        yield image.name, image, (subset.class_tokens or "") if caption is None else caption
+        yield image.name, image, (subset.class_tokens or "") if caption is None else caption, None
     findings.warnings.extend(caption_warnings(readable, captions, subset))
 
 
@@ -194,7 +196,7 @@ def _find_in_metadata(
             "they train with an empty caption"
         )
     for entry in entries:
-        yield entry.key, entry.path, entry.caption
+        yield entry.key, entry.path, entry.caption, entry.tags
 
 
 def _placed(
@@ -250,6 +252,7 @@ def _item(index: int, image: Found, size: Size, placement: Placement, *, repeats
         key=image.key,
         path=image.path,
         caption=image.caption,
+        tags=image.tags,
         dataset_index=image.dataset_index,
         subset=image.subset,
         repeats=repeats,

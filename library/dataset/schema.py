@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from library.errors import did_you_mean
+from library.options import kinds
+from library.options.dataset import INTERPOLATIONS as FLAG_INTERPOLATIONS
+from library.options.dataset import parse_resolution
 
 GENERAL, DATASETS, SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"  # the tables, as a user writes them
 DATASET_LEVELS = (GENERAL, DATASETS)
@@ -17,7 +20,7 @@ ALL_LEVELS = (GENERAL, DATASETS, SUBSETS)
 FOLDER, METADATA = "image folder", "metadata file"  # the two styles of a subset
 ALL_STYLES = (FOLDER, METADATA)
 
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+INTERPOLATIONS = (*FLAG_INTERPOLATIONS, "box")  # the flag has no box, as in the reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Key:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    also_of_dataset: bool = False  # a subset's key whose value the dataset keeps too
 
 
 def _whole(value: object) -> int | None:
@@ -53,14 +57,10 @@ def _number(value: object) -> float | None:
 
 def _resolution(value: object) -> tuple[int, int] | None:
     """512, [512, 768], and the flag's texts "512" and "512,768"."""
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.split(",")]
-        value = [int(part) for part in parts] if all(part.isdecimal() for part in parts) else None
-    sides = [_whole(side) for side in value] if isinstance(value, (list, tuple)) else [_whole(value)]
-    width, height = sides[0] if sides else None, sides[-1] if sides else None
-    if len(sides) > 2 or not width or not height or min(width, height) < 0:
+    try:
+        return parse_resolution(str(kinds.RESOLUTION.read(value)))
+    except ValueError:
         return None
-    return width, height
 
 
 WHOLE = Kind("a whole number", _whole)
@@ -87,7 +87,7 @@ KEYS: tuple[Key, ...] = (
     # the subset: how its images are shown
     Key(name="num_repeats", kind=WHOLE, default=1, flag="dataset_repeats"),
     Key(name="flip_aug", kind=SWITCH, default=False, flag="flip_aug"),
-    Key(name="resize_interpolation", kind=TEXT, choices=INTERPOLATIONS, flag="resize_interpolation"),
+    Key(name="resize_interpolation", kind=TEXT, choices=INTERPOLATIONS, flag="resize_interpolation", also_of_dataset=True),
     # the subset: captions
     Key(name="shuffle_caption", kind=SWITCH, default=False, flag="shuffle_caption"),
     Key(name="caption_separator", kind=TEXT, default=",", flag="caption_separator"),
@@ -104,8 +104,8 @@ KEYS: tuple[Key, ...] = (
 
 
 def dataset_keys() -> Iterator[Key]:
-    """Keys that all subsets of a dataset share."""
-    return (key for key in KEYS if DATASETS in key.levels and SUBSETS not in key.levels)
+    """Keys of DatasetSettings: those that all subsets of a dataset share, and those it keeps besides."""
+    return (key for key in KEYS if SUBSETS not in key.levels or key.also_of_dataset)
 
 
 def subset_keys() -> Iterator[Key]:

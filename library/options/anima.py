@@ -10,7 +10,7 @@ from library.options.declare import opt
 from library.options.flow import FlowOptions
 from library.options.train import TrainOptions
 
-LONGEST_TEXT_TOKENS = 512  # rows of text that the denoiser attends to
+LONGEST_TEXT_TOKENS = 512  # = CONTEXT_ROWS of library/anima/layout.py, which options may not import
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,6 @@ class AnimaTrainOptions(TrainOptions):
     """All options of anima_train_network.py, in groups."""
 
     NETWORK_MODULE: ClassVar[str] = "networks.lora_anima"
-    BUCKET_STEP_PX: ClassVar[int] = 16  # VAE factor 8 x patch 2
 
     anima: AnimaOptions = field(default_factory=AnimaOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)

@@ -10,7 +10,7 @@ from library.options.declare import opt
 from library.options.kinds import RESOLUTION
 from library.options.rules import at_least
 
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")  # a dataset file may also name box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +65,6 @@ class DatasetOptions:
         ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(self, name)]
         if self.dataset_config and ignored:
             yield f"--dataset_config describes the dataset; ignored: {', '.join(f'--{name}' for name in ignored)}"
-
-    def bucket_step_problems(self, step_px: int) -> Iterator[str]:
-        """For an architecture whose images have sides that are multiples of ``step_px``."""
-        if self.enable_bucket and self.bucket_reso_steps > 0 and self.bucket_reso_steps % step_px:
-            yield f"--bucket_reso_steps is {self.bucket_reso_steps}: this model needs a multiple of {step_px}, for example 64"
 
     def _source_problems(self) -> Iterator[str]:
         if self.dataset_config:

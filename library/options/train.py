@@ -26,10 +26,9 @@ from library.options.trackers import LoggingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Base of every architecture's options: subclass it, add groups, and set the two class variables."""
+    """Base of every architecture's options: subclass it, add groups, and set the class variable."""
 
     NETWORK_MODULE: ClassVar[str] = "networks.lora"  # named when --network_module is missing
-    BUCKET_STEP_PX: ClassVar[int] = 8  # sides of this model's images are multiples of this
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
@@ -54,4 +53,3 @@ class TrainOptions:
             yield "--pretrained_model_name_or_path is missing: name the model's checkpoint file"
         if not self.network.network_module:
             yield f"--network_module is missing: for this model give --network_module={self.NETWORK_MODULE}"
-        yield from self.dataset.bucket_step_problems(self.BUCKET_STEP_PX)

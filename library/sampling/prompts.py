@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from library.errors import OptionError, did_you_mean
+from library.files.text_file import read_utf8
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 16384
 MAX_STEPS = 1000  # more are cut to this, as in the reference
@@ -75,7 +76,7 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
         raise OptionError(f"--sample_prompts {path}: a prompt file ends in .txt, .toml or .json")
     problems: list[str] = []
     prompts: list[SamplePrompt] = []
-    for place, entry in reader(_read(path), path):
+    for place, entry in reader(read_utf8(path, error=OptionError, flag="--sample_prompts"), path):
         found = list(_problems(entry))
         problems += [f"--sample_prompts {path}, {place}: {problem}" for problem in found]
         if not found:
@@ -96,15 +97,6 @@ class Entry:
 
 
 Entries = Iterator[tuple[str, Entry]]  # the place inside the file ("line 3"), the entry
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise OptionError(f"--sample_prompts {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise OptionError(f"--sample_prompts {path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
 
 
 def _from_text(text: str, path: Path) -> Entries:

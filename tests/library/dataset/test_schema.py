@@ -7,7 +7,9 @@ from dataclasses import fields
 import pytest
 
 from library.dataset import schema
+from library.dataset.images import OPENCV_RESIZERS, PILLOW_RESIZERS
 from library.dataset.items import DatasetSettings, SubsetSettings
+from library.options.dataset import INTERPOLATIONS
 
 KEYS = {key.name: key for key in schema.KEYS}
 
@@ -39,6 +41,11 @@ def test_resolution_can_be_written_in_several_ways(value: object):
 @pytest.mark.parametrize("value", [0, -1, True, 512.0, [], [1, 2, 3], [512, "a"], "a,b", "512x512", [0, 5], None])
 def test_wrong_resolutions(value: object):
     assert "must be a size in pixels" in problem("resolution", value)
+
+
+def test_every_interpolation_can_be_drawn_and_the_flag_has_all_but_box():
+    assert set(schema.INTERPOLATIONS) == {*OPENCV_RESIZERS, *PILLOW_RESIZERS}
+    assert set(schema.INTERPOLATIONS) - set(INTERPOLATIONS) == {"box"}
 
 
 def test_types_are_not_guessed():
