@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from library.anima.layout import AdapterConfig
-from library.nn.attention import attend
+from library.nn.attention import NormedAttention
 from library.nn.checkpointing import run_block
 from library.nn.norms import RmsNorm
-from library.nn.rope import RopeTable, apply_rope, rope_angles, rope_table
+from library.nn.rope import RopeTable, rope_angles, rope_table
 
 
 class LlmAdapter(nn.Module):
@@ -70,22 +70,12 @@ class AdapterBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
-class AdapterAttention(nn.Module):
-    """Attention with RMS norms and rotary positions on queries and keys."""
+class AdapterAttention(NormedAttention):
+    """Both sequences have rotary positions of their own; keys may be masked."""
 
     def __init__(self, config: AdapterConfig, *, key_width: int):
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
-        self.q_proj = nn.Linear(config.width, inner, bias=False)
-        self.q_norm = RmsNorm(config.head_dim)
-        self.k_proj = nn.Linear(key_width, inner, bias=False)
-        self.k_norm = RmsNorm(config.head_dim)
-        self.v_proj = nn.Linear(key_width, inner, bias=False)
-        self.o_proj = nn.Linear(inner, config.width, bias=False)
+        super().__init__(config.width, key_width=key_width, heads=config.heads, head_dim=config.head_dim)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def forward(self, x: Tensor, source: Tensor, key_mask: Tensor | None, tables: tuple[RopeTable, RopeTable]) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (B, T, H, K)
-        k = self.k_norm(self.k_proj(source).unflatten(-1, (self.heads, -1)))  # (B, S, H, K)
-        v = self.v_proj(source).unflatten(-1, (self.heads, -1))
-        return self.o_proj(attend(apply_rope(q, tables[0]), apply_rope(k, tables[1]), v, key_mask))
+        return self.o_proj(self.mix(x, source, tables, key_mask))

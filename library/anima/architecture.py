@@ -17,8 +17,6 @@ from library.errors import CheckpointError
 from library.files.safetensors_file import file_fingerprint
 from library.randomness import derive_seed
 
-DTYPE_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # --mixed_precision -> dtype of frozen models
-
 
 @dataclass(frozen=True, slots=True)
 class AnimaLayouts:
@@ -64,7 +62,7 @@ class AnimaArchitecture:
         return AnimaLayouts(**found)
 
     def latent_recipe(self, layouts: AnimaLayouts, options: Any) -> LatentRecipe:
-        dtype = "float32" if options.model.no_half_vae else DTYPE_NAMES[options.run.mixed_precision]
+        dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype
         vae = layouts.vae
         fingerprint = file_fingerprint(vae.path)
         if vae.config is not None:  # a config.json beside the file may set the scale of the latents
@@ -78,7 +76,7 @@ class AnimaArchitecture:
         return TextRecipe(
             arch=self.name,
             encoder_fingerprint=file_fingerprint(layouts.text.path),
-            dtype=DTYPE_NAMES[options.run.mixed_precision],
+            dtype=options.run.weight_dtype,
             settings={**lengths, "t5_tokenizer": tokenizer},
         )
 

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.anima.adapter import LlmAdapter
-from library.anima.layout import DenoiserConfig
-from library.nn.attention import attend
+from library.anima.layout import CONTEXT_ROWS, DenoiserConfig
+from library.nn.attention import NormedAttention
 from library.nn.checkpointing import run_block
 from library.nn.embeddings import time_sinusoid
 from library.nn.norms import RmsNorm, layer_norm
-from library.nn.rope import RopeTable, apply_rope, rope_angles, rope_table
+from library.nn.rope import RopeTable, rope_angles, rope_table
 
-CONTEXT_ROWS = 512  # the model was trained with this many; the zero rows take part in attention
 ROPE_THETA = 10000.0
 ROPE_TABLES_KEPT = 16  # one per bucket in use; a table of 4096 tokens takes 4 MiB
 
@@ -173,27 +172,15 @@ class DenoiserBlock(nn.Module):
         return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
 
 
-class DenoiserAttention(nn.Module):
-    """Attention with RMS norms on queries and keys; rotary positions where a table is given; never a mask."""
+class DenoiserAttention(NormedAttention):
+    """Rotary positions where a table is given; never a mask."""
 
     def __init__(self, config: DenoiserConfig, *, key_width: int):
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
-        self.q_proj = nn.Linear(config.width, inner, bias=False)
-        self.q_norm = RmsNorm(config.head_dim)
-        self.k_proj = nn.Linear(key_width, inner, bias=False)
-        self.k_norm = RmsNorm(config.head_dim)
-        self.v_proj = nn.Linear(key_width, inner, bias=False)
-        self.output_proj = nn.Linear(inner, config.width, bias=False)
+        super().__init__(config.width, key_width=key_width, heads=config.heads, head_dim=config.head_dim)
+        self.output_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def forward(self, x: Tensor, source: Tensor, rope: RopeTable | None = None) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1)))  # (B, N, H, K)
-        k = self.k_norm(self.k_proj(source).unflatten(-1, (self.heads, -1)))  # (B, N or T, H, K)
-        v = self.v_proj(source).unflatten(-1, (self.heads, -1))
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return self.output_proj(attend(q, k, v))
+        return self.output_proj(self.mix(x, source, None if rope is None else (rope, rope)))
 
 
 class FeedForward(nn.Module):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from library.anima.layout import CONTEXT_ROWS
 from library.anima.text_layout import TextEncoderLayout, has_tokenizer
 from library.errors import CheckpointError
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BUNDLED_QWEN, BUNDLED_T5 = CONFIGS / "qwen3_06b", CONFIGS / "t5_old"
 T5_FLAG = "--t5_tokenizer_path"
-DEFAULT_MAX_TOKENS = 512
 QWEN_PAD, T5_PAD, T5_END = "<|endoftext|>", "<pad>", "</s>"
 # how Qwen splits text before merging bytes; only for folders that have vocab.json and merges.txt but no tokenizer.json
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,8 +48,8 @@ class TokenizerFiles:
 
     qwen_dir: Path = BUNDLED_QWEN
     t5_dir: Path = BUNDLED_T5
-    qwen_max: int = DEFAULT_MAX_TOKENS
-    t5_max: int = DEFAULT_MAX_TOKENS
+    qwen_max: int = CONTEXT_ROWS  # tokens
+    t5_max: int = CONTEXT_ROWS
 
     def load(self) -> AnimaTokenizers:
         return AnimaTokenizers(load_qwen(self.qwen_dir), load_t5(self.t5_dir), self.qwen_max, self.t5_max)
@@ -59,8 +59,8 @@ def find_tokenizers(
     layout: TextEncoderLayout | None = None,
     t5_path: str | Path | None = None,
     *,
-    qwen_max: int = DEFAULT_MAX_TOKENS,
-    t5_max: int = DEFAULT_MAX_TOKENS,
+    qwen_max: int = CONTEXT_ROWS,
+    t5_max: int = CONTEXT_ROWS,
 ) -> TokenizerFiles:
     """The tokenizers of a run: Qwen's from the user's Qwen3 folder if it has one, T5's from ``t5_path`` if given, else bundled.
 
@@ -86,11 +86,11 @@ class AnimaTokenizers:
 
     qwen: Tokenizer
     t5: Any  # a Tokenizer, or a SentencePieceTokenizer with the same ``encode``
-    qwen_max: int = DEFAULT_MAX_TOKENS
-    t5_max: int = DEFAULT_MAX_TOKENS
+    qwen_max: int = CONTEXT_ROWS
+    t5_max: int = CONTEXT_ROWS
 
     @classmethod
-    def bundled(cls, *, qwen_max: int = DEFAULT_MAX_TOKENS, t5_max: int = DEFAULT_MAX_TOKENS) -> AnimaTokenizers:
+    def bundled(cls, *, qwen_max: int = CONTEXT_ROWS, t5_max: int = CONTEXT_ROWS) -> AnimaTokenizers:
         return TokenizerFiles(qwen_max=qwen_max, t5_max=t5_max).load()
 
     def ids(self, caption: str) -> TokenIds:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from library.options.declare import opt
 from library.options.rules import above_zero
 
-LOSS_TYPES = ("l1", "l2", "huber", "smooth_l1")
+THRESHOLD_LOSSES = ("huber", "smooth_l1")  # those that --huber_schedule is for
+LOSS_TYPES = ("l1", "l2", *THRESHOLD_LOSSES)
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 
@@ -28,7 +29,7 @@ class LossOptions:
 
     def flow_problems(self) -> Iterator[str]:
         """For models trained with rectified flow, which have no signal-to-noise table."""
-        if self.loss_type in ("huber", "smooth_l1") and self.huber_schedule == "snr":
+        if self.loss_type in THRESHOLD_LOSSES and self.huber_schedule == "snr":
             yield (
                 f"--huber_schedule is snr, which --loss_type={self.loss_type} cannot use with a flow model: "
                 "give --huber_schedule=constant or --huber_schedule=exponential"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from library.options.declare import opt
 from library.options.rules import at_least
 
-PRECISIONS = ("no", "fp16", "bf16")
+PRECISION_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # --mixed_precision -> torch's name
 SEED_LIMIT = 2**32  # what numpy and the reference take
 
 
@@ -24,10 +24,15 @@ class RunOptions:
     gradient_accumulation_steps: int = opt(1, "batches whose gradients make one optimizer step (1 = each batch is a step)")
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: much less memory, slower steps")
     mixed_precision: str = opt(
-        "no", "number format of the frozen model and of the computation (no = float32)", choices=PRECISIONS
+        "no", "number format of the frozen model and of the computation (no = float32)", choices=tuple(PRECISION_DTYPES)
     )
     full_fp16: bool = opt(False, "keep the trained weights and gradients in fp16 too; needs --mixed_precision=fp16")
     full_bf16: bool = opt(False, "keep the trained weights and gradients in bf16 too; needs --mixed_precision=bf16")
+
+    @property
+    def weight_dtype(self) -> str:
+        """Number format of the frozen models, as torch names it."""
+        return PRECISION_DTYPES[self.mixed_precision]
 
     def problems(self) -> Iterator[str]:
         if self.seed is not None and not 0 <= self.seed < SEED_LIMIT:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from library.options.loss import THRESHOLD_LOSSES
+
 if TYPE_CHECKING:
     from library.options.loss import LossOptions
 
@@ -73,7 +75,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "huber": _huber,
     "smooth_l1": _smooth_l1,
 }
-THRESHOLD_LOSSES = ("huber", "smooth_l1")
 
 
 def _constant_threshold(options: LossOptions, timesteps: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from library.errors import OptionError
-from library.training.losses import HUBER_SCHEDULES, THRESHOLD_LOSSES, elementwise_loss, flow_loss_weights, per_sample_mean
+from library.training.losses import elementwise_loss, flow_loss_weights, per_sample_mean
 from library.training.noise import Draws, model_input_noise, training_noise
 from library.training.timesteps import sample_sigmas, sigma_sampler
 
@@ -56,11 +56,8 @@ class FlowObjective:
     """Rectified flow. Holds options only; every number it draws is a function of the arguments of :meth:`corrupt`."""
 
     def __init__(self, flow: FlowOptions, noise: NoiseOptions, loss: LossOptions):
-        if loss.loss_type in THRESHOLD_LOSSES and loss.huber_schedule not in HUBER_SCHEDULES:
-            raise OptionError(
-                f"--huber_schedule {loss.huber_schedule} does not exist for flow models, which have no SNR table: "
-                f"with --loss_type {loss.loss_type} use one of {', '.join(HUBER_SCHEDULES)}"
-            )
+        if problems := list(loss.flow_problems()):
+            raise OptionError(*problems)
         self.flow = flow
         self.noise = noise
         self.loss_options = loss

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed_precision -> frozen weights
+from library.options.run import PRECISION_DTYPES
+
+WEIGHT_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in PRECISION_DTYPES.items()}
 
 
 def use_deterministic_kernels() -> None:

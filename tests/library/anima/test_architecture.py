@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from library.anima.architecture import ANIMA
+from library.anima.layout import CONTEXT_ROWS
 from library.errors import CheckpointError
-from library.options.anima import AnimaOptions, AnimaTrainOptions
+from library.options.anima import LONGEST_TEXT_TOKENS, AnimaOptions, AnimaTrainOptions
 from library.options.models import ModelOptions
 from library.options.run import RunOptions
 
@@ -67,3 +68,8 @@ def test_text_depends_on_file_precision_and_lengths(options):
     assert recipe(with_groups(options, run={"mixed_precision": "bf16"})).dtype == "bfloat16"
     assert recipe(with_groups(options, anima={"t5_max_token_length": 100})) != recipe(options)
     assert options.run == RunOptions()
+
+
+def test_the_limit_of_the_options_is_what_the_model_takes():
+    assert LONGEST_TEXT_TOKENS == CONTEXT_ROWS
+    assert AnimaOptions().qwen3_max_token_length == AnimaOptions().t5_max_token_length == CONTEXT_ROWS
