@@ -77,15 +77,6 @@ def recognise_keys(keys: Iterable[str]) -> str | None:
     return None
 
 
-def refuse_other_kind(header: SafetensorsHeader, wanted: str, flag: str) -> None:
-    """Raises CheckpointError when the file is recognised as another kind than ``wanted`` (one of ``KINDS``)."""
-    kind = recognise(header)
-    if kind is not None and kind != wanted:
-        raise CheckpointError(
-            f"{flag} {header.path} is {with_article(kind)}, not {with_article(wanted)}; give {flag} the {wanted}"
-        )
-
-
 def with_article(kind: str) -> str:
     return f"an {kind}" if kind.startswith(("A", "LLM", "SD")) else f"a {kind}"
 

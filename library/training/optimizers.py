@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 class CreatedOptimizer(NamedTuple):
     optimizer: torch.optim.Optimizer
     description: str  # "module.Class(k=v,k=v)", for the metadata of the LoRA file
-    schedule_free: bool  # see evaluation_weights()
 
 
 def create_optimizer(param_groups: Sequence[Mapping[str, Any]], options: OptimizerOptions) -> CreatedOptimizer:
@@ -49,8 +48,8 @@ def create_optimizer(param_groups: Sequence[Mapping[str, Any]], options: Optimiz
     problems = list(argument_problems(optimizer_class, given, flag=ARGS_FLAG, ours=("params", "lr", *source.fixed)))
     if problems:
         raise OptionError(*problems)
-    kind = optimizer_kind(options)
-    groups, lr = _with_learning_rates(param_groups, None if kind == "adafactor_relative" else options.learning_rate)
+    brings_own_rate = optimizer_kind(options) == "adafactor_relative"
+    groups, lr = _with_learning_rates(param_groups, None if brings_own_rate else options.learning_rate)
     _check_rates(source, groups, lr)
     try:
         optimizer = optimizer_class(groups, lr=lr, **arguments)
@@ -58,7 +57,7 @@ def create_optimizer(param_groups: Sequence[Mapping[str, Any]], options: Optimiz
         raise OptionError(f"{source.path} cannot be made with {_shown(arguments) or 'its defaults'}: {error}") from error
     _switch(optimizer, "train")
     path = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
-    return CreatedOptimizer(optimizer, f"{path}({_shown(given)})" if given else path, kind == "schedule_free")
+    return CreatedOptimizer(optimizer, f"{path}({_shown(given)})" if given else path)
 
 
 def import_class(source: OptimizerSource) -> Callable[..., Any]:

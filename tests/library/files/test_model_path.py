@@ -13,7 +13,6 @@ from library.files.model_path import (
     find_model_file,
     recognise,
     recognise_keys,
-    refuse_other_kind,
 )
 from library.files.safetensors_file import SafetensorsHeader, TensorInfo
 
@@ -57,14 +56,6 @@ def test_diffusers_layout_of_the_vae_is_recognised():
     assert (
         recognise_keys(["encoder.conv_in.bias", "decoder.mid_block.resnets.0.norm1.gamma", "quant_conv.weight"]) == QWEN_IMAGE_VAE
     )
-
-
-def test_another_kind_is_refused_by_name(tmp_path):
-    header = header_of(tmp_path / "model.safetensors", KEYS["SDXL checkpoint"])
-    with pytest.raises(CheckpointError, match="--qwen3 .*model.safetensors is an SDXL checkpoint, not a Qwen3 text encoder"):
-        refuse_other_kind(header, QWEN3, "--qwen3")
-    refuse_other_kind(header_of(tmp_path, KEYS[QWEN3]), QWEN3, "--qwen3")
-    refuse_other_kind(header_of(tmp_path, ["mystery"]), QWEN3, "--qwen3")  # left to the check of the keys
 
 
 def test_file_is_found(tmp_path):

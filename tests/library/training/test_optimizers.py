@@ -160,7 +160,6 @@ def test_descriptions_for_the_metadata():
     assert create_optimizer(groups(weights()), options()).description == "torch.optim.adamw.AdamW"
     made = create_optimizer(groups(weights()), options("SGDNesterov", "weight_decay=0.01", "momentum=0.8"))
     assert made.description == "torch.optim.sgd.SGD(weight_decay=0.01,momentum=0.8)"
-    assert not made.schedule_free
 
 
 def test_learning_rates_of_groups():
@@ -268,7 +267,6 @@ def test_schedule_free_evaluation_leaves_no_trace(name):
     pytest.importorskip("schedulefree")
     params = weights()
     made = create_optimizer(groups(params), options(name))
-    assert made.schedule_free
     train(made.optimizer, params, range(12))
     before = [param.detach().clone() for param in params]
     with evaluation_weights(made.optimizer):
