@@ -123,9 +123,14 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             f"the state {resume_folder} has done {start.step} steps and the run ends at {length.total_steps}: "
             "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
         )
-    changes = (
-        check_identity(resume_folder, resumed, state_settings(options, architecture.name)) if resume_folder and resumed else []
-    )
+    changes: list[str] = []
+    if resume_folder is not None and resumed is not None:
+        settings = state_settings(options, architecture.name, batches_per_epoch=length.batches_per_epoch)
+        changes = check_identity(resume_folder, resumed, settings)
+        if options.run.seed not in (None, resumed.seed):
+            changes.append(
+                f"--seed was {resumed.seed} when the state was saved and is {options.run.seed} now: other random numbers"
+            )
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
     check_disk(training_set, (latent_cache, text_cache), options)
     return CheckedRun(

@@ -186,11 +186,9 @@ def check_identity(folder: Path, saved: StateDescription, settings: tuple[dict[s
 
 
 def _change(flag: str, old: str, new: str) -> str:
-    if flag.removeprefix("--") in RATES:
-        return (
-            f"{flag} was {old} when the state was saved and is {new} now: the state's learning rates and schedule go on unchanged"
-        )
-    return f"{flag} was {old} when the state was saved and is {new} now: the run goes on, but not as one uninterrupted run would"
+    rates = flag.removeprefix("--") in RATES
+    effect = "the state's rates and schedule go on" if rates else "the run goes on, but not as one uninterrupted run would"
+    return f"{flag} was {old} when the state was saved and is {new} now: {effect}"
 
 
 def load_network_tensors(folder: Path) -> dict[str, Tensor]:
