@@ -49,11 +49,12 @@ class TrainingError(UserError):
     """Training cannot go on (for example, the loss is not finite again and again)."""
 
 
-def error_block(error: UserError) -> str:
-    """The text shown on stderr: one problem on one line, several as a list."""
+def error_block(error: UserError, *, process: int | None = None) -> str:
+    """The text shown on stderr: one problem on one line, several as a list. ``process``: the one of several that speaks."""
+    start = "error" if process is None else f"error (process {process})"
     if len(error.problems) == 1:
-        return f"error: {error.problems[0]}"
-    return "\n".join(["error: several things must be mended:", *(f"  - {problem}" for problem in error.problems)])
+        return f"{start}: {error.problems[0]}"
+    return "\n".join([f"{start}: several things must be mended:", *(f"  - {problem}" for problem in error.problems)])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -72,18 +73,21 @@ def os_error_text(error: OSError) -> str:
 
 
 @contextmanager
-def user_errors_end_the_script() -> Iterator[None]:
+def user_errors_end_the_script(*, all_processes: bool = False) -> Iterator[None]:
     """Wraps ``main()``: a :class:`UserError` becomes its block on stderr and exit status 2, Ctrl-C exit status 130.
 
-    Of several processes that all find the same, only the main one speaks.
+    Of several processes that all find the same, only the main one speaks. ``all_processes``: where each may meet an error
+    that the others do not see, each speaks and says which one it is.
     """
     try:
         yield
     except UserError as error:
         sys.stdout.flush()
-        if os.environ.get("RANK", "0") == "0":
-            print(error_block(error), file=sys.stderr, flush=True)
+        rank, is_alone = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
+        if all_processes or rank == 0:
+            process = rank if all_processes and not (is_alone and rank == 0) else None
+            print(error_block(error, process=process), file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print("\nstopped; what is in the caches stays valid, and the same command goes on", file=sys.stderr, flush=True)
+        print("\nstopped; the same command goes on from what is saved and cached", file=sys.stderr, flush=True)
         sys.exit(EXIT_CTRL_C)

@@ -19,7 +19,8 @@ SEED_BITS = 63  # torch.Generator takes a signed 64-bit seed
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2**63) that depends on every part, on their order and on nothing else."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    # surrogatepass: names of files need not be valid text, and each must give its own number
+    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from library.errors import NetworkError
 from library.files.atomic import write_atomically
 from library.files.safetensors_file import save_safetensors
+from library.files.torch_file import torch_bytes
 from networks.arguments import NetworkArguments
 from networks.layer import Dropouts, LoRAModule
 from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
@@ -241,7 +242,7 @@ class LoRANetwork(nn.Module):
         if path.suffix == ".safetensors":
             save_safetensors(path, tensors, {**(metadata or {}), **sshs_hashes(tensors, metadata or {})})
         else:
-            write_atomically(path, lambda stream: torch.save(tensors, stream))
+            write_atomically(path, lambda stream: stream.write(torch_bytes(tensors)))
 
 
 def split_for_lora_plus(loras: Sequence[LoRAModule], lr: float, ratio: float | None) -> Iterator[tuple[str, list[Tensor], float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from library.errors import OutputError, os_error_text
 
 TEMPORARY_MARK = ".tmp-"  # temporary names are NAME.tmp-PID: readers never match them, a later run may delete them
 REPLACED_MARK = ".replaced"  # the old folder while a new one takes its name
+RENAME_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8) if os.name == "nt" else ()  # elsewhere an open file can be replaced
 
 
 def temporary_name(final: Path, *, ending: str = "") -> Path:
@@ -32,7 +34,7 @@ def file_written_atomically(final: Path, *, keep_ending: bool = False) -> Iterat
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(final)
+        rename(temporary, final)
         sync_folder(final.parent)
     except OSError as error:
         raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
@@ -64,16 +66,37 @@ def folder_written_atomically(final: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
-            final.replace(replaced)
-        temporary.replace(final)
+        _take_place(temporary, final, replaced)
         sync_folder(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"could not write {final}: {os_error_text(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, final: Path, replaced: Path) -> None:
+    """A failure leaves what was under ``final`` there, and where nothing was, what an interrupted run left as ``replaced``."""
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        rename(final, replaced)
+    try:
+        rename(temporary, final)
+    except OSError:
+        with suppress(OSError):
+            rename(replaced, final)
+        raise
+
+
+def rename(source: Path, final: Path) -> None:
+    """Gives ``source`` the name ``final``. On Windows a virus scanner or a user interface may hold a file for a moment: waits."""
+    for wait_s in RENAME_WAITS_S:
+        try:
+            source.replace(final)
+            return
+        except PermissionError:
+            time.sleep(wait_s)
+    source.replace(final)
 
 
 def sync_tree(folder: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from library.files.atomic import TEMPORARY_MARK
@@ -45,7 +46,8 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # held open by another program, or not ours: it stays
+            path.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, Kind
+from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, Kind, with_home
 
 _METADATA = "option"
 
@@ -69,7 +69,7 @@ class Option:
             return None
         if self.is_list:
             return self._read_list(value)
-        read = self.kind.read(value)
+        read = self._read_one(value)
         if self.choices and read not in self.choices:
             raise ValueError
         return read
@@ -79,7 +79,12 @@ class Option:
             if self.kind.read is TEXT.read:
                 raise ValueError  # "a=1 b=2" must not become one value
             value = [value]  # text_encoder_lr = 1e-5
-        return [self.kind.read(element) for element in value]
+        return [self._read_one(element) for element in value]
+
+    def _read_one(self, value: object) -> Any:
+        """``~`` is the home folder in paths: the shell replaces it in ``--vae ~/x`` but not in ``--vae=~/x``, nor in files."""
+        read = self.kind.read(value)
+        return with_home(read) if self.path and isinstance(read, str) else read
 
 
 def opt(

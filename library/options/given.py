@@ -27,8 +27,9 @@ class Given:
             self.places[option.name] = place
         except ValueError:
             name = f"{place}: {option.name}" if place else option.flag
-            hint = _near_choice(value, option.choices) or (_quotes_hint(option, value) if place else "")
-            self.refuse(option, f"{name} is {_shown(value)}, but must be {option.allowed}{hint}")
+            shown = "***" if option.secret else _shown(value)
+            hint = _near_choice(value, option.choices) or (_quotes_hint(option, value, shown) if place else "")
+            self.refuse(option, f"{name} is {shown}, but must be {option.allowed}{hint}")
 
     def refuse(self, option: Option, problem: str) -> None:
         self.problems.append(problem)
@@ -67,13 +68,13 @@ def _near_choice(value: object, choices: tuple[str, ...]) -> str:
     return questioned(same_letters or difflib.get_close_matches(value, choices, n=1, cutoff=0.5))
 
 
-def _quotes_hint(option: Option, value: object) -> str:
+def _quotes_hint(option: Option, value: object, shown: str) -> str:
     """For TOML, where 7 and "7" differ."""
     if option.is_list or isinstance(value, list):
         return ""
     if isinstance(value, str):
         return ": take the quotes away" if value.lower() in ("true", "false") and option.is_switch else ""
-    return f': write "{_shown(value)}"' if option.kind in (TEXT, PATH) else ""
+    return f': write "{shown}"' if option.kind in (TEXT, PATH) else ""
 
 
 def _shown(value: object) -> str:

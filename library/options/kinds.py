@@ -62,7 +62,7 @@ def _read_text(value: object) -> str:
 
 
 def _read_path(value: object) -> Path:
-    return Path(_read_text(value))
+    return Path(with_home(_read_text(value)))
 
 
 def _read_resolution(value: object) -> str:
@@ -70,6 +70,14 @@ def _read_resolution(value: object) -> str:
     if isinstance(value, list):
         return ",".join(str(_read_whole(side)) for side in value)
     return value if isinstance(value, str) else str(_read_whole(value))
+
+
+def with_home(path: str) -> str:
+    """``~`` and ``~name`` at the start become the home folder; a text that names nobody's stays as it is."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        return path
 
 
 SWITCH = Kind("true or false", "", _read_switch)

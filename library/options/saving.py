@@ -10,6 +10,7 @@ from library.options.rules import at_least
 
 FILE_FORMATS = ("ckpt", "pt", "safetensors")
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
+FORBIDDEN_ON_WINDOWS = frozenset(':?*<>|"') | {chr(code) for code in range(32)}  # as its file API documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,11 @@ class SavingOptions:
             yield "--output_dir is missing: name the folder for the trained files"
         if self.output_name and ("/" in self.output_name or "\\" in self.output_name):
             yield f"--output_name is {self.output_name!r}: give the start of a file name; the folder is --output_dir"
+        elif forbidden := sorted(FORBIDDEN_ON_WINDOWS.intersection(self.output_name or "")):
+            yield (
+                f"--output_name is {self.output_name!r}: file names cannot hold {' '.join(map(repr, forbidden))} on Windows, and "
+                "LoRA files travel; leave that out"
+            )
 
     def warnings(self) -> Iterator[str]:
         saves_epochs = self.save_every_n_epochs or self.save_n_epoch_ratio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -25,20 +26,24 @@ class BarFriendlyHandler(logging.Handler):
     """Writes to stdout without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
+        try:
+            from tqdm import tqdm
 
-        tqdm.write(self.format(record))
+            tqdm.write(self.format(record))
+        except Exception:  # as every handler: a line that cannot be shown must not end a run
+            self.handleError(record)
 
 
 def set_up_console(options: ConsoleOptions) -> None:
     """Called by a script's start, once. Processes other than the main one only show errors."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF data; the scan has told what matters
+    show_every_text()
     is_main = os.environ.get("RANK", "0") == "0"
     level = logging.getLevelName(options.console_log_level or "INFO") if is_main else logging.ERROR
     handler: logging.Handler = BarFriendlyHandler()
     if options.console_log_file and is_main:
         try:
-            handler = logging.FileHandler(Path(options.console_log_file), encoding="utf-8")
+            handler = logging.FileHandler(Path(options.console_log_file), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise OptionError(f"--console_log_file {options.console_log_file}: {os_error_text(error)}") from error
     simple = options.console_log_simple
@@ -48,6 +53,13 @@ def set_up_console(options: ConsoleOptions) -> None:
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+
+
+def show_every_text() -> None:
+    """File names can hold what the console's encoding does not have: it shows \\u732b there, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # absent where the console is no text stream of Python's, as in some notebooks
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

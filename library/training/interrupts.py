@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -52,18 +53,24 @@ class StopRequest:
 
 
 SECRET_FLAGS = ("--wandb_api_key", "--huggingface_token")
+START_FLAGS = ("--resume", "--initial_step", "--initial_epoch")  # where a run begins: the new --resume says it
+START_SWITCH = "--skip_until_initial_step"
 
 
-def resume_command(folder: Path) -> str:
-    """The command line of this run with --resume; secrets and an older --resume are left out."""
-    words, kept, skip = sys.argv, [], False
-    for word in words:
+def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
+    """The command line of this run with --resume, quoted for the system's shell.
+
+    Secrets are left out, and so is what said where this run began: it would count again.
+    """
+    kept, skip = [], False
+    for word in sys.argv:
         flag = word.split("=", 1)[0]
         if skip:
             skip = False
-        elif flag in (*SECRET_FLAGS, "--resume"):
+        elif flag in (*SECRET_FLAGS, *START_FLAGS):
             skip = "=" not in word
-        else:
+        elif flag != START_SWITCH:
             kept.append(word)
     launcher = ["accelerate", "launch"] if LAUNCHER_MARK in os.environ else [Path(sys.executable).name]
-    return shlex.join([*launcher, *kept, "--resume", str(folder)])
+    words = [*launcher, *kept, "--resume", str(folder)]
+    return subprocess.list2cmdline(words) if windows else shlex.join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from library.files.atomic import file_written_atomically
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 def save_dtype(save_precision: str | None) -> torch.dtype | None:
@@ -29,9 +32,19 @@ def save_network(network: Any, final: Path, *, dtype: torch.dtype | None, metada
 
 
 def remove_old(*paths: Path) -> None:
-    """Removes files or state folders that made way for newer ones; called only after the new ones are in place."""
+    """Removes files or state folders that made way for newer ones; called only after the new ones are in place.
+
+    What cannot be removed stays, with a warning: another program may hold it open, and a run must not end on it.
+    """
     for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            _remove(path)
+        except OSError as error:
+            logger.warning("could not remove %s (%s): remove it by hand if it is not needed", path, error.strerror or error)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -248,6 +248,12 @@ def test_nothing_fits(tiny_denoiser, tmp_path):
         applied(tiny_denoiser).load_weights(tmp_path / "a.pt")
 
 
+def test_a_disk_that_fills_up_in_a_pickle_is_told(tiny_denoiser, small_disk):
+    with pytest.raises(OutputError, match=r"a\.ckpt: the disk is full"):
+        applied(tiny_denoiser, dim=64).save_weights(small_disk / "a.ckpt", None, {})
+    assert list(small_disk.iterdir()) == []
+
+
 def test_full_disk_keeps_the_old_file(tiny_denoiser, tmp_path, monkeypatch):
     network = applied(tiny_denoiser)
     network.save_weights(tmp_path / "a.safetensors", None, {})

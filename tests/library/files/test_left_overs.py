@@ -50,3 +50,18 @@ def test_everything_else_stays(tmp_path, dead):
     ]
     assert remove_left_overs([tmp_path, tmp_path / "nowhere"], "a*.tmp-*") == 0
     assert all(path.exists() for path in stays)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows goes by age alone")
+def test_what_cannot_be_removed_ends_nothing(tmp_path, dead, monkeypatch):
+    stays, goes = make(tmp_path / f"a.ckpt.tmp-{dead}"), make(tmp_path / f"b.ckpt.tmp-{dead}")
+    unlink = Path.unlink
+
+    def held(path, missing_ok=False):
+        if path == stays:
+            raise PermissionError("held by another program")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    remove_left_overs([tmp_path], "*.tmp-*")
+    assert stays.exists() and not goes.exists()

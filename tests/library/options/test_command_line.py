@@ -47,6 +47,20 @@ def test_empty_value_takes_a_value_of_the_file_back(config):
     assert read(config("save_precision = 'fp16'\n"), "--save_precision=").saving.save_precision is None
 
 
+def test_home_in_paths_of_both_sources(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    file = config(
+        "llm_adapter_path = '~/v.safetensors'\ncache_dir = '~/cache'\nbase_weights = ['~/a', 'b~', '~no_such_user/c']\noutput_name = '~n'\n"
+    )
+    options = read(file, "--output_dir=~/out", "--dataset_config=~/my.toml", "--metadata_author=~me", "--cache_latents_to_disk")
+    home = str(tmp_path)
+    assert (options.anima.llm_adapter_path, options.saving.output_dir) == (f"{home}/v.safetensors", f"{home}/out")
+    assert (options.dataset.dataset_config, options.caches.cache_dir) == (tmp_path / "my.toml", tmp_path / "cache")
+    assert options.network.base_weights == [f"{home}/a", "b~", "~no_such_user/c"]
+    assert (options.saving.output_name, options.metadata.metadata_author) == ("~n", "~me")  # no paths
+
+
 def test_file_alone_is_enough(config):
     lines = [argument.removeprefix("--").partition("=") for argument in REQUIRED]
     file = config("\n".join(f'{name} = "{value}"' for name, _, value in lines))

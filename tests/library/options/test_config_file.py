@@ -182,3 +182,10 @@ def test_random_texts_read_back_or_are_refused(tmp_path):
 def test_defaults_secrets_and_the_dry_run_are_left_out():
     text = config_text(GROUPS, {"wandb_api_key": "hush", "dry_run": True, "network_alpha": 1.0, "loss_type": "l2", "seed": 3})
     assert text == "[run]\nseed = 3\n"
+
+
+@pytest.mark.parametrize(("value", "shown"), [("12345", "***"), ("['hush']", "***")])
+def test_secret_of_a_wrong_type_is_not_shown(tmp_path, value, shown):
+    (problem,) = problems(tmp_path, f"wandb_api_key = {value}")
+    assert problem.startswith(f"my.toml: wandb_api_key is {shown}, but must be a text")
+    assert "12345" not in problem and "hush" not in problem

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
-from library.training.interrupts import StopRequest
+from library.training.interrupts import LAUNCHER_MARK, StopRequest, resume_command
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -26,3 +29,32 @@ def test_a_second_ctrl_c_is_not_remembered():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.exit_status == 130
+
+
+@pytest.fixture
+def started_with(monkeypatch):
+    def start(*flags: str) -> None:
+        monkeypatch.delenv(LAUNCHER_MARK, raising=False)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--seed=1", *flags, "--vae", "my vae.safetensors"])
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--initial_step=10", "--skip_until_initial_step", "--resume=latest"),
+        ("--initial_step", "10", "--initial_epoch", "2", "--skip_until_initial_step=true", "--resume", "out/old state"),
+        ("--initial_epoch=2", "--wandb_api_key", "hush", "--huggingface_token=hush"),
+    ],
+)
+def test_the_command_to_go_on_says_once_where_to_begin(started_with, flags):
+    started_with(*flags)
+    words = shlex.split(resume_command(Path("out/my state"), windows=False))
+    assert words[1:] == ["train.py", "--seed=1", "--vae", "my vae.safetensors", "--resume", str(Path("out/my state"))]
+
+
+def test_the_command_to_go_on_is_quoted_as_windows_wants_it(started_with):
+    started_with("--output_dir", "C:\\my out\\x")
+    command = resume_command(Path("state"), windows=True)
+    assert command.endswith(r'train.py --seed=1 --output_dir "C:\my out\x" --vae "my vae.safetensors" --resume state')
