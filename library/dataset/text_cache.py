@@ -398,7 +398,8 @@ class _Assembly:
 
 
 def text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:HASH_DIGITS]
+    """Names a text inside a cache file. A text from a file's name need not be valid Unicode: each has a hash of its own."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:HASH_DIGITS]
 
 
 def _unique(texts: Iterable[str]) -> tuple[str, ...]:

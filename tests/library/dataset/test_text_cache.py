@@ -17,7 +17,7 @@ import torch
 
 from library.dataset.captions import caption_variant
 from library.dataset.items import TrainingSet
-from library.dataset.text_cache import TextCache, default_variants
+from library.dataset.text_cache import TextCache, default_variants, text_hash
 from library.errors import DatasetError
 from library.files.safetensors_file import read_header
 from tests.library.dataset.cache_parts import (
@@ -51,6 +51,11 @@ def same(one: Any, other: Any) -> bool:
 
 def cache_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_texts_from_names_of_files_that_are_no_text_have_hashes() -> None:
+    assert len({text_hash(text) for text in ("caf\udce9", "caf\xe9", "caf\ud800", "caf")}) == 4
+    assert text_hash("caf\xe9") == "850f7dc43910ff89"
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
