@@ -115,10 +115,13 @@ class BareStep:
     def cost(self) -> Cost:
         """Measured on the tensors of the trainer's last update; leaves no gradients behind."""
         trainer, batch = self.trainer, self.trainer.batch
-        noisy = trainer.objective.corrupt(batch.latents, seed=trainer.seed, step=0, positions=batch.positions)
+        place = {"seed": trainer.seed, "step": 0, "positions": batch.positions}
+        noisy = trainer.objective.corrupt(batch.latents, dtype=trainer.weight_dtype, **place)
 
         def work() -> None:
-            F.mse_loss(trainer.predict(trainer.denoiser, noisy, batch.text), noisy.target).backward()
+            with trainer.accelerator.autocast():
+                prediction = trainer.predict(trainer.denoiser, noisy, batch.text)
+            F.mse_loss(prediction.float(), noisy.target).backward()
             self.optimizer.step()
 
         cost = cost_of(work)
