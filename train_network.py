@@ -11,7 +11,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
 from library.training.plan import NetworkSize, plan_lines
 from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
 from library.training.preflight import CheckedRun, worker_count
+from library.training.processes import HostGroup
 from library.training.report import Report
 from library.training.sample_pictures import SamplePictures
 from library.training.saving import remove_old, save_dtype, save_network
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
 PLAIN_DISTRIBUTIONS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
-PROCESS_WAIT = timedelta(days=7)  # caching may keep one process busy far longer than the default time limit of a barrier
 
 
 class NetworkTrainer(ArchitectureHooks):
@@ -104,7 +103,7 @@ class NetworkTrainer(ArchitectureHooks):
         self.start_data()
 
     def start_accelerator(self) -> None:
-        from accelerate import Accelerator, InitProcessGroupKwargs
+        from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin
 
         names = trackers.tracker_names(self.options.logging)
@@ -115,7 +114,6 @@ class NetworkTrainer(ArchitectureHooks):
                 log_with=names or None,
                 project_dir=str(self.log_dir) if self.log_dir else None,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # update() divides by itself
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_WAIT)],
             )
         except ValueError as error:  # a precision that this device does not have
             raise OptionError(f"--mixed_precision {self.options.run.mixed_precision}: {error}") from error
@@ -128,17 +126,10 @@ class NetworkTrainer(ArchitectureHooks):
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]
         self.vae_dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
-        self.seed = self.shared_seed()
+        self.group = HostGroup()
+        self.seed = self.group.broadcast(self.run.seed)  # without --seed each process has drawn its own
         if self.options.run.deterministic:
             use_deterministic_kernels()
-
-    def shared_seed(self) -> int:
-        """The main process's seed; without --seed each process has drawn its own."""
-        if self.processes == 1:
-            return self.run.seed
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([self.run.seed])[0]
 
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
@@ -170,10 +161,10 @@ class NetworkTrainer(ArchitectureHooks):
         """Encodes what the caches lack; the VAE and the text encoder are loaded only then, and gone afterwards."""
         latents, texts = self.run.latent_cache, self.run.text_cache
         with torch.no_grad():
-            if latents is not None and self.anywhere(not latents.state(refresh=True).is_complete):
+            if latents is not None and self.group.any(not latents.state(refresh=True).is_complete):
                 self.fill_latent_cache(latents)
                 self.after_caching()
-            if texts is not None and self.anywhere(not texts.state().is_complete):
+            if texts is not None and self.group.any(not texts.state().is_complete):
                 self.fill_text_cache(texts)
                 self.after_caching()
 
@@ -195,21 +186,12 @@ class NetworkTrainer(ArchitectureHooks):
         )
 
     def after_caching(self) -> None:
-        self.accelerator.wait_for_everyone()
+        self.group.wait()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def cache_shares(self) -> dict[str, Any]:
-        return {"rank": self.rank, "processes": self.processes, "gather": self.gather_objects}
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
-
-    def anywhere(self, condition: bool) -> bool:
-        """True when the condition holds in any process, so that all take the same way."""
-        return condition if self.processes == 1 else any(self.gather_objects(condition))
+        return {"rank": self.rank, "processes": self.processes, "gather": self.group.gather}
 
     def remove_left_overs(self) -> None:
         """Temporary files and states of an earlier run of this name that was killed while saving."""
@@ -257,8 +239,9 @@ class NetworkTrainer(ArchitectureHooks):
         self.numbers = DelayedNumbers()
         self.guard = DivergenceGuard(scales_losses=self.learner.scales_losses)
         self.pictures = SamplePictures(
-            self.run,
-            self.accelerator,
+            run=self.run,
+            accelerator=self.accelerator,
+            group=self.group,
             seed=self.seed,
             draw=self.draw_sample,
             decode=lambda latents: self.decode_images(self.vae, latents),
@@ -368,7 +351,7 @@ class NetworkTrainer(ArchitectureHooks):
         self.learner.weights.restore_good()
         file = self.run.names.last_file()
         self.save_lora(file)
-        self.accelerator.wait_for_everyone()
+        self.group.wait()
         raise TrainingError(
             f"the loss was not finite in several steps in a row, the last one step {step}; the last good weights are in {file}. "
             "Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a smaller --max_grad_norm"
@@ -420,7 +403,7 @@ class NetworkTrainer(ArchitectureHooks):
         names, step = self.run.names, self.progress.step
         self.save_state(names.step_state(step))
         self.save_lora(names.step_file(step), in_haste=True)
-        self.accelerator.wait_for_everyone()  # a process that leaves makes the launcher end the others
+        self.group.wait()  # a process that leaves makes the launcher end the others
         self.close_logging()
         self.say(f"stopped after step {step}; to go on: {resume_command(names.step_state(step))}")
         sys.exit(self.stop.exit_status)
@@ -496,7 +479,7 @@ class NetworkTrainer(ArchitectureHooks):
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
     """Trains, and ends the script with one message for what a user can mend."""
-    with user_errors_end_the_script():
+    with user_errors_end_the_script(all_processes=True):
         try:
             trainer_class(run).train()
         except torch.OutOfMemoryError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from library.randomness import derive_seed
 from library.sampling.pictures import is_due, picture_name, save_picture
 from library.sampling.prompts import SamplePrompt
 from library.training.preflight import CheckedRun
+from library.training.processes import HostGroup
 from library.training.trackers import log_picture
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 Draw = Callable[[SamplePrompt, Conditioning, Conditioning, int], Tensor]  # prompt, positive, negative, seed -> latents
 
 
+@dataclass(frozen=True, kw_only=True)
 class SamplePictures:
     """Draws the prompts of a run; each process its share.
 
@@ -31,42 +34,42 @@ class SamplePictures:
     off). A prompt without a seed gets one of its own from the run's: fixed pictures can be compared.
     """
 
-    def __init__(self, run: CheckedRun, accelerator: Accelerator, *, seed: int, draw: Draw, decode: Callable[[Tensor], Tensor],
-                 encode: Callable[[str], Conditioning]):  # fmt: skip
-        self._run, self._accelerator, self._seed = run, accelerator, seed
-        self._draw, self._decode, self._encode = draw, decode, encode
+    run: CheckedRun
+    accelerator: Accelerator
+    group: HostGroup
+    seed: int
+    draw: Draw
+    decode: Callable[[Tensor], Tensor]
+    encode: Callable[[str], Conditioning]
 
     def draw_if_due(self, *, step: int, epoch: int | None, ready: Callable[[], AbstractContextManager[None]]) -> None:
         """``epoch``: the finished one at its end, 0 before training, None after a step."""
-        if not self._run.prompts or not is_due(self._run.options.samples, step=step, epoch=epoch):
+        if not self.run.prompts or not is_due(self.run.options.samples, step=step, epoch=epoch):
             return
-        accelerator = self._accelerator
+        accelerator = self.accelerator
         with ready(), torch.no_grad():
-            mine = self._run.prompts[accelerator.process_index :: accelerator.num_processes]
+            mine = self.run.prompts[accelerator.process_index :: accelerator.num_processes]
             pictures = [(prompt, self._draw_one(prompt, step, epoch)) for prompt in mine]
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            pictures = gather_object(pictures)
+        pictures = [picture for share in self.group.gather(pictures) for picture in share]
         if accelerator.is_main_process:
             for prompt, pixels in pictures:
                 log_picture(accelerator, f"sample_{prompt.index}", pixels, step, prompt.prompt)
 
     def _draw_one(self, prompt: SamplePrompt, step: int, epoch: int | None) -> Tensor:
-        seed = prompt.seed if prompt.seed is not None else derive_seed(self._seed, "sample", prompt.index) % 2**32
+        seed = prompt.seed if prompt.seed is not None else derive_seed(self.seed, "sample", prompt.index) % 2**32
         positive, negative = (
-            self._encode(text).to(self._accelerator.device) for text in (prompt.prompt, prompt.negative_prompt or "")
+            self.encode(text).to(self.accelerator.device) for text in (prompt.prompt, prompt.negative_prompt or "")
         )
-        with self._accelerator.autocast():
-            latents = self._draw(prompt, positive, negative, seed)
-        pixels = self._decode(latents)[0].float().cpu()  # (3, H, W)
+        with self.accelerator.autocast():
+            latents = self.draw(prompt, positive, negative, seed)
+        pixels = self.decode(latents)[0].float().cpu()  # (3, H, W)
         name = picture_name(
-            self._run.options.saving.output_name,
+            self.run.options.saving.output_name,
             step=step,
             epoch=epoch,
             index=prompt.index,
             seed=prompt.seed,
             now=time.localtime(),
         )
-        save_picture(pixels, self._run.names.folder / "sample" / name, prompt)
+        save_picture(pixels, self.run.names.folder / "sample" / name, prompt)
         return pixels
