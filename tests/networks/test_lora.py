@@ -250,7 +250,7 @@ def test_nothing_fits(tiny_denoiser, tmp_path):
 
 def test_a_disk_that_fills_up_in_a_pickle_is_told(tiny_denoiser, small_disk):
     with pytest.raises(OutputError, match=r"a\.ckpt: the disk is full"):
-        applied(tiny_denoiser, dim=64).save_weights(small_disk / "a.ckpt", None, {})
+        applied(tiny_denoiser, dim=2048).save_weights(small_disk / "a.ckpt", None, {})
     assert list(small_disk.iterdir()) == []
 
 
