@@ -9,15 +9,19 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+import os
+import re
 import secrets
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from library.dataset.buckets import Buckets
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
-from library.files.model_hash import new_hash, old_hash
+from library.files.model_hash import MISSING, new_hash, old_hash
 from library.options.reference_table import as_dict
 from library.training.networks import network_arguments
 from library.training.preflight import CheckedRun
@@ -31,7 +35,7 @@ OPTION_KEYS: dict[str, Any] = {
     "output_name": None, "learning_rate": None, "unet_lr": None, "gradient_checkpointing": False,
     "gradient_accumulation_steps": 1, "lr_warmup_steps": 0, "lr_scheduler": "constant", "network_module": None,
     "network_dim": None, "network_alpha": None, "network_dropout": None, "mixed_precision": "no", "full_fp16": False,
-    "v2": False, "clip_skip": None, "max_token_length": None, "cache_latents": False, "lowram": False, "noise_offset": None,
+    "v2": False, "clip_skip": None, "max_token_length": None, "lowram": False, "noise_offset": None,
     "multires_noise_iterations": None, "multires_noise_discount": None, "adaptive_noise_scale": None,
     "zero_terminal_snr": False, "noise_offset_random_strength": False, "ip_noise_gamma": None,
     "ip_noise_gamma_random_strength": False, "training_comment": None, "max_grad_norm": None, "caption_dropout_rate": 0.0,
@@ -51,10 +55,16 @@ FLAG_DATASET_KEYS = (
     "keep_tokens",
     "flip_aug",
 )
+MODEL_FILES = {"pretrained_model_name_or_path": "sd_model", "vae": "vae"}  # option -> ss_<...>_name, ss_<...>_hash
+HASH_POLL_S = 0.2  # on Windows a wait without an end would hold back Ctrl-C
 
 
 class LoraMetadata:
-    """The metadata of one run's files. Model files are hashed in the background, since that reads all of them."""
+    """The metadata of one run's files.
+
+    ``model``: what the architecture knows of itself, as whole keys (``ss_base_model_version``, ``modelspec.architecture``). A
+    ``modelspec.prediction_type`` is written only where it gives one: the reference's ``epsilon`` for flow models is wrong.
+    """
 
     def __init__(self, run: CheckedRun, *, seed: int, model: dict[str, str], optimizer: str):
         self._run = run
@@ -65,19 +75,27 @@ class LoraMetadata:
             "ss_training_started_at": str(time.time()),
             "ss_seed": str(seed),
             "ss_optimizer": optimizer,
+            "ss_cache_latents": str(run.options.caches.latents_cached),
             "ss_debiased_estimation": str(self._values.get("debiased_estimation_loss", False)),
             **{f"ss_{name}": str(self._values.get(name, default)) for name, default in OPTION_KEYS.items()},
             **_counts(run),
             **_text_encoder_lr(self._values),
+            **_model_names(self._values),
             **_network_args(self._values),
             **_dataset_keys(run, self._values),
         }
-        self._hashes = _start_hashing(self._values)
+        is_main = os.environ.get("RANK", "0") == "0"  # the one process that saves
+        self._hashes = ModelHashes(self._values if is_main and not self._values["no_metadata"] else {})
 
-    def at(self, *, step: int, epoch: int) -> dict[str, str]:
-        """All keys for a file saved now, after ``step`` steps and ``epoch`` whole epochs."""
+    def at(self, *, step: int, epoch: int, last: bool = False, wait: bool = True) -> dict[str, str]:
+        """All keys for a file saved now, after ``step`` steps and ``epoch`` whole epochs.
+
+        ``last``: the run's final file, which counts an epoch that was begun as well. ``wait`` for the hashes of the model
+        files; without it those that are not ready are left out.
+        """
         model_keys = {key: value for key, value in self._model.items() if key.startswith("ss_")}
-        keys = {**self._constant, **model_keys, **{key: future.result() for key, future in self._hashes.items()}}
+        keys = {**self._constant, **model_keys, **self._hashes.keys(wait=wait)}
+        epoch = self._run.length.epochs if last else epoch
         keys.update(ss_steps=str(step), ss_epoch=str(epoch), ss_training_finished_at=str(time.time()))
         if self._values["no_metadata"]:
             keys = {key: value for key, value in keys.items() if key in MINIMUM_KEYS}
@@ -85,7 +103,9 @@ class LoraMetadata:
 
     def _modelspec(self) -> dict[str, str]:
         values = self._values
+        texts = {name.removeprefix("metadata_"): value for name, value in values.items() if name.startswith("metadata_")}
         spec: dict[str, Any] = {
+            **texts,
             "sai_model_spec": MODELSPEC_VERSION,
             "implementation_version": IMPLEMENTATION_VERSION,
             "title": values["metadata_title"] or values["output_name"] or f"LoRA@{time.time()}",
@@ -94,9 +114,6 @@ class LoraMetadata:
             "thumbnail": _thumbnail(values["metadata_thumbnail"]),
             "resolution": _resolution(self._run),
         }
-        named = ("author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",
-                 "is_negative_embedding")  # fmt: skip
-        spec.update({name: values[f"metadata_{name}"] for name in named})
         keys = {f"modelspec.{name}": str(value) for name, value in spec.items() if value is not None}
         return {**keys, **{key: value for key, value in self._model.items() if key.startswith("modelspec.")}}
 
@@ -115,8 +132,10 @@ def _counts(run: CheckedRun) -> dict[str, str]:
 
 
 def _text_encoder_lr(values: dict[str, Any]) -> dict[str, str]:
-    rates = values.get("text_encoder_lr")
-    return {"ss_text_encoder_lr": str(rates[0] if rates else None)}
+    """The list where the network module takes one rate per text encoder, as ours do; of others' the first one."""
+    rates = values.get("text_encoder_lr") or None
+    several = str(values["network_module"]).startswith("networks.")
+    return {"ss_text_encoder_lr": str(rates if several or rates is None else rates[0])}
 
 
 def _network_args(values: dict[str, Any]) -> dict[str, str]:
@@ -133,14 +152,14 @@ def _network_args(values: dict[str, Any]) -> dict[str, str]:
 
 def _dataset_keys(run: CheckedRun, values: dict[str, Any]) -> dict[str, str]:
     items = run.training_set.items
-    keys = {
-        "ss_tag_frequency": json.dumps(_tag_frequency(items)),
-        "ss_dataset_dirs": json.dumps(_folders(items, is_reg=False)),
-    }
+    described = [
+        _dataset(dataset, [i for i in items if i.dataset_index == n]) for n, dataset in enumerate(run.training_set.datasets)
+    ]
+    frequency: dict[str, dict[str, int]] = {}
+    for one in described:
+        frequency = {**one["tag_frequency"], **frequency}  # where two datasets have a folder of one name, the first counts
+    keys = {"ss_tag_frequency": json.dumps(frequency), "ss_dataset_dirs": json.dumps(_folders(items, is_reg=False))}
     if values["dataset_config"]:
-        described = [
-            _dataset(dataset, [i for i in items if i.dataset_index == n]) for n, dataset in enumerate(run.training_set.datasets)
-        ]
         return {**keys, "ss_datasets": json.dumps(described)}
     dataset = run.training_set.datasets[0]
     batch = dataset.batch_size
@@ -153,7 +172,7 @@ def _dataset_keys(run: CheckedRun, values: dict[str, Any]) -> dict[str, str]:
         "ss_batch_size_per_device": str(batch),
         "ss_total_batch_size": str(batch * run.processes * run.length.accumulation),
         "ss_resolution": str(tuple(dataset.resolution_wh)),
-        "ss_bucket_info": json.dumps(_bucket_info(dataset, list(items))),
+        "ss_bucket_info": json.dumps(described[0]["bucket_info"]),
     }
 
 
@@ -169,6 +188,7 @@ def _dataset(dataset: DatasetSettings, items: list[Item]) -> dict[str, Any]:
         "max_bucket_reso": dataset.max_bucket_reso,
         "tag_frequency": _tag_frequency(items),
         "bucket_info": _bucket_info(dataset, items),
+        "resize_interpolation": dataset.resize_interpolation,
         "subsets": [_subset(subset, [i for i in items if i.subset is subset]) for subset in dataset.subsets],
     }
 
@@ -192,16 +212,20 @@ def _source_name(subset: SubsetSettings) -> str:
     return source.name if source is not None else ""
 
 
-def _tag_frequency(items: tuple[Item, ...] | list[Item]) -> dict[str, dict[str, int]]:
-    """Per folder: how many images carry each tag (lower case, split at commas), not weighted by repeats."""
+def _tag_frequency(items: Sequence[Item]) -> dict[str, dict[str, int]]:
+    """Per folder or metadata file: how often each tag occurs, in lower case, not weighted by repeats.
+
+    Tags are what commas and line ends separate in a caption file; of a metadata file only its "tags" count.
+    """
     folders: dict[str, Counter[str]] = {}
     for item in items:
-        tags = (tag.strip().lower() for tag in item.caption.split(","))
+        text = item.caption if item.subset.metadata_file is None else item.tags or ""
+        tags = (tag.strip().lower() for tag in re.split(r"[,\n]", text))
         folders.setdefault(_source_name(item.subset), Counter()).update(tag for tag in tags if tag)
     return {name: dict(counter) for name, counter in folders.items()}
 
 
-def _folders(items: tuple[Item, ...], *, is_reg: bool) -> dict[str, dict[str, int]]:
+def _folders(items: Sequence[Item], *, is_reg: bool) -> dict[str, dict[str, int]]:
     counts: dict[int, dict[str, int]] = {}
     names: dict[int, str] = {}
     for item in items:
@@ -218,7 +242,8 @@ def _folders(items: tuple[Item, ...], *, is_reg: bool) -> dict[str, dict[str, in
     return result
 
 
-def _bucket_info(dataset: DatasetSettings, items: list[Item]) -> dict[str, Any] | None:
+def _bucket_info(dataset: DatasetSettings, items: Sequence[Item]) -> dict[str, Any] | None:
+    """The buckets in use, by their number among all buckets of the dataset; with bucket_no_upscale those in use are all."""
     if not dataset.enable_bucket:
         return None
     counts: Counter[tuple[int, int]] = Counter()
@@ -226,28 +251,39 @@ def _bucket_info(dataset: DatasetSettings, items: list[Item]) -> dict[str, Any] 
     for item in items:
         counts[item.bucket_wh] += item.repeats
         (width, height), (bucket_w, bucket_h) = item.size_wh, item.bucket_wh
-        error += abs(width / height - bucket_w / bucket_h) * item.repeats
-    buckets = {str(n): {"resolution": list(size), "count": count} for n, (size, count) in enumerate(sorted(counts.items()))}
-    return {"buckets": buckets, "mean_img_ar_error": error / max(sum(counts.values()), 1)}
+        error += abs(width / height - bucket_w / bucket_h)
+    sizes = Buckets(dataset).sizes or sorted(counts)
+    buckets = {str(n): {"resolution": list(size), "count": counts[size]} for n, size in enumerate(sizes) if counts[size]}
+    return {"buckets": buckets, "mean_img_ar_error": error / max(len(items), 1)}
 
 
 # ---------------------------------------------------------------------- model files and modelspec
 
 
-def _start_hashing(values: dict[str, Any]) -> dict[str, Future[str]]:
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-hash")
-    futures: dict[str, Future[str]] = {}
-    for option, key in (("pretrained_model_name_or_path", "sd_model"), ("vae", "vae")):
-        if not values.get(option):
-            continue
-        path = Path(values[option])
-        futures[f"ss_{key}_name"] = pool.submit(lambda name=path.name: name)  # type: ignore[misc]
-        if path.exists():
-            hash_key = "ss_sd_model_hash" if key == "sd_model" else "ss_vae_hash"
-            futures[hash_key] = pool.submit(old_hash, path)
-            futures[hash_key.replace("ss_", "ss_new_")] = pool.submit(new_hash, path)
-    pool.shutdown(wait=False)
-    return futures
+def _model_names(values: dict[str, Any]) -> dict[str, str]:
+    return {f"ss_{key}_name": Path(values[option]).name for option, key in MODEL_FILES.items() if values.get(option)}
+
+
+class ModelHashes:
+    """The ``ss_*_hash`` keys of the model files, found by a thread: it reads all of each file, and no exit waits for it."""
+
+    def __init__(self, values: dict[str, Any]):
+        self._found: dict[str, str] = {}
+        self._thread = Thread(target=self._find, args=(values,), daemon=True, name="model-hash")
+        self._thread.start()
+
+    def keys(self, *, wait: bool) -> dict[str, str]:
+        while wait and self._thread.is_alive():
+            self._thread.join(HASH_POLL_S)
+        return dict(self._found)
+
+    def _find(self, values: dict[str, Any]) -> None:
+        hashes: tuple[tuple[str, Callable[[Path], str]], ...] = (("ss_{}_hash", old_hash), ("ss_new_{}_hash", new_hash))
+        for name, hash_of in hashes:  # the quick ones first
+            for option, key in MODEL_FILES.items():
+                found = hash_of(Path(values[option])) if values.get(option) else MISSING
+                if found != MISSING:
+                    self._found[name.format(key)] = found
 
 
 def _resolution(run: CheckedRun) -> str:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.nn.attention import attend
+from library.nn.attention import NormedAttention, attend
+from library.nn.rope import apply_rope, rope_angles, rope_table
 
 
 def naive(q, k, v, key_mask=None):
@@ -36,3 +37,14 @@ def test_fully_masked_sample_gives_zeros_and_finite_gradients():
 def test_no_keys_at_all_give_zeros():
     q, k, v = inputs(keys=0)
     assert torch.equal(attend(q, k, v, torch.ones(2, 0)), torch.zeros(2, 5, 24))
+
+
+def test_normed_attention_is_its_parts():
+    mixer = NormedAttention(12, key_width=10, heads=3, head_dim=8)
+    x, source = torch.randn(2, 5, 12), torch.randn(2, 6, 10)
+    tables = tuple(rope_table(rope_angles(length, 8, 100.0, torch.device("cpu"))) for length in (5, 6))
+    q = mixer.q_norm(mixer.q_proj(x).unflatten(-1, (3, 8)))
+    k = mixer.k_norm(mixer.k_proj(source).unflatten(-1, (3, 8)))
+    v = mixer.v_proj(source).unflatten(-1, (3, 8))
+    torch.testing.assert_close(mixer.mix(x, source, None), naive(q, k, v))
+    torch.testing.assert_close(mixer.mix(x, source, tables), naive(apply_rope(q, tables[0]), apply_rope(k, tables[1]), v))
