@@ -42,6 +42,7 @@ from library.training.state import (
     StateDescription,
     load_network_tensors,
     load_training_tensors,
+    remove_replaced_states,
     save_state,
     state_settings,
 )
@@ -197,6 +198,7 @@ class NetworkTrainer(ArchitectureHooks):
         """Temporary files and states of an earlier run of this name that was killed while saving."""
         if self.accelerator.is_main_process:
             names = self.run.names
+            remove_replaced_states(names.states())
             remove_left_overs([names.folder], f"{glob.escape(names.last_file().stem)}*{TEMPORARY_MARK}*")
 
     def load_models(self) -> None:
