@@ -6,6 +6,7 @@ Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 
 from __future__ import annotations
 
+import gc
 import glob
 import logging
 import sys
@@ -23,7 +24,7 @@ from library.dataset.loader import BatchSource
 from library.errors import OptionError, TrainingError, user_errors_end_the_script
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
-from library.randomness import derive_seed
+from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
 from library.training.divergence import DivergenceGuard
 from library.training.hooks import ArchitectureHooks
@@ -291,7 +292,7 @@ class NetworkTrainer(ArchitectureHooks):
 
     def backward(self, batch: Batch, micro_step: int, *, parts: int) -> Tensor:
         """Adds a micro-batch's gradient; returns its share of the step's loss (detached)."""
-        torch.manual_seed(derive_seed(self.seed, "dropout", micro_step, self.rank))  # dropout inside networks
+        seed_default_generators(derive_seed(self.seed, "dropout", micro_step, self.rank), self.device)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start([], self.denoiser)
         loss = self.compute_loss(batch, micro_step) / parts
@@ -481,6 +482,8 @@ class NetworkTrainer(ArchitectureHooks):
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
     """Trains, and ends the script with one message for what a user can mend."""
+    gc.freeze()  # what was imported stays: the collector, off since the first checks, need not look at it again
+    gc.enable()
     with user_errors_end_the_script(all_processes=True):
         try:
             trainer_class(run).train()

@@ -34,3 +34,17 @@ def torch_generator(*parts: int | str, device: torch.device | str = "cpu") -> to
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(*parts))
+
+
+def seed_default_generators(seed: int, device: torch.device) -> None:
+    """Seeds what draws without a generator of its own on the CPU and on ``device`` (dropout inside networks).
+
+    ``torch.manual_seed`` does the same for every kind of device there is, which takes longer than a small step's own work.
+    """
+    import torch
+
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)

@@ -43,8 +43,8 @@ class QwenImageVae(nn.Module):
         self.config = config
         self.chunk_size = chunk_size
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
-        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.quant_conv = Pointwise(2 * z, 2 * z)
+        self.post_quant_conv = Pointwise(z, z)
         self.decoder = Decoder(config)
         for name, values in (("latents_mean", config.latents_mean), ("latents_std", config.latents_std)):
             # named CPU: also when the modules are built on the meta device, these are real
@@ -138,6 +138,16 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
+class Pointwise(nn.Conv2d):
+    """1x1 convolution as a matrix product, which channels-last images already lie right for."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
 
@@ -147,7 +157,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = Conv3x3(width, out)
         self.norm2 = ChannelNorm(out)
         self.conv2 = Conv3x3(out, out)
-        self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+        self.shortcut = Pointwise(width, out) if width != out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -194,8 +204,8 @@ class Attention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = ChannelNorm(width)
-        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
-        self.proj = nn.Conv2d(width, width, 1)
+        self.to_qkv = Pointwise(width, 3 * width)
+        self.proj = Pointwise(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape

@@ -7,6 +7,7 @@ whether the output folder can be written. What is wrong is reported together.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import shutil
@@ -275,11 +276,17 @@ def cache_folders(training_set: TrainingSet, options: Any) -> set[Path]:
 
 
 def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedRun:
-    """For a script's first lines: reads the command line and checks the run, ending the script on a mistake."""
+    """For a script's first lines: reads the command line and checks the run, ending the script on a mistake.
+
+    The garbage collector is off from then on: it would look through every module of torch while that is imported, which takes
+    a good part of the start. ``run_training`` switches it on again.
+    """
     from library.errors import user_errors_end_the_script
 
     with user_errors_end_the_script():
         options = read()
         set_up_console(options.console)
-        return check_run(options, architecture)
+        run = check_run(options, architecture)
+        gc.disable()
+        return run
     raise AssertionError("user_errors_end_the_script does not return after an error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.training.meters import StepNumbers
@@ -20,14 +21,16 @@ def peak_memory_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
+    if sys.platform == "linux":  # getrusage would count what the launcher took before it started this process
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
     if sys.platform == "win32":
         import psutil  # accelerate depends on it
 
         return psutil.Process().memory_info().peak_wset / GIB
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # bytes on macOS
 
 
 class Report:

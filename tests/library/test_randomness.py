@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-from library.randomness import derive_seed
+import torch
+
+from library.randomness import derive_seed, seed_default_generators
 
 
 def test_every_part_its_order_and_its_type_count():
@@ -20,3 +22,10 @@ def test_the_numbers_stay_what_they_are():
 def test_names_of_files_that_are_no_text():
     latin = os.fsdecode(b"caf\xe9.png") if os.name != "nt" else "caf\udce9.png"
     assert len({derive_seed(latin), derive_seed("caf\xe9.png"), derive_seed("\ud800"), derive_seed("caf.png")}) == 4
+
+
+def test_seeding_for_a_step_draws_what_manual_seed_draws():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    seed_default_generators(5, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
