@@ -390,7 +390,7 @@ class NetworkTrainer(ArchitectureHooks):
         names, saving = self.run.names, self.options.saving
         if self.must_stop() and self.progress.step < self.run.length.total_steps:
             self.stop_early()
-        self.save_lora(names.last_file())
+        self.save_lora(names.last_file(), last=True)
         if saving.save_state or saving.save_state_on_train_end:
             self.save_state(names.last_state())
         self.close_logging()
@@ -417,12 +417,15 @@ class NetworkTrainer(ArchitectureHooks):
 
     # ------------------------------------------------------------------ files
 
-    def save_lora(self, file: Path, *, in_haste: bool = False) -> None:
-        """Main process only; optimizers that keep an average of the weights swap it in for the moment."""
+    def save_lora(self, file: Path, *, last: bool = False, in_haste: bool = False) -> None:
+        """Main process only; optimizers that keep an average of the weights swap it in for the moment.
+
+        ``in_haste``: without waiting for hashes of the model files that are still being computed.
+        """
         if not self.accelerator.is_main_process:
             return
         epochs_done = self.progress.position // self.run.length.steps_per_epoch
-        metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done)
+        metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done, last=last, wait=not in_haste)
         with self.learner.evaluating():
             save_network(self.network, file, dtype=save_dtype(self.options.saving.save_precision), metadata=metadata)
         self.say(f"saved {file}")
