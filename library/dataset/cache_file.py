@@ -7,13 +7,17 @@ A cache file is a safetensors file with this metadata (all strings, JSON where s
 - ``ingredients``: JSON, all that the content depends on, readable, so that a mismatch can be named;
 - ``source`` (latents): JSON {size, mtime_ns} of the image. While both are unchanged the image is trusted to be the one whose
   sha256 stands in the ingredients; otherwise it is hashed again, and equal content stays valid;
-- ``crc32``: JSON {tensor name: checksum}, compared whenever a tensor is read.
+- ``crc32``: JSON {tensor name: checksum}, compared whenever a tensor is read, and at a start as ``cache_check`` says.
 
-The header is read without torch, so a dry run can tell the state of a cache at once.
+A damaged file is made again. One that is found damaged at the start is mended in that run. Training cannot mend: the encoders
+are gone by then, so it deletes the file and ends with a message that names it, and the next start makes it again.
+
+All but the tensors for training is read without torch, so a dry run can tell the state of a cache at once.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -52,6 +56,13 @@ REASONS = {
 }
 
 
+class DamagedCacheError(DatasetError):
+    """A cache file does not hold what was written. A sentence without its end: what follows depends on who reads."""
+
+
+FindBroken = Callable[[SafetensorsHeader, Collection[str]], Mapping[str, str]]  # of these tensors, those damaged, and how
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """``kind`` is "valid", "missing", "stale" or "damaged"; the last two carry a reason.
@@ -81,7 +92,7 @@ class CacheState:
     """What a run finds in its cache: ``total == valid + missing + len(stale)``.
 
     Counts images for latents, and different texts per file for text. ``stale`` holds (cache file, reason), damaged ones
-    included; ``bytes_needed`` is about what writing the missing and the stale will take.
+    included; ``bytes_needed`` is about what the missing and the stale will take, on disk or (``in_memory``) in each process.
     """
 
     total: int
@@ -89,6 +100,7 @@ class CacheState:
     missing: int
     stale: tuple[tuple[Path, str], ...]
     bytes_needed: int
+    in_memory: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -170,18 +182,21 @@ def fingerprint(ingredients: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def check(path: Path, wanted: Wanted, *, hashes: SourceHashes | None = None) -> Verdict:
-    """Compares a cache file's header with what a run wants; reads no tensor, and the image only when it may have changed."""
+def check(path: Path, wanted: Wanted, *, hashes: SourceHashes | None = None, broken: FindBroken | None = None) -> Verdict:
+    """Compares a cache file's header with what a run wants; reads the image only when it may have changed, and its tensors
+    only through ``broken``."""
     if not path.is_file():
         return MISSING
     try:
         header = read_header(path)
     except CheckpointError as error:
         return unreadable(path, error)
-    return check_header(header, wanted, hashes=hashes or SourceHashes())
+    verdict = check_header(header, wanted, hashes=hashes or SourceHashes())
+    found = broken(header, wanted.tensors) if broken is not None and verdict.valid else {}
+    return Verdict("damaged", next(iter(found.values()))) if found else verdict
 
 
-def unreadable(path: Path, error: CheckpointError) -> Verdict:
+def unreadable(path: Path, error: Exception) -> Verdict:
     return Verdict("damaged", "truncated" if "truncated" in str(error).replace(str(path), "") else "not a readable cache file")
 
 
@@ -269,29 +284,57 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def load_cache_tensors(path: Path, names: Collection[str] | Callable[[str], bool]) -> dict[str, Tensor]:
+    """For training: as ``read_cache_tensors``, but a damaged file is deleted, so that the next start makes it again.
+
+    Raises DatasetError that names the file and says so.
+    """
+    try:
+        return read_cache_tensors(path, names)
+    except DamagedCacheError as error:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # Windows, while another thread reads it; or a folder that cannot be written
+            raise DatasetError(f"{error}: delete it and start again, it will be made anew") from error
+        raise DatasetError(f"{error}. It has been deleted and will be made again at the next start") from error
+
+
 def read_cache_tensors(path: Path, names: Collection[str] | Callable[[str], bool]) -> dict[str, Tensor]:
     """The named tensors (or those that ``names`` accepts), in the dtype they were stored in, with their checksums compared.
 
-    Raises DatasetError that says how to go on when the file was damaged or removed since it was checked.
+    Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
     """
     try:
         header = read_header(path)
         wanted = [name for name in header.tensors if names(name)] if callable(names) else list(names)
         missing = set(wanted) - set(header.tensors)
         if missing:
-            raise CheckpointError(f"it lacks {', '.join(sorted(missing))}")
+            raise DatasetError(f"the cache file {path} lacks {', '.join(sorted(missing))}: delete it and start again")
         tensors = dict(read_tensors(header, wanted))
         sums = json.loads(header.metadata["crc32"])
         broken = [name for name, tensor in tensors.items() if checksum(tensor) != sums[name]]
-    except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
-        raise _damaged_in_use(path, str(error)) from error
+    except (CheckpointError, OSError) as error:
+        raise _unusable(path, error) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, "its description is broken") from error
     if broken:
-        raise _damaged_in_use(path, f"the bytes of {', '.join(broken)} are not those that were written")
+        raise _damaged(path, f"the bytes of {', '.join(broken)} are not those that were written")
     return tensors
 
 
-def _damaged_in_use(path: Path, why: str) -> DatasetError:
-    return DatasetError(f"the cache file {path} cannot be used ({why}): delete it and start again, it will be made anew")
+def _unusable(path: Path, error: CheckpointError | OSError) -> DatasetError:
+    """A failing disk damages a file; a file that is gone, or may not be read now, may be as it was."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError):
+        return _damaged(path, unreadable(path, error).reason)
+    why = cause.strerror or str(cause)
+    if cause.errno == errno.EIO:
+        return _damaged(path, why)
+    return DatasetError(f"cannot read the cache file {path} ({why}): start again, and if it is gone it will be made anew")
+
+
+def _damaged(path: Path, why: str) -> DamagedCacheError:
+    return DamagedCacheError(f"the cache file {path} is damaged ({why})")
 
 
 def clean_left_overs(folders: Iterable[Path]) -> int:

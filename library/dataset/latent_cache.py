@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.dataset.batch import normalized_pixels
+from library.dataset.cache_check import TensorCheck
 from library.dataset.cache_file import (
     MISSING,
     VALID,
@@ -27,11 +28,12 @@ from library.dataset.cache_file import (
     check,
     clean_left_overs,
     fingerprint,
+    load_cache_tensors,
     make_folder,
     note_source,
-    read_cache_tensors,
     write_cache_file,
 )
+from library.dataset.cache_share import ROUND_BYTES, Gather, shared
 from library.dataset.cache_writer import CacheWriter, FillReport, report_filled, report_stale
 from library.dataset.images import load_pixels
 from library.dataset.items import Item, TrainingSet
@@ -49,7 +51,6 @@ HEADER_BYTES = 1024  # about what a cache file's header takes
 CHECKERS = 8  # threads that look at cache files; it is the disk or the network that they wait for
 
 Encode = Callable[["Tensor"], "Tensor"]  # (B, 3, H, W) float32 in [-1, 1] -> (B, C, h, w) scaled latents
-Gather = Callable[[Any], list[Any]]  # one object of each process -> all of them, in rank order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,8 @@ class _Source:
 class LatentCache:
     """The latents of a training set.
 
-    ``skip_check`` takes every cache file that is there for valid (``--skip_cache_check``).
+    ``skip_check`` takes every cache file that is there for valid (``--skip_cache_check``). ``round_bytes``: how much the
+    processes of a run hand over at once when they share a cache in memory.
     """
 
     def __init__(
@@ -109,6 +111,8 @@ class LatentCache:
         skip_check: bool = False,
     ):
         self.recipe, self.on_disk, self.cache_dir, self.skip_check = recipe, on_disk, cache_dir, skip_check
+        self.round_bytes = ROUND_BYTES
+        self.tensor_check = TensorCheck()
         self._hashes = SourceHashes()
         self._memory: dict[Path, dict[str, Tensor]] = {}
         self._judged: list[tuple[_Entry, Verdict]] | None = None
@@ -116,7 +120,8 @@ class LatentCache:
         self._entries = self._unique_entries(training_set.items)
 
     def state(self, *, refresh: bool = False) -> CacheState:
-        """How much of the cache is there. Reads headers only (and images whose time changed); needs no torch.
+        """How much of the cache is there. Reads headers, the tensors of files that are due (see ``TensorCheck``) and images whose
+        time changed; needs no torch.
 
         ``refresh`` notes the new time of images that were touched or copied but have not changed in their cache files, so that
         the next start need not hash them again; without it nothing is written. The answer is kept until ``fill``.
@@ -133,6 +138,7 @@ class LatentCache:
             missing=kinds.count("missing"),
             stale=_stale(judged),
             bytes_needed=sum(self._bytes(entry) for entry, verdict in judged if not verdict.valid),
+            in_memory=not self.on_disk,
         )
 
     def fill(  # noqa: PLR0913  # the trainer's one call
@@ -153,7 +159,7 @@ class LatentCache:
         with the same values as one that was not. Every file is complete or absent, and stays when a later one fails.
 
         Process ``rank`` of ``processes`` does every ``processes``-th group. On disk the caller waits for all processes before
-        it loads; in memory ``gather`` (an all-gather of Python objects) shares the results.
+        it loads; in memory ``gather`` (an all-gather of Python objects) shares the results, piece by piece.
 
         Raises DatasetError for an image that cannot be read or gives latents that are not finite, OutputError for a full disk.
         """
@@ -166,18 +172,21 @@ class LatentCache:
         if wanted:
             self._encode_all(encode, todo, wanted=wanted, workers=workers, progress=progress and rank == 0)
         if not self.on_disk and processes > 1:
-            self._share(gather)
+            self._share(groups, gather, processes=processes)
         report = FillReport(wanted, sum(len(group) for group in groups) - wanted, time.monotonic() - started)
         if rank == 0:
             report_filled("latent", report, self._place())
         return report
 
     def load(self, item: Item, *, flipped: bool = False) -> Tensor:
-        """(C, h, w) in the dtype they were cached in. Safe in threads. Raises DatasetError for a file damaged since the start."""
+        """(C, h, w) in the dtype they were cached in. Safe in threads.
+
+        Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
+        """
         name = FLIPPED if flipped else LATENTS
         path = self._paths[item.index]
         if self.on_disk:
-            return read_cache_tensors(path, [name])[name]
+            return load_cache_tensors(path, [name])[name]
         return self._memory[path][name]
 
     def _name_all(self, items: Sequence[Item]) -> list[Path]:
@@ -211,6 +220,8 @@ class LatentCache:
 
     def _judge(self, entries: Sequence[_Entry]) -> list[tuple[_Entry, Verdict]]:
         with ThreadPoolExecutor(CHECKERS) as pool:
+            if self.on_disk and not self.skip_check:
+                self.tensor_check.choose([entry.path for entry in entries], pool)
             return list(pool.map(lambda entry: (entry, self._verdict(entry)), entries))
 
     def _note_touched(self, judged: Sequence[tuple[_Entry, Verdict]]) -> None:
@@ -224,12 +235,12 @@ class LatentCache:
         if self.skip_check:
             return VALID if entry.path.is_file() else MISSING
         wanted = Wanted(ingredients=self._ingredients(entry.item), source=entry.item.path, tensors=entry.tensors)
-        return check(entry.path, wanted, hashes=self._hashes)
+        return check(entry.path, wanted, hashes=self._hashes, broken=self.tensor_check.broken)
 
     def _bytes(self, entry: _Entry) -> int:
         (width, height), recipe = entry.item.bucket_wh, self.recipe
         values = recipe.channels * (width // recipe.shrink) * (height // recipe.shrink)
-        return len(entry.tensors) * values * BYTES_PER_VALUE.get(recipe.dtype, 4) + HEADER_BYTES
+        return len(entry.tensors) * values * BYTES_PER_VALUE.get(recipe.dtype, 4) + (HEADER_BYTES if self.on_disk else 0)
 
     def _groups(self, batch_size: int) -> list[tuple[_Entry, ...]]:
         buckets: dict[tuple[int, int], list[_Entry]] = {}
@@ -308,11 +319,10 @@ class LatentCache:
         else:
             self._memory[entry.path] = tensors
 
-    def _share(self, gather: Gather | None) -> None:
-        if gather is None:
-            raise ValueError("a cache in memory needs gather() to be shared by several processes")
-        for share in gather(self._memory):
-            self._memory.update(share)
+    def _share(self, groups: Sequence[tuple[_Entry, ...]], gather: Gather | None, *, processes: int) -> None:
+        own = {entry.path: self._memory[entry.path] for group in groups for entry in group}
+        for path, tensors in shared(own, gather, processes=processes, round_bytes=self.round_bytes):
+            self._memory.setdefault(path, tensors)
 
 
 def _read_group(group: _Group) -> _Source:

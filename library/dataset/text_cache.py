@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.dataset.cache_check import TensorCheck
 from library.dataset.cache_file import (
     MISSING,
     VALID,
@@ -29,11 +30,13 @@ from library.dataset.cache_file import (
     cache_path,
     check_header,
     clean_left_overs,
+    load_cache_tensors,
     make_folder,
     read_cache_tensors,
     unreadable,
     write_cache_file,
 )
+from library.dataset.cache_share import ROUND_BYTES, Gather, shared
 from library.dataset.cache_writer import CacheWriter, FillReport, report_filled, report_stale
 from library.dataset.captions import caption_variant, possible_variants
 from library.dataset.conditioning import Conditioning
@@ -50,12 +53,12 @@ KEEP_UNUSED = 8  # valid texts of an image that this run does not use: switching
 KEEP_UNUSED_PROMPTS = 64
 HASH_DIGITS = 16
 HEADER_BYTES = 1024  # about what a cache file's header takes
-CHARACTERS_PER_TOKEN = 3  # for estimates
+CHARACTER_BYTES_PER_TOKEN = 3  # UTF-8, for estimates: rather too few than too many, in any script
 CHECKERS = 8
 
 Encode = Callable[[list[str]], Conditioning]  # B captions -> their conditioning
-Gather = Callable[[Any], list[Any]]  # one object of each process -> all of them, in rank order
 Tensors = dict[str, "Tensor"]  # of one text, as Conditioning.cache_tensors gives them
+Read = Callable[[Path, Callable[[str], bool]], Tensors]  # the tensors of a file that a test accepts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,7 @@ class TextCache:
 
     ``skip_check`` trusts the files' texts whatever model or settings made them (``--skip_cache_check``). ``conditioning_type``
     is needed by ``load`` only and can be set later, when torch may be imported; ``fill`` learns it from the encoder.
+    ``round_bytes``: how much the processes of a run hand over at once when they share a cache in memory.
     """
 
     def __init__(  # noqa: PLR0913  # the trainer's one call
@@ -110,6 +114,8 @@ class TextCache:
     ):
         self.recipe, self.on_disk, self.cache_dir, self.skip_check = recipe, on_disk, cache_dir, skip_check
         self.conditioning_type, self.variants = conditioning_type, variants
+        self.round_bytes = ROUND_BYTES
+        self.tensor_check = TensorCheck()
         self._items = training_set.items
         self._extra_texts = tuple(dict.fromkeys((EMPTY, *extra_texts)))
         self._memory: dict[str, Tensors] = {}
@@ -118,7 +124,8 @@ class TextCache:
     def state(self) -> CacheState:
         """How much of the cache is there, counted in texts per file (in memory: different texts).
 
-        Reads headers only; needs no torch. The answer is kept until ``fill``.
+        Reads headers, and the tensors of files that are due (see ``TensorCheck``); needs no torch. The answer is kept until
+        ``fill``.
         """
         if self._judged is None:
             self._judged = self._judge(self._files) if self.on_disk else [self._judge_memory()]
@@ -126,13 +133,15 @@ class TextCache:
         verdicts = [(file, text, verdict) for file, texts in found for text, verdict in texts.items()]
         unwritten = [(file, text) for file, text, verdict in verdicts if not verdict.valid]
         bytes_needed = sum(self._bytes(text) for _, text in unwritten)
-        bytes_needed += HEADER_BYTES * len({file.path for file, _ in unwritten})
+        if self.on_disk:
+            bytes_needed += HEADER_BYTES * len({file.path for file, _ in unwritten})
         return CacheState(
             total=len(verdicts),
             valid=len(verdicts) - len(unwritten),
             missing=sum(verdict.kind == "missing" for _, _, verdict in verdicts),
             stale=_stale(found),
             bytes_needed=bytes_needed,
+            in_memory=not self.on_disk,
         )
 
     def fill(  # noqa: PLR0913  # the trainer's one call
@@ -153,7 +162,7 @@ class TextCache:
 
         On disk process ``rank`` of ``processes`` makes a contiguous share of the files, and the caller waits for all processes
         before it loads; in memory each encodes its share of the groups and ``gather`` (an all-gather of Python objects) spreads
-        them.
+        them, piece by piece.
 
         Raises DatasetError for a caption whose encoding is not finite, OutputError for a full disk.
         """
@@ -168,14 +177,17 @@ class TextCache:
         else:
             written, reused = self._fill_memory(encode, groups[rank::processes], bar=bar)
             if processes > 1:
-                self._share(gather)
+                self._share(groups[rank::processes], gather, processes=processes)
         report = FillReport(written, reused, time.monotonic() - started)
         if rank == 0:
             report_filled("text", report, self._place())
         return report
 
     def load(self, item: Item, variant: int = 0) -> Conditioning:
-        """One caption's conditioning (B = 1). Safe in threads. Raises DatasetError for a file damaged since the start."""
+        """One caption's conditioning (B = 1). Safe in threads.
+
+        Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
+        """
         return self._load(self.text_of(item, variant), self._path_of(item))
 
     def load_text(self, text: str) -> Conditioning:
@@ -190,7 +202,7 @@ class TextCache:
             raise ValueError("set conditioning_type before anything is loaded from the cache")
         if not self.on_disk:
             return self.conditioning_type.from_cache(self._memory[text])
-        return self.conditioning_type.from_cache(_read_text(path, text))
+        return self.conditioning_type.from_cache(_read_text(path, text, read=load_cache_tensors))
 
     # what is needed, and where it lies
 
@@ -235,7 +247,8 @@ class TextCache:
         }
 
     def _bytes(self, text: str) -> int:
-        return (len(text) // CHARACTERS_PER_TOKEN + 2) * self.recipe.bytes_per_token
+        length = len(text.encode("utf-8", errors="surrogatepass"))
+        return (length // CHARACTER_BYTES_PER_TOKEN + 2) * self.recipe.bytes_per_token
 
     def _place(self) -> str:
         if not self.on_disk:
@@ -246,6 +259,8 @@ class TextCache:
 
     def _judge(self, files: Sequence[_File]) -> list[tuple[_File, dict[str, Verdict]]]:
         with ThreadPoolExecutor(CHECKERS) as pool:
+            if not self.skip_check:
+                self.tensor_check.choose([file.path for file in files], pool)
             return list(pool.map(lambda file: (file, self._verdicts(file)), files))
 
     def _judge_memory(self) -> tuple[_File, dict[str, Verdict]]:
@@ -268,7 +283,15 @@ class TextCache:
         if not verdict.valid:
             return dict.fromkeys(file.texts, verdict)
         absent = MISSING if not file.captions else Verdict("stale", _why_absent(file, captions))
-        return {text: VALID if text in present else absent for text in file.texts}
+        broken = self._broken(header, present)
+        return {text: broken.get(text, VALID) if text in present else absent for text in file.texts}
+
+    def _broken(self, header: SafetensorsHeader, texts: Collection[str]) -> dict[str, Verdict]:
+        """Those of the file's texts whose tensors are damaged."""
+        text_by_hash = {text_hash(text): text for text in texts}
+        names = [name for name in header.tensors if name.partition("/")[0] in text_by_hash]
+        found = self.tensor_check.broken(header, names)
+        return {text_by_hash[name.partition("/")[0]]: Verdict("damaged", reason) for name, reason in found.items()}
 
     def _header(self, path: Path) -> tuple[SafetensorsHeader | None, Verdict]:
         if not path.is_file():
@@ -294,11 +317,10 @@ class TextCache:
                         shown.update(1)
         return wanted, total - wanted
 
-    def _share(self, gather: Gather | None) -> None:
-        if gather is None:
-            raise ValueError("a cache in memory needs gather() to be shared by several processes")
-        for share in gather(self._memory):
-            self._memory.update(share)
+    def _share(self, groups: Sequence[Sequence[str]], gather: Gather | None, *, processes: int) -> None:
+        own = {text: self._memory[text] for group in groups for text in group}
+        for text, tensors in shared(own, gather, processes=processes, round_bytes=self.round_bytes):
+            self._memory.setdefault(text, tensors)
 
     def _fill_files(
         self, encode: Encode, groups: Sequence[Sequence[str]], *, bar: Callable[..., Any], share: Sequence[_File]
@@ -438,9 +460,9 @@ def _read_texts(path: Path, texts: Iterable[str]) -> dict[str, Tensors]:
     return found
 
 
-def _read_text(path: Path, text: str) -> Tensors:
+def _read_text(path: Path, text: str, *, read: Read = read_cache_tensors) -> Tensors:
     start = text_hash(text) + "/"
-    tensors = read_cache_tensors(path, lambda name: name.startswith(start))
+    tensors = read(path, lambda name: name.startswith(start))
     if not tensors:
         raise DatasetError(f"the cache file {path} has no entry for the text {_shortened(text)}: start again, it will be added")
     return {name[len(start) :]: tensor for name, tensor in tensors.items()}

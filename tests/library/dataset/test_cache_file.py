@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.dataset import cache_file
+from library.dataset.cache_check import broken_tensors
 from library.dataset.cache_file import (
+    DamagedCacheError,
     SourceHashes,
     Wanted,
     cache_path,
     check,
     clean_left_overs,
+    load_cache_tensors,
     note_source,
     read_cache_tensors,
     write_cache_file,
@@ -118,14 +123,58 @@ def test_a_description_that_does_not_match_its_fingerprint_is_damaged(image: Pat
     assert check(cached, wanted(image, model="m2")).line == "damaged: its description is broken"
 
 
-def test_flipped_bits_are_found_when_the_tensor_is_read(image: Path, cached: Path) -> None:
+@pytest.fixture
+def with_flipped_bit(cached: Path) -> Path:
     data = bytearray(cached.read_bytes())
     data[-1] ^= 1
     cached.write_bytes(data)
-    assert check(cached, wanted(image)).valid  # the header alone cannot tell
-    with pytest.raises(DatasetError, match="delete it and start again") as caught:
-        read_cache_tensors(cached, ["latents"])
-    assert str(cached) in str(caught.value)
+    return cached
+
+
+def test_flipped_bits_are_found_when_the_tensor_is_read(image: Path, with_flipped_bit: Path) -> None:
+    assert check(with_flipped_bit, wanted(image)).valid  # the header alone cannot tell
+    verdict = check(with_flipped_bit, wanted(image), broken=broken_tensors)
+    assert verdict.line == "damaged: the bytes of its tensors are not those that were written"
+    with pytest.raises(DamagedCacheError, match="the bytes of latents are not those"):
+        read_cache_tensors(with_flipped_bit, ["latents"])
+    assert with_flipped_bit.is_file()
+
+
+def test_training_deletes_a_damaged_file_and_says_so(image: Path, with_flipped_bit: Path) -> None:
+    with pytest.raises(DatasetError, match="deleted and will be made again at the next start") as caught:
+        load_cache_tensors(with_flipped_bit, ["latents"])
+    assert str(with_flipped_bit) in str(caught.value)
+    assert check(with_flipped_bit, wanted(image)).kind == "missing"
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_left_to_the_user(
+    with_flipped_bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("in use")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DatasetError, match="damaged .*: delete it and start again"):
+        load_cache_tensors(with_flipped_bit, ["latents"])
+
+
+def test_what_is_not_damaged_is_not_deleted(cached: Path) -> None:
+    with pytest.raises(DatasetError, match="lacks latents_flipped"):
+        load_cache_tensors(cached, ["latents_flipped"])
+    assert cached.is_file()
+
+
+@pytest.mark.parametrize(("number", "damaged"), [(errno.EIO, True), (errno.EMFILE, False)])
+def test_a_failing_disk_damages_a_file_and_too_many_open_files_do_not(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, number: int, damaged: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache_file, "read_tensors", fail)
+    with pytest.raises(DatasetError, match=os.strerror(number)):
+        load_cache_tensors(cached, ["latents"])
+    assert cached.is_file() != damaged
 
 
 def test_a_vanished_file_is_named_when_it_is_read(cached: Path) -> None:

@@ -183,9 +183,47 @@ def test_a_file_damaged_during_training_is_named(tmp_path: Path) -> None:
     cache = latent_cache(training_set)
     fill(cache)
     victim = tmp_path / "a.png.64x64.tiny-latents.safetensors"
-    victim.write_bytes(victim.read_bytes()[:-10])
-    with pytest.raises(DatasetError, match="delete it and start again"):
-        cache.load(training_set.items[0], flipped=False)
+    whole = victim.read_bytes()
+    for damaged in (whole[:-10], whole[:-1] + bytes([whole[-1] ^ 1])):
+        victim.write_bytes(damaged)
+        with pytest.raises(DatasetError, match="deleted and will be made again at the next start") as caught:
+            cache.load(training_set.items[0], flipped=False)
+        assert str(victim) in str(caught.value)
+        again = latent_cache(training_set)
+        assert again.state().missing == 1
+        fill(again)
+        assert victim.read_bytes() == whole
+
+
+def test_damaged_latents_are_found_at_the_start_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training_set = make_training_set(tmp_path, flip_aug=True)
+    fill(latent_cache(training_set))
+    whole = cache_bytes(tmp_path)
+    victim = tmp_path / "a.png.64x64.tiny-latents.safetensors"
+    data = bytearray(whole[victim.name])
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    assert latent_cache(training_set, skip_check=True).state().is_complete
+    cache = latent_cache(training_set)
+    reason = "damaged: the bytes of its tensors are not those that were written"
+    assert cache.state().stale == ((victim, reason),)
+    with caplog.at_level(logging.INFO):
+        fill(cache)
+    lines = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert lines == [f"latent cache: 1 made again, {reason} ({victim})"]
+    assert cache_bytes(tmp_path) == whole
+
+
+def test_damage_that_the_start_did_not_look_for_is_found_by_training(tmp_path: Path) -> None:
+    training_set = make_training_set(tmp_path)
+    fill(latent_cache(training_set))
+    victim = tmp_path / "a.png.64x64.tiny-latents.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\xff")
+    cache = latent_cache(training_set)
+    cache.tensor_check.full_bytes = 0  # as if the cache were very large
+    assert cache.state().is_complete
+    with pytest.raises(DatasetError, match="at the next start"):
+        cache.load(training_set.items[0])
 
 
 def test_skipping_the_check_takes_any_file(tmp_path: Path) -> None:
@@ -275,9 +313,10 @@ def test_in_memory_two_processes_share_through_gather(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path)
     shares: list[Any] = []
     other = latent_cache(training_set, on_disk=False)
-    vae = fill(other, rank=1, processes=2, gather=lambda value: shares.append(dict(value)) or [value])
+    vae = fill(other, rank=1, processes=2, gather=lambda value: shares.append(value) or [value])
     cache = latent_cache(training_set, on_disk=False)
-    vae_0 = fill(cache, rank=0, processes=2, gather=lambda value: [value, shares[0]])
+    answers = iter(shares)
+    vae_0 = fill(cache, rank=0, processes=2, gather=lambda value: [value, next(answers)])
     assert len(vae.batches) + len(vae_0.batches) == 3
     whole = latent_cache(training_set, on_disk=False)
     fill(whole)

@@ -196,13 +196,37 @@ def test_flipped_bits_in_a_file_that_gets_more_texts_are_mended(tmp_path: Path) 
     assert same(cache.load_text("one"), TinyTextEncoder.one("one"))
 
 
-def test_a_file_damaged_during_training_is_named(tmp_path: Path) -> None:
+def test_damaged_text_is_found_at_the_start_and_encoded_again_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training_set = make_training_set(tmp_path, 1, shuffle_caption=True)
+    fill(text_cache(training_set, variants=3), batch_size=1)
+    whole = cache_bytes(tmp_path)
+    header = read_header(tmp_path / A_FILE)
+    last = max(header.tensors, key=lambda name: header.tensors[name].end).partition("/")[0]
+    (tmp_path / A_FILE).write_bytes(whole[A_FILE][:-1] + bytes([whole[A_FILE][-1] ^ 1]))
+    assert text_cache(training_set, variants=3, skip_check=True).state().is_complete
+    cache = text_cache(training_set, variants=3)
+    reason = "damaged: the bytes of its tensors are not those that were written"
+    assert cache.state().stale == ((tmp_path / A_FILE, reason),)
+    with caplog.at_level(logging.INFO):
+        assert seen(fill(cache, batch_size=1)) == [json.loads(header.metadata["texts"])[last]]
+    lines = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert lines == [f"text cache: 1 made again, {reason} ({tmp_path / A_FILE})"]
+    assert text_cache(training_set, variants=3).state().is_complete
+
+
+def test_a_file_damaged_during_training_is_named_and_made_again_at_the_next_start(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path)
     cache = text_cache(training_set)
     fill(cache)
-    (tmp_path / A_FILE).write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"a\.png\.tiny-text"):
-        cache.load(training_set.items[0], 0)
+    whole = (tmp_path / A_FILE).read_bytes()
+    for damaged in (b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        (tmp_path / A_FILE).write_bytes(damaged)
+        with pytest.raises(DatasetError, match=r"a\.png\.tiny-text.*will be made again at the next start"):
+            cache.load(training_set.items[0], 0)
+        again = text_cache(training_set)
+        assert again.state().missing == 1
+        fill(again)
+        assert (tmp_path / A_FILE).read_bytes() == whole
     with pytest.raises(DatasetError, match='no entry for the text "unheard"'):
         cache.load_text("unheard")
 
@@ -268,10 +292,11 @@ def test_in_memory_two_processes_share_through_gather(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path)
     shares: list[Any] = []
     first = fill(
-        text_cache(training_set, on_disk=False), rank=1, processes=2, gather=lambda value: shares.append(dict(value)) or [value]
+        text_cache(training_set, on_disk=False), rank=1, processes=2, gather=lambda value: shares.append(value) or [value]
     )
     cache = text_cache(training_set, on_disk=False)
-    second = fill(cache, rank=0, processes=2, gather=lambda value: [value, *shares])
+    answers = iter(shares)
+    second = fill(cache, rank=0, processes=2, gather=lambda value: [value, next(answers)])
     assert len(seen(first)) + len(seen(second)) == 6
     assert cache.state().is_complete
     assert all(same(cache.load(item, 0), TinyTextEncoder.one(item.caption)) for item in training_set.items)
