@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource
-from library.errors import OptionError, TrainingError, user_errors_end_the_script
+from library.errors import CheckpointError, DatasetError, OptionError, TrainingError, user_errors_end_the_script
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
 from library.randomness import derive_seed, seed_default_generators
@@ -32,7 +32,7 @@ from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
-from library.training.plan import NetworkSize, plan_lines
+from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
 from library.training.preflight import CheckedRun, worker_count
 from library.training.processes import HostGroup
@@ -76,7 +76,7 @@ class NetworkTrainer(ArchitectureHooks):
         self.set_up()
         if self.options.run.dry_run:
             return
-        with StopRequest() as self.stop:
+        with StopRequest() as self.stop, self.nothing_is_lost():
             if self.progress.step == 0:
                 self.sample_pictures(epoch=0)
             while self.progress.step < self.run.length.total_steps and not self.must_stop():
@@ -84,6 +84,21 @@ class NetworkTrainer(ArchitectureHooks):
                 self.report(numbers)
                 self.run_due_events()
             self.finish()
+
+    @contextmanager
+    def nothing_is_lost(self) -> Iterator[None]:
+        """An image or a cache file that turns out bad in mid-training ends the run, but the steps done are saved before."""
+        try:
+            yield
+        except (DatasetError, CheckpointError):
+            self.reporter.close()
+            state = self.run.names.step_state(self.progress.step)
+            self.save_state(state)
+            self.save_lora(self.run.names.step_file(self.progress.step), in_haste=True)
+            self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
+            raise
+        finally:
+            self.reporter.close()
 
     # ------------------------------------------------------------------ set-up, in the order in which memory is used
 
@@ -136,22 +151,20 @@ class NetworkTrainer(ArchitectureHooks):
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
         self.denoiser: Any = self.build_denoiser()
-        torch.manual_seed(derive_seed(self.seed, "network"))
+        seed_default_generators(derive_seed(self.seed, "network"), self.device)
         self.network = networks.create_network(self.options.network, self.denoiser, [])
+        self.network.apply_to([], self.denoiser, False, True)
+        if self.options.network.network_weights:
+            self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
 
     def print_plan(self) -> None:
-        parameters = sum(p.numel() for p in self.network_modules_parameters())
+        parameters = sum(p.numel() for p in self.network.parameters())
         dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
         modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
         size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
         self.say(*plan_lines(self.run, size))
-        for warning in self.run.warnings:
+        for warning in (*self.run.warnings, *memory_warnings(self.run)):
             logger.warning("warning: %s", warning)
-
-    def network_modules_parameters(self) -> list[nn.Parameter]:
-        """Parameters of a network that may not be applied yet: then its modules are only in its lists."""
-        loras = [*getattr(self.network, "text_encoder_loras", []), *getattr(self.network, "unet_loras", [])]
-        return list(self.network.parameters()) or [p for lora in loras for p in lora.parameters()]
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -203,12 +216,9 @@ class NetworkTrainer(ArchitectureHooks):
             remove_left_overs([names.folder], f"{glob.escape(names.last_file().stem)}*{TEMPORARY_MARK}*")
 
     def load_models(self) -> None:
-        """Loads the denoiser, merges --base_weights, applies the network, and loads what must encode at every step."""
+        """Loads the denoiser, merges --base_weights into it, and loads what must encode at every step."""
         self.load_denoiser(self.denoiser, device=self.device, dtype=self.weight_dtype)
         networks.merge_base_weights(self.options.network, self.denoiser, [], self.weight_dtype)
-        self.network.apply_to([], self.denoiser, False, True)
-        if self.options.network.network_weights:
-            self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
         if self.options.run.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
             self.network.enable_gradient_checkpointing()
@@ -249,6 +259,7 @@ class NetworkTrainer(ArchitectureHooks):
             draw=self.draw_sample,
             decode=lambda latents: self.decode_images(self.vae, latents),
             encode=self.prompt_conditioning,
+            stop_wanted=lambda: bool(self.stop),
         )
 
     def start_data(self) -> None:
@@ -349,6 +360,11 @@ class NetworkTrainer(ArchitectureHooks):
         self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
                            waited_s=self.batches.waited_s)  # fmt: skip
 
+    def check_weights(self) -> None:
+        """Weights that are not finite are never saved. All processes hold the same and decide alike."""
+        if not self.learner.weights.are_finite():
+            self.end_diverged_run(self.progress.step)
+
     def end_diverged_run(self, step: int) -> None:
         """Saves the last weights that gave a finite loss, and leaves with an error."""
         self.learner.weights.restore_good()
@@ -356,8 +372,9 @@ class NetworkTrainer(ArchitectureHooks):
         self.save_lora(file)
         self.group.wait()
         raise TrainingError(
-            f"the loss was not finite in several steps in a row, the last one step {step}; the last good weights are in {file}. "
-            "Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, or a smaller --max_grad_norm"
+            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. Try a lower "
+            "--learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, a smaller --max_grad_norm, or with "
+            "--full_fp16 --optimizer_args eps=1e-4"
         )
 
     def run_due_events(self) -> None:
@@ -422,6 +439,7 @@ class NetworkTrainer(ArchitectureHooks):
 
         ``in_haste``: without waiting for hashes of the model files that are still being computed.
         """
+        self.check_weights()
         if not self.accelerator.is_main_process:
             return
         epochs_done = self.progress.position // self.run.length.steps_per_epoch
@@ -433,6 +451,7 @@ class NetworkTrainer(ArchitectureHooks):
     def save_state(self, folder: Path) -> None:
         """Main process only; the pending numbers are reported first, so that the state knows of every finished step."""
         self.report_pending()
+        self.check_weights()
         if not self.accelerator.is_main_process:
             return
         identity, history = state_settings(
@@ -490,6 +509,8 @@ def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
     with user_errors_end_the_script(all_processes=True):
         try:
             trainer_class(run).train()
+        except torch.distributed.DistError as error:
+            raise TrainingError(f"another process of this run has ended; its own message says why ({error})") from error
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --gradient_checkpointing, a "

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.errors import OptionError, TrainingError
+from library.errors import DatasetError, NetworkError, OptionError, TrainingError
 from library.files.safetensors_file import read_header, read_tensors
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.training.preflight import check_run
+from library.training.state import read_description
 from tests.tiny_arch import TinyArchitecture, TinyTrainer
 
 
@@ -25,7 +26,7 @@ def train(picture_folder, tmp_path):
         f'bucket_reso_steps = 16\ncaption_extension = ".txt"\n[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{folder.as_posix()}"\n'
     )
 
-    def run(*arguments: object, output: str = "out") -> TinyTrainer:
+    def run(*arguments: object, output: str = "out", trainer_class: type[TinyTrainer] = TinyTrainer) -> TinyTrainer:
         base = ["--pretrained_model_name_or_path=x", "--qwen3=x", "--vae=x", f"--dataset_config={tmp_path / 'set.toml'}"]
         base += [
             f"--output_dir={tmp_path / output}",
@@ -34,7 +35,7 @@ def train(picture_folder, tmp_path):
             "--network_dim=2",
         ]
         options = read_options(AnimaTrainOptions, [*base, "--learning_rate=1e-2", "--seed=1", *map(str, arguments)])
-        trainer = TinyTrainer(check_run(options, TinyArchitecture()))
+        trainer = trainer_class(check_run(options, TinyArchitecture()))
         trainer.train()
         return trainer
 
@@ -227,3 +228,38 @@ def test_logged_rates_are_those_of_their_step(train, tmp_path):
     assert rates == pytest.approx({1: 1e-2, 2: 7.5e-3, 3: 5e-3, 4: 2.5e-3})
     names = set(events.Tags()["scalars"])
     assert {"loss/current", "loss/average", "norm/grad", "speed/images_per_s", "speed/data_wait_s", "memory/peak_gib"} <= names
+
+
+def test_a_picture_that_goes_bad_in_mid_training_costs_no_step(train, tmp_path, picture_folder):
+    picture = sorted(p for p in (tmp_path / "pictures").iterdir() if p.suffix == ".png")[0]
+
+    class Spoiled(TinyTrainer):
+        def run_due_events(self):
+            super().run_due_events()
+            if self.progress.step == 4:
+                picture.write_bytes(b"not a picture any more")
+
+    with pytest.raises(DatasetError, match=picture.name):
+        train("--max_train_steps=40", "--max_data_loader_n_workers=0", trainer_class=Spoiled)
+    states = [path for path in (tmp_path / "out").iterdir() if path.name.endswith("-state")]
+    assert len(states) == 1 and read_description(states[0]).progress.step >= 4
+    assert states[0].with_name(states[0].name.replace("-state", ".safetensors")).exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(train, tmp_path):
+    class Poisoned(TinyTrainer):
+        def step_optimizer(self, loss):
+            numbers = super().step_optimizer(loss)
+            if self.progress.step == 2:  # as an optimizer in fp16 whose epsilon is 0 can do
+                self.network.unet_loras[0].lora_up.weight.data.fill_(float("nan"))
+            return numbers
+
+    with pytest.raises(TrainingError, match="last good weights"):
+        train("--max_train_steps=3", trainer_class=Poisoned)
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out" / "t.safetensors").values())
+
+
+def test_a_network_file_of_another_rank_is_told_by_a_dry_run(train, tmp_path):
+    train("--max_train_steps=1", "--network_dim=3", output="first")
+    with pytest.raises(NetworkError, match="--dim_from_weights"):
+        train("--max_train_steps=1", f"--network_weights={tmp_path / 'first' / 't.safetensors'}", "--dry_run", output="second")

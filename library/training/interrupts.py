@@ -7,21 +7,20 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"  # set by accelerate launch for what it starts
+LAUNCHER_CHECK_S = 0.5
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM are remembered instead of ending the process; a second Ctrl-C ends it at once.
-
-    ``accelerate launch`` hands no SIGTERM on to a single process: when the launcher is gone, that counts as one.
-    """
+    """While entered, SIGINT and SIGTERM are remembered instead of ending the process; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._launcher = os.getppid() if LAUNCHER_MARK in os.environ and os.name != "nt" else None
         self._previous: dict[int, object] = {}
 
     @property
@@ -30,8 +29,6 @@ class StopRequest:
         return 128 + (self.signal_number or signal.SIGTERM)
 
     def __bool__(self) -> bool:
-        if self.signal_number is None and self._launcher is not None and os.getppid() != self._launcher:
-            self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 
     def __enter__(self) -> StopRequest:
@@ -50,6 +47,23 @@ class StopRequest:
             # os.write: a handler may run inside another print
             os.write(2, b"\nstopping after this step; the state and the LoRA will be saved (Ctrl-C again: stop at once)\n")
         self.signal_number = number
+
+
+def watch_launcher() -> None:
+    """Sends this process SIGTERM when the launcher that started it is gone; called at a script's start.
+
+    ``accelerate launch`` hands no SIGTERM on to a single process, which would go on alone. Windows has no such signal.
+    """
+    if LAUNCHER_MARK not in os.environ or os.name == "nt":
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LAUNCHER_CHECK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 SECRET_FLAGS = ("--wandb_api_key", "--huggingface_token")
@@ -71,6 +85,11 @@ def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
             skip = "=" not in word
         elif flag != START_SWITCH:
             kept.append(word)
-    launcher = ["accelerate", "launch"] if LAUNCHER_MARK in os.environ else [Path(sys.executable).name]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = [Path(sys.executable).name]
+    if processes != "1":
+        launcher = ["accelerate", "launch", "--num_processes", processes]
+    elif LAUNCHER_MARK in os.environ:
+        launcher = ["accelerate", "launch"]
     words = [*launcher, *kept, "--resume", str(folder)]
     return subprocess.list2cmdline(words) if windows else shlex.join(words)

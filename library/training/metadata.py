@@ -299,11 +299,9 @@ def _timestep_range(values: dict[str, Any]) -> str | None:
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """A data URL as it is, a picture file as one; a missing file is left out."""
+    """A data URL as it is, a picture file as one."""
     if not value or value.startswith("data:"):
         return value
     path = Path(value)
-    if not path.is_file():
-        return None
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

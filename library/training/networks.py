@@ -45,7 +45,7 @@ def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
     wrong = [pair for pair in pairs or () if "=" not in pair]
     if wrong:
         raise NetworkError(*(f"--network_args {pair}: write it as key=value" for pair in wrong))
-    return dict(pair.split("=", 1) for pair in pairs or ())
+    return {key.strip(): value.strip() for key, value in (pair.split("=", 1) for pair in pairs or ())}
 
 
 def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> Any:

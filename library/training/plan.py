@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from library.dataset.cache_size import memory_warning
 from library.dataset.items import DatasetSettings, Item
 from library.training.preflight import CheckedRun
 
@@ -85,13 +86,20 @@ def _cache_lines(run: CheckedRun) -> Iterator[str]:
             continue
         state = cache.state()
         if not cache.on_disk:
-            yield f"  {kind}: {state.total} to be cached in memory"
+            yield f"  {kind}: {state.total} to be cached in memory, about {state.bytes_needed / MIB:,.1f} MiB"
             continue
         stale = len(state.stale)
         yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again"
         reasons = Counter(reason for _, reason in state.stale)
         yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
     yield from _variant_lines(run)
+
+
+def memory_warnings(run: CheckedRun) -> Iterator[str]:
+    """Caches in memory that take much of it."""
+    warning = memory_warning([cache.state() for cache in (run.latent_cache, run.text_cache) if cache is not None])
+    if warning:
+        yield warning
 
 
 def _variant_lines(run: CheckedRun) -> Iterator[str]:

@@ -27,6 +27,7 @@ from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
 from library.training.console import image_check_bar, set_up_console
+from library.training.interrupts import watch_launcher
 from library.training.networks import check_weights_file
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
 from library.training.saving_names import OutputNames, SaveSchedule
@@ -71,8 +72,11 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     problems = ProblemList()
     problems.add(*optimizer_problems(options.optimizer), *schedule_problems(options.schedule, options.optimizer))
     problems.add(*tracker_problems(options.logging))
-    with problems.collect():
-        check_writable(Path(options.saving.output_dir))
+    for flag, folder in (("--output_dir", options.saving.output_dir), ("--logging_dir", options.logging.logging_dir)):
+        if folder:
+            with problems.collect():
+                check_writable(Path(folder), flag)
+    problems.add(*thumbnail_problems(options.metadata.metadata_thumbnail))
     problems.add(*weights_file_problems(options.network))
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
@@ -182,14 +186,20 @@ def run_seed(options: Any, resumed: StateDescription | None) -> int:
     return resumed.seed if resumed is not None else secrets.randbits(32)
 
 
-def check_writable(folder: Path) -> None:
-    """Makes the output folder and tries to write into it."""
+def thumbnail_problems(value: str | None) -> list[str]:
+    if not value or value.startswith("data:") or Path(value).is_file():
+        return []
+    return [f"--metadata_thumbnail {value}: there is no such file; give a picture or a data: URL"]
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Makes the folder and tries to write into it."""
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as error:
-        raise OutputError(f"--output_dir {folder}: {os_error_text(error)}") from error
+        raise OutputError(f"{what} {folder}: {os_error_text(error)}") from error
     finally:
         with suppress(OSError):  # where the folder is no folder, the error above says so
             probe.unlink(missing_ok=True)
@@ -259,12 +269,13 @@ def check_disk(training_set: TrainingSet, caches: Sequence[LatentCache | TextCac
     if not needed:
         return
     for folder in cache_folders(training_set, options):
+        check_writable(folder, "the caches cannot be written to")
         place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(place).free
         if needed + DISK_RESERVE_BYTES > free:
             raise OutputError(
-                f"the caches still need about {needed / MIB:,.0f} MiB but {place} has {free / MIB:,.0f} MiB free: "
-                "free some space, or choose another disk with --cache_dir"
+                f"the caches still need about {needed / MIB:,.0f} MiB, and {DISK_RESERVE_BYTES // MIB} MiB should stay free, but "
+                f"{place} has {free / MIB:,.0f} MiB free: free some space, or choose another disk with --cache_dir"
             )
 
 
@@ -286,6 +297,7 @@ def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedR
     with user_errors_end_the_script():
         options = read()
         set_up_console(options.console)
+        watch_launcher()
         run = check_run(options, architecture)
         gc.disable()
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +19,8 @@ from library.sampling.prompts import SamplePrompt
 from library.training.preflight import CheckedRun
 from library.training.processes import HostGroup
 from library.training.trackers import log_picture
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +44,7 @@ class SamplePictures:
     draw: Draw
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[str], Conditioning]
+    stop_wanted: Callable[[], bool]  # asked between pictures: a signal does not wait for all of them
 
     def draw_if_due(self, *, step: int, epoch: int | None, ready: Callable[[], AbstractContextManager[None]]) -> None:
         """``epoch``: the finished one at its end, 0 before training, None after a step."""
@@ -49,9 +53,10 @@ class SamplePictures:
         accelerator = self.accelerator
         with ready(), torch.no_grad():
             mine = self.run.prompts[accelerator.process_index :: accelerator.num_processes]
-            pictures = [(prompt, self._draw_one(prompt, step, epoch)) for prompt in mine]
+            pictures = [(prompt, self._draw_one(prompt, step, epoch)) for prompt in mine if not self.stop_wanted()]
         pictures = [picture for share in self.group.gather(pictures) for picture in share]
         if accelerator.is_main_process:
+            logger.info("drew %d of %d sample pictures", len(pictures), len(self.run.prompts))
             for prompt, pixels in pictures:
                 log_picture(accelerator, f"sample_{prompt.index}", pixels, step, prompt.prompt)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, OptionError, did_you_mean
 from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
+from library.files.safetensors_file import file_fingerprint
 from library.training.optimizer_names import optimizer_source
 from library.training.steps import Progress
 
@@ -167,6 +168,9 @@ def state_settings(options: Any, architecture: str, *, batches_per_epoch: int) -
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
     values.update({name: getattr(options.run, name) for name in HISTORY_RUN_OPTIONS})
     history = {f"--{name}": str(value) for name, value in values.items()}
+    model = options.model.pretrained_model_name_or_path
+    if Path(str(model)).exists():
+        history["the base model's fingerprint"] = file_fingerprint(Path(model))
     return identity, {**history, "the number of batches per epoch": str(batches_per_epoch)}
 
 

@@ -45,5 +45,9 @@ class TrainedWeights:
                 self._good = self._candidate
             self._candidate = None
 
+    def are_finite(self) -> bool:
+        """Waits for the device: for use before saving, not at every step."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self._weights)
+
     def restore_good(self) -> None:
         torch._foreach_copy_(self._weights, self._good)

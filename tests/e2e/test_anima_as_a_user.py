@@ -14,7 +14,9 @@ from tests.e2e.anima_runs import CACHED, SCRIPT, model_flags, run_flags, same_lo
 
 
 def write_config(path: Path, **tables: dict[str, object]) -> None:
-    lines = [f"[{name}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items()) for name, keys in tables.items()]
+    lines = [
+        f"[{name}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items()) for name, keys in tables.items()
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -57,7 +59,9 @@ def test_only_what_has_changed_is_encoded_again(run_script, tiny_anima, picture_
 
     plan = run_script(SCRIPT, *flags, "--dry_run").stdout
     assert re.search(r"latents: 4 of 5 cached on disk, 0 missing, 1 to be made again\s+\S+\s+image changed: 1\b", plan), plan
-    assert re.search(r"text outputs: \d+ of \d+ cached on disk, 0 missing, 1 to be made again\s+\S+\s+caption changed: 1\b", plan), plan
+    assert re.search(
+        r"text outputs: \d+ of \d+ cached on disk, 0 missing, 1 to be made again\s+\S+\s+caption changed: 1\b", plan
+    ), plan
     other = make_anima(tmp_path / "other", seed=99)
     plan = run_script(SCRIPT, *flags, f"--vae={other['vae']}", "--dry_run").stdout
     assert "model changed: 5" in plan

@@ -71,6 +71,14 @@ def test_a_run_whose_launcher_was_ended_saves_and_stops(start_script, flags, tmp
     assert "stopped after step" in output and "--resume" in output
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_launcher_ended_before_training_ends_the_run(start_script, flags, tmp_path):
+    process = start_script(SCRIPT, *flags("early"), "--max_train_steps=100000", launcher=1)
+    wait_for(process, "plan for")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)  # ends when the trainer, too, has closed the pipe
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ten_kills_at_random_moments(start_script, run_script, flags, uninterrupted, tmp_path):

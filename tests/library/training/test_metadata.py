@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from library.errors import UserError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.training import metadata
@@ -321,8 +322,9 @@ def test_modelspec_of_what_the_user_says(small, tmp_path):
     assert found["thumbnail"] == "data:image/png;base64,cG5n" and found["timestep_range"] == "0,900"
 
 
-def test_a_missing_thumbnail_is_left_out_and_an_url_kept(small):
-    assert "thumbnail" not in spec(small("--metadata_thumbnail=gone.png"))
+def test_a_missing_thumbnail_is_an_error_and_an_url_kept(small):
+    with pytest.raises(UserError, match="gone.png: there is no such file"):
+        small("--metadata_thumbnail=gone.png")
     assert spec(small("--metadata_thumbnail=data:image/png;base64,eA=="))["thumbnail"] == "data:image/png;base64,eA=="
 
 
