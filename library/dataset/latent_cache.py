@@ -35,6 +35,7 @@ from library.dataset.cache_file import (
 )
 from library.dataset.cache_share import ROUND_BYTES, Gather, shared
 from library.dataset.cache_writer import CacheWriter, FillReport, report_filled, report_stale
+from library.dataset.hot_tensors import HotTensors
 from library.dataset.images import load_pixels
 from library.dataset.items import Item, TrainingSet
 from library.dataset.prefetch import prefetch
@@ -114,6 +115,7 @@ class LatentCache:
         self.round_bytes = ROUND_BYTES
         self.tensor_check = TensorCheck()
         self._hashes = SourceHashes()
+        self._hot = HotTensors()
         self._memory: dict[Path, dict[str, Tensor]] = {}
         self._judged: list[tuple[_Entry, Verdict]] | None = None
         self._paths = self._name_all(training_set.items)
@@ -164,6 +166,7 @@ class LatentCache:
         Raises DatasetError for an image that cannot be read or gives latents that are not finite, OutputError for a full disk.
         """
         started = time.monotonic()
+        self._hot = HotTensors()  # what was read before may be made again
         self._judged = None
         groups = self._groups(batch_size)[rank::processes]
         todo = self._with_gaps(groups)
@@ -186,7 +189,7 @@ class LatentCache:
         name = FLIPPED if flipped else LATENTS
         path = self._paths[item.index]
         if self.on_disk:
-            return load_cache_tensors(path, [name])[name]
+            return self._hot.get((path, name), lambda: load_cache_tensors(path, [name]))[name]
         return self._memory[path][name]
 
     def _name_all(self, items: Sequence[Item]) -> list[Path]:

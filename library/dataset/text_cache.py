@@ -40,6 +40,7 @@ from library.dataset.cache_share import ROUND_BYTES, Gather, shared
 from library.dataset.cache_writer import CacheWriter, FillReport, report_filled, report_stale
 from library.dataset.captions import caption_variant, possible_variants
 from library.dataset.conditioning import Conditioning
+from library.dataset.hot_tensors import HotTensors
 from library.dataset.items import Item, TrainingSet
 from library.errors import CheckpointError, DatasetError
 from library.files.safetensors_file import SafetensorsHeader, read_header
@@ -118,6 +119,7 @@ class TextCache:
         self.tensor_check = TensorCheck()
         self._items = training_set.items
         self._extra_texts = tuple(dict.fromkeys((EMPTY, *extra_texts)))
+        self._hot = HotTensors()
         self._memory: dict[str, Tensors] = {}
         self._judged: list[tuple[_File, dict[str, Verdict]]] | None = None
 
@@ -167,6 +169,7 @@ class TextCache:
         Raises DatasetError for a caption whose encoding is not finite, OutputError for a full disk.
         """
         started = time.monotonic()
+        self._hot = HotTensors()  # what was read before may be made again
         self._judged = None
         groups = [self._texts[start : start + batch_size] for start in range(0, len(self._texts), batch_size)]
         bar = partial(_progress_bar, shown=progress and rank == 0)
@@ -202,7 +205,8 @@ class TextCache:
             raise ValueError("set conditioning_type before anything is loaded from the cache")
         if not self.on_disk:
             return self.conditioning_type.from_cache(self._memory[text])
-        return self.conditioning_type.from_cache(_read_text(path, text, read=load_cache_tensors))
+        tensors = self._hot.get((path, text), lambda: _read_text(path, text, read=load_cache_tensors))
+        return self.conditioning_type.from_cache(tensors)
 
     # what is needed, and where it lies
 

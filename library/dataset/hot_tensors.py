@@ -1,0 +1,40 @@
+"""What was read from cache files, kept in memory while there is room: small sets are read once, large ones as they come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOM_BYTES = 512 * 2**20  # for each cache of each process
+
+Tensors = Mapping[str, "Tensor"]
+
+
+class HotTensors:
+    """Tensors by key. Nothing is ever dropped, and nothing is added once ``room_bytes`` are taken: an epoch shows every image
+    once, so what was used last is no likelier to come next. Safe in threads.
+    """
+
+    def __init__(self, room_bytes: int = ROOM_BYTES):
+        self._room_bytes = room_bytes
+        self._kept: dict[Hashable, Tensors] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, read: Callable[[], Tensors]) -> Tensors:
+        """What ``read`` gave for ``key``, now or earlier. The tensors are shared: callers must not change them."""
+        found = self._kept.get(key)
+        if found is None:
+            found = read()
+            self._keep(key, found)
+        return found
+
+    def _keep(self, key: Hashable, tensors: Tensors) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with self._lock:
+            if size <= self._room_bytes and key not in self._kept:
+                self._room_bytes -= size
+                self._kept[key] = tensors

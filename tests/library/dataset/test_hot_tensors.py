@@ -1,0 +1,22 @@
+"""Small sets are read once, and memory stays bounded."""
+
+from __future__ import annotations
+
+import torch
+
+from library.dataset.hot_tensors import HotTensors
+
+
+def test_what_fits_is_read_once_and_the_rest_each_time():
+    reads: list[str] = []
+
+    def read(key: str, count: int):
+        reads.append(key)
+        return {"a": torch.zeros(count, dtype=torch.float32)}
+
+    hot = HotTensors(room_bytes=100)
+    for _ in range(2):
+        assert hot.get("small", lambda: read("small", 20))["a"].numel() == 20
+        assert hot.get("large", lambda: read("large", 20))["a"].numel() == 20  # 80 of 100 bytes are taken
+        assert hot.get("tiny", lambda: read("tiny", 5))["a"].numel() == 5
+    assert reads == ["small", "large", "tiny", "large"]
