@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -123,6 +124,7 @@ def start_script(script_environment: dict[str, str], tmp_path: Path) -> Iterator
             text=True,
             encoding="utf-8",
             errors="replace",
+            preexec_fn=None if os.name == "nt" else heed_ctrl_c,
         )
         started.append(process)
         return process
@@ -132,6 +134,11 @@ def start_script(script_environment: dict[str, str], tmp_path: Path) -> Iterator
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def heed_ctrl_c() -> None:
+    """A shell that runs the tests in the background lets them ignore Ctrl-C, and children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def script_command(script: str, *arguments: object, launcher: int | None = None) -> list[str]:

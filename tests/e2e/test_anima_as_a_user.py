@@ -80,7 +80,7 @@ def test_ctrl_c_before_training_ends_at_once_and_says_so(start_script, run_scrip
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; what is in the caches stays valid" in rest
+    assert "stopped; the same command goes on" in rest
     assert "Traceback" not in rest
     assert list((tmp_path / "out").iterdir()) == []
     plan = run_script(SCRIPT, *flags, "--dry_run").stdout
