@@ -25,20 +25,22 @@ class Conv3x3(nn.Conv2d):
 
     def __init__(self, width: int, out: int):
         super().__init__(width, out, 3, padding=1)
+        self._kernels: tuple[Tensor, list[Tensor]] | None = None  # (the weight they were made of, row kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, H, W) -> (B, out, H, W)."""
         small = min(self.in_channels, self.out_channels) < LEAST_CHANNELS
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[2] % 2 or small:
             return super().forward(x)
-        return conv_by_row_pairs(x, self.weight, self.bias)
+        if self._kernels is None or self._kernels[0] is not self.weight:
+            self._kernels = (self.weight, row_kernels(self.weight))
+        return conv_by_row_pairs(x, self._kernels[1], self.bias)
 
 
-def conv_by_row_pairs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv_by_row_pairs(x: Tensor, kernels: list[Tensor], bias: Tensor | None) -> Tensor:
     """3x3 convolution with padding 1 of x (B, C, H, W), H even, by the formulas above."""
-    kernels = _row_kernels(weight)
     B, _, H, W = x.shape
-    out = torch.empty((B, weight.shape[0], H, W), dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty((B, kernels[0].shape[0], H, W), dtype=x.dtype, memory_format=torch.channels_last)
     rows = max(2, STRIP_BYTES // (x[:, :, 0].numel() * x.element_size()) // 2 * 2)
     for top in range(0, H, rows):
         bottom = min(top + rows, H)
@@ -50,7 +52,8 @@ def conv_by_row_pairs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _row_kernels(weight: Tensor) -> list[Tensor]:
+def row_kernels(weight: Tensor) -> list[Tensor]:
+    """weight (out, C, 3, 3) -> what m0..m3 are convolved with, (out, C, 1, 3) each."""
     g0, g1, g2 = weight.unbind(2)  # (out, C, 3) each
     outer = g0 + g2
     kernels = (g0, (outer + g1) / 2, (outer - g1) / 2, g2)
