@@ -76,7 +76,8 @@ def test_a_launcher_ended_before_training_ends_the_run(start_script, flags, tmp_
     process = start_script(SCRIPT, *flags("early"), "--max_train_steps=100000", launcher=1)
     wait_for(process, "plan for")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)  # ends when the trainer, too, has closed the pipe
+    output, _ = process.communicate(timeout=60)  # ends when the trainer, too, has closed the pipe
+    assert "training is done" not in output
 
 
 @pytest.mark.slow
