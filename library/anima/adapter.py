@@ -24,7 +24,7 @@ class LlmAdapter(nn.Module):
         self.gradient_checkpointing = False
         # Its usual random start imports torch's compiler when on the meta device: a second, and 70 MiB.
         self.embed = nn.Embedding.from_pretrained(torch.zeros(config.vocabulary, config.width), freeze=False)
-        self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(LLMAdapterTransformerBlock(config) for _ in range(config.blocks))
         self.out_proj = nn.Linear(config.width, context_dim)
         self.norm = RmsNorm(context_dim)
 
@@ -45,7 +45,7 @@ class LlmAdapter(nn.Module):
         return rope_table(angles[:t5_tokens]), rope_table(angles[:states])
 
 
-class AdapterBlock(nn.Module):
+class LLMAdapterTransformerBlock(nn.Module):
     """Self-attention over T5 rows, cross-attention to Qwen3 states, MLP; each with a norm before it."""
 
     def __init__(self, config: AdapterConfig):

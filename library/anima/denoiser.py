@@ -4,6 +4,9 @@ Names of modules are those of the published checkpoint, without its prefix.
 
 B batch · h, w latent rows and columns · N = h/2 * w/2 image tokens · T context rows
 D width · C context width · H heads · K head width
+
+The classes Block, PatchEmbed, TimestepEmbedding and FinalLayer, and the adapter's LLMAdapterTransformerBlock, bear the names by
+which third-party network modules (LyCORIS) find what to train.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ class AnimaDenoiser(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.x_embedder = PatchEmbedding(config)
-        self.t_embedder = nn.Sequential(TimeSinusoid(config.width), TimeEmbedding(config.width))
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = nn.Sequential(TimeSinusoid(config.width), TimestepEmbedding(config.width))
         self.t_embedding_norm = RmsNorm(config.width)
-        self.blocks = nn.ModuleList(DenoiserBlock(config) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.final_layer = FinalLayer(config)
         self.llm_adapter = LlmAdapter(config.adapter, config.context_dim) if config.adapter is not None else None
         self._rope_tables: OrderedDict[tuple[int, int, torch.device], RopeTable] = OrderedDict()
@@ -98,7 +101,7 @@ class AnimaDenoiser(nn.Module):
         return self._rope_tables[key]
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbed(nn.Module):
     """Latents and a mask channel -> one token per patch; inside a patch the order is channel, row, column."""
 
     def __init__(self, config: DenoiserConfig):
@@ -137,7 +140,7 @@ class TimeSinusoid(nn.Module):
         return time_sinusoid(sigmas, self.width)
 
 
-class TimeEmbedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """(B, D) -> (B, 3D), added to every modulation."""
 
     def __init__(self, width: int):
@@ -149,7 +152,7 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
-class DenoiserBlock(nn.Module):
+class Block(nn.Module):
     """Self-attention, cross-attention to the context, MLP; each modulated by the noise level. AdaLN-LoRA, arXiv 2501.03575."""
 
     def __init__(self, config: DenoiserConfig):

@@ -190,3 +190,8 @@ def test_without_adapter_a_context_can_be_given():
     latents, sigmas, context = batch()
     velocity = tiny_denoiser(replace(TINY, adapter=None))(latents, sigmas, context)
     assert velocity.shape == latents.shape and math.isfinite(velocity.sum().item())
+
+
+def test_third_party_networks_find_the_blocks_by_their_class_names():
+    names = {type(module).__name__ for module in tiny_denoiser().modules()}
+    assert {"Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer", "LLMAdapterTransformerBlock"} <= names
