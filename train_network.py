@@ -153,6 +153,9 @@ class NetworkTrainer(ArchitectureHooks):
         self.denoiser: Any = self.build_denoiser()
         seed_default_generators(derive_seed(self.seed, "network"), self.device)
         self.network = networks.create_network(self.options.network, self.denoiser, [])
+        if self.options.network.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
+            raise OptionError(f"--scale_weight_norms: {self.options.network.network_module} cannot do that; drop the flag")
+        networks.prepare_network(self.network, self.options)
         self.network.apply_to([], self.denoiser, False, True)
         if self.options.network.network_weights:
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))

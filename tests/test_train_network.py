@@ -263,3 +263,19 @@ def test_a_network_file_of_another_rank_is_told_by_a_dry_run(train, tmp_path):
     train("--max_train_steps=1", "--network_dim=3", output="first")
     with pytest.raises(NetworkError, match="--dim_from_weights"):
         train("--max_train_steps=1", f"--network_weights={tmp_path / 'first' / 't.safetensors'}", "--dry_run", output="second")
+
+
+THIRD_PARTY = ("--network_module=tests.networks.third_party", "--save_model_as=pt")
+
+
+def test_a_third_party_network_with_only_the_required_calls(train, tmp_path):
+    train("--max_train_steps=6", *THIRD_PARTY, "--gradient_checkpointing", output="whole")
+    train("--max_train_steps=3", *THIRD_PARTY, "--save_state_on_train_end", output="parts")
+    train("--max_train_steps=6", *THIRD_PARTY, "--resume=latest", output="parts")
+    whole, parts = (torch.load(tmp_path / name / "t.pt", weights_only=True)["shift"] for name in ("whole", "parts"))
+    assert whole != 0 and torch.equal(whole, parts)
+
+
+def test_a_network_that_cannot_scale_norms_is_told(train):
+    with pytest.raises(OptionError, match="--scale_weight_norms"):
+        train("--max_train_steps=1", *THIRD_PARTY, "--scale_weight_norms=1")

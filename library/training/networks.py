@@ -6,10 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, NetworkError, did_you_mean
+from library.options.reference_table import as_dict
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,12 @@ def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
     if wrong:
         raise NetworkError(*(f"--network_args {pair}: write it as key=value" for pair in wrong))
     return {key.strip(): value.strip() for key, value in (pair.split("=", 1) for pair in pairs or ())}
+
+
+def prepare_network(network: Any, options: Any) -> None:
+    """The protocol's optional call with all options as plain attributes, as third-party modules expect them."""
+    if hasattr(network, "prepare_network"):
+        network.prepare_network(SimpleNamespace(**as_dict(options)))
 
 
 def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> Any:
