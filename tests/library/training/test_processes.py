@@ -14,8 +14,9 @@ from library.training.processes import HostGroup
 
 REPOSITORY = Path(__file__).parents[3]
 START = """
-import sys, time, torch, torch.distributed as dist
+import signal, sys, time, torch, torch.distributed as dist
 from library.training.processes import HostGroup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background lets its children ignore Ctrl-C
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 group = HostGroup()
