@@ -45,7 +45,6 @@ from library.training.state import (
     load_training_tensors,
     remove_replaced_states,
     save_state,
-    state_settings,
 )
 from library.training.steps import Progress
 
@@ -91,7 +90,6 @@ class NetworkTrainer(ArchitectureHooks):
         try:
             yield
         except (DatasetError, CheckpointError):
-            self.reporter.close()
             state = self.run.names.step_state(self.progress.step)
             self.save_state(state)
             self.save_lora(self.run.names.step_file(self.progress.step), in_haste=True)
@@ -124,12 +122,12 @@ class NetworkTrainer(ArchitectureHooks):
         from accelerate.utils import GradientAccumulationPlugin
 
         names = trackers.tracker_names(self.options.logging)
-        self.log_dir = trackers.run_log_dir(self.options.logging)
+        log_dir = trackers.run_log_dir(self.options.logging)
         try:
             self.accelerator: Accelerator = Accelerator(
                 mixed_precision=self.options.run.mixed_precision,
                 log_with=names or None,
-                project_dir=str(self.log_dir) if self.log_dir else None,
+                project_dir=str(log_dir) if log_dir else None,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # update() divides by itself
             )
         except ValueError as error:  # a precision that this device does not have
@@ -371,8 +369,12 @@ class NetworkTrainer(ArchitectureHooks):
     def end_diverged_run(self, step: int) -> None:
         """Saves the last weights that gave a finite loss, and leaves with an error."""
         self.learner.weights.restore_good()
+        if not self.learner.weights.are_finite():
+            raise TrainingError(
+                "the network's weights were not finite from the start: look at the --network_weights file or state"
+            )
         file = self.run.names.last_file()
-        self.save_lora(file)
+        self.write_lora(file)  # save_lora would ask about the weights again
         self.group.wait()
         raise TrainingError(
             f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. Try a lower "
@@ -443,10 +445,13 @@ class NetworkTrainer(ArchitectureHooks):
         ``in_haste``: without waiting for hashes of the model files that are still being computed.
         """
         self.check_weights()
+        self.write_lora(file, last=last, wait=not in_haste)
+
+    def write_lora(self, file: Path, *, last: bool = False, wait: bool = True) -> None:
         if not self.accelerator.is_main_process:
             return
         epochs_done = self.progress.position // self.run.length.steps_per_epoch
-        metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done, last=last, wait=not in_haste)
+        metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done, last=last, wait=wait)
         with self.learner.evaluating():
             save_network(self.network, file, dtype=save_dtype(self.options.saving.save_precision), metadata=metadata)
         self.say(f"saved {file}")
@@ -457,9 +462,7 @@ class NetworkTrainer(ArchitectureHooks):
         self.check_weights()
         if not self.accelerator.is_main_process:
             return
-        identity, history = state_settings(
-            self.options, self.run.architecture.name, batches_per_epoch=self.run.length.batches_per_epoch
-        )
+        identity, history = self.run.settings
         description = StateDescription(
             epoch=self.progress.position // self.run.length.steps_per_epoch,
             progress=self.progress,

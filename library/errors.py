@@ -57,6 +57,33 @@ def error_block(error: UserError, *, process: int | None = None) -> str:
     return "\n".join([f"{start}: several things must be mended:", *(f"  - {problem}" for problem in error.problems)])
 
 
+class ProblemList:
+    """Collects what goes wrong in independent checks, to report it together."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+        self._kind: type[UserError] = OptionError
+
+    def __bool__(self) -> bool:
+        return bool(self._problems)
+
+    def add(self, *problems: str) -> None:
+        self._problems += problems
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self._kind = type(error)
+            self._problems += error.problems
+
+    def raise_if_any(self) -> None:
+        """One error of the last kind that was collected, with all problems."""
+        if self._problems:
+            raise self._kind(*self._problems)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``" (did you mean X?)"`` for the nearest of ``known``, or an empty string when nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.errors import DatasetError, NetworkError, OptionError, TrainingError
-from library.files.safetensors_file import read_header, read_tensors
+from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.training.preflight import check_run
@@ -257,6 +257,15 @@ def test_weights_that_are_not_finite_are_never_saved(train, tmp_path):
     with pytest.raises(TrainingError, match="last good weights"):
         train("--max_train_steps=3", trainer_class=Poisoned)
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out" / "t.safetensors").values())
+
+
+def test_weights_that_were_never_finite_are_told_and_not_saved(train, tmp_path):
+    train("--max_train_steps=1", output="first")
+    file = tmp_path / "first" / "t.safetensors"
+    save_safetensors(file, {key: torch.full_like(tensor, float("nan")) for key, tensor in weights(file).items()})
+    with pytest.raises(TrainingError, match="not finite from the start"):
+        train("--max_train_steps=20", f"--network_weights={file}", output="second")
+    assert not list((tmp_path / "second").glob("*.safetensors"))
 
 
 def test_a_network_file_of_another_rank_is_told_by_a_dry_run(train, tmp_path):

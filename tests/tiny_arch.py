@@ -15,7 +15,7 @@ from train_network import NetworkTrainer
 
 
 class TinyArchitecture:
-    name, bucket_step, caches_text = "tiny", 16, True
+    name, bucket_step = "tiny", 16
     prompt_settings = frozenset({"prompt", "negative_prompt", "width", "height", "seed"})
 
     def read_layouts(self, options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.latent_cache import LatentRecipe
 from library.dataset.text_cache import TextRecipe
-from library.errors import CheckpointError
+from library.errors import CheckpointError, ProblemList
 from library.files.safetensors_file import file_fingerprint
 from library.randomness import derive_seed
 
@@ -36,29 +35,27 @@ class AnimaArchitecture:
     prompt_settings: ClassVar[frozenset[str]] = frozenset(
         {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift"}
     )
-    caches_text: ClassVar[bool] = True
 
     def read_layouts(self, options: Any) -> AnimaLayouts:
         model, anima = options.model, options.anima
-        problems: list[str] = []
+        problems = ProblemList()
         found: dict[str, Any] = {}
-        with _collected(problems):
+        with problems.collect():
             found["denoiser"] = read_denoiser_layout(model.pretrained_model_name_or_path, anima.llm_adapter_path)
-        with _collected(problems):
+        with problems.collect():
             found["text"] = read_text_encoder_layout(anima.qwen3)
-        with _collected(problems):
+        with problems.collect():
             found["tokenizers"] = find_tokenizers(
                 found.get("text"),
                 t5_path=anima.t5_tokenizer_path,
                 qwen_max=anima.qwen3_max_token_length,
                 t5_max=anima.t5_max_token_length,
             )
-        with _collected(problems):
+        with problems.collect():
             found["vae"] = read_vae_layout(model.vae)
-        if not problems:
-            problems += fit_problems(found["denoiser"], found["text"], found["vae"])
-        if problems:
-            raise CheckpointError(*problems)
+        problems.raise_if_any()
+        if misfits := list(fit_problems(found["denoiser"], found["text"], found["vae"])):
+            raise CheckpointError(*misfits)
         return AnimaLayouts(**found)
 
     def latent_recipe(self, layouts: AnimaLayouts, options: Any) -> LatentRecipe:
@@ -94,14 +91,6 @@ def fit_problems(denoiser: DenoiserLayout, text: TextEncoderLayout, vae: VaeLayo
             f"--vae {vae.path} makes latents of {vae.config.latent_channels} channels, the model wants "
             f"{denoiser.config.in_channels}: give the Qwen-Image VAE"
         )
-
-
-@contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        problems += error.problems
 
 
 ANIMA = AnimaArchitecture()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BUNDLED_QWEN, BUNDLED_T5 = CONFIGS / "qwen3_06b", CONFIGS / "t5_old"
 T5_FLAG = "--t5_tokenizer_path"
-QWEN_PAD, T5_PAD, T5_END = "<|endoftext|>", "<pad>", "</s>"
+QWEN_PAD, T5_END = "<|endoftext|>", "</s>"
 # how Qwen splits text before merging bytes; only for folders that have vocab.json and merges.txt but no tokenizer.json
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

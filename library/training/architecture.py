@@ -15,7 +15,6 @@ class Architecture(Protocol):
     name: ClassVar[str]  # in cache file names and messages
     bucket_step: ClassVar[int]  # bucket sides are multiples of it, in pixels
     prompt_settings: ClassVar[frozenset[str]]  # fields of SamplePrompt that its sampler uses
-    caches_text: ClassVar[bool]  # False: --cache_text_encoder_outputs cannot work
 
     def read_layouts(self, options: Any) -> Any:
         """Reads every model file's header and checks it against the architecture.

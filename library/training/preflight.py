@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from library.dataset.items import TrainingSet
 from library.dataset.order import batches_per_epoch
 from library.dataset.scan import scan
 from library.dataset.toml_config import read_datasets
-from library.errors import CheckpointError, DatasetError, OptionError, OutputError, UserError, os_error_text
+from library.errors import DatasetError, OptionError, OutputError, ProblemList, os_error_text, user_errors_end_the_script
 from library.files.safetensors_file import read_header
 from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
@@ -39,7 +39,6 @@ from library.training.trackers import tracker_problems
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
     from library.dataset.text_cache import TextCache
-    from library.options.network import NetworkOptions
 
 MIB = 2**20
 DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
@@ -62,6 +61,7 @@ class CheckedRun:
     start: Progress
     resume_folder: Path | None
     resumed: StateDescription | None
+    settings: tuple[dict[str, str], dict[str, str]]  # of a state saved by this run: what must and what should stay equal
     latent_cache: LatentCache | None
     text_cache: TextCache | None
     warnings: tuple[str, ...]
@@ -77,7 +77,10 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
             with problems.collect():
                 check_writable(Path(folder), flag)
     problems.add(*thumbnail_problems(options.metadata.metadata_thumbnail))
-    problems.add(*weights_file_problems(options.network))
+    lora_files = [("--base_weights", file) for file in options.network.base_weights or ()]
+    for flag, file in (("--network_weights", options.network.network_weights), *lora_files):
+        with problems.collect():
+            check_lora_file(flag, file)
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
         prompts = checked_prompts(options)
@@ -89,29 +92,6 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     problems.raise_if_any()
     assert training_set is not None
     return _complete(options, architecture, layouts, training_set, prompts)
-
-
-class ProblemList:
-    """Collects what goes wrong in independent checks, to report it together."""
-
-    def __init__(self) -> None:
-        self._problems: list[str] = []
-        self._kind: type[UserError] = OptionError
-
-    def add(self, *problems: str) -> None:
-        self._problems += problems
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            self._kind = type(error)
-            self._problems += error.problems
-
-    def raise_if_any(self) -> None:
-        if self._problems:
-            raise self._kind(*self._problems)
 
 
 def _complete(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet,
@@ -128,9 +108,9 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             f"the state {resume_folder} has done {start.step} steps and the run ends at {length.total_steps}: "
             "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
         )
+    settings = state_settings(options, architecture.name, batches_per_epoch=length.batches_per_epoch)
     changes: list[str] = []
     if resume_folder is not None and resumed is not None:
-        settings = state_settings(options, architecture.name, batches_per_epoch=length.batches_per_epoch)
         changes = check_identity(resume_folder, resumed, settings)
         if options.run.seed not in (None, resumed.seed):
             changes.append(
@@ -152,24 +132,19 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         start=start,
         resume_folder=resume_folder,
         resumed=resumed,
+        settings=settings,
         latent_cache=latent_cache,
         text_cache=text_cache,
         warnings=(*changes, *option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
     )
 
 
-def weights_file_problems(network: NetworkOptions) -> Iterator[str]:
-    """LoRA files that are missing or damaged; whether they fit the model shows once the network is made."""
-    files = [("--network_weights", network.network_weights), *(("--base_weights", file) for file in network.base_weights or ())]
-    for flag, file in files:
-        if file is None:
-            continue
-        try:
-            check_weights_file(flag, file)
-            if Path(file).suffix == ".safetensors":
-                read_header(Path(file))
-        except CheckpointError as error:
-            yield from error.problems
+def check_lora_file(flag: str, file: str | None) -> None:
+    """A LoRA file that is missing or damaged; whether it fits the model shows once the network is made."""
+    if file is not None:
+        check_weights_file(flag, file)
+        if Path(file).suffix == ".safetensors":
+            read_header(Path(file))
 
 
 def option_warnings(options: Any) -> Iterator[str]:
@@ -249,18 +224,16 @@ def make_caches(options: Any, architecture: Architecture, layouts: Any, training
             training_set,
             architecture.text_recipe(layouts, options),
             variants=variants,
-            extra_texts=extra_texts(training_set, prompts),
+            extra_texts=prompt_texts(prompts),
             on_disk=caches.cache_text_encoder_outputs_to_disk,
             **where,
         )
     return latent_cache, text_cache
 
 
-def extra_texts(training_set: TrainingSet, prompts: tuple[SamplePrompt, ...]) -> tuple[str, ...]:
-    """Texts besides captions whose conditioning a run needs: the empty one for dropout, and the sample prompts."""
-    texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")]
-    drops = any(i.subset.caption_dropout_rate or i.subset.caption_dropout_every_n_epochs for i in training_set.items)
-    return tuple(dict.fromkeys([*([""] if drops else []), *texts]))
+def prompt_texts(prompts: tuple[SamplePrompt, ...]) -> tuple[str, ...]:
+    """Texts besides captions whose conditioning a run needs; the empty one, for dropout, every cache has by itself."""
+    return tuple(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or ""))
 
 
 def check_disk(training_set: TrainingSet, caches: Sequence[LatentCache | TextCache | None], options: Any) -> None:
@@ -292,8 +265,6 @@ def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedR
     The garbage collector is off from then on: it would look through every module of torch while that is imported, which takes
     a good part of the start. ``run_training`` switches it on again.
     """
-    from library.errors import user_errors_end_the_script
-
     with user_errors_end_the_script():
         options = read()
         set_up_console(options.console)
