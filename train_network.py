@@ -26,16 +26,14 @@ from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
 from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
+from library.training.caching import CacheFilling
 from library.training.divergence import DivergenceGuard
-from library.training.hooks import ArchitectureHooks
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
-from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
 from library.training.preflight import CheckedRun, worker_count
-from library.training.processes import HostGroup
 from library.training.report import Report
 from library.training.sample_pictures import SamplePictures
 from library.training.saving import remove_old, save_dtype, save_network
@@ -49,26 +47,18 @@ from library.training.state import (
 from library.training.steps import Progress
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from library.dataset.latent_cache import LatentCache
-    from library.dataset.text_cache import TextCache
+    pass
 
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
-PLAIN_DISTRIBUTIONS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
-
-class NetworkTrainer(ArchitectureHooks):
+class NetworkTrainer(CacheFilling):
     """Trains a network (LoRA) on a frozen model. One object, one run."""
 
-    def __init__(self, run: CheckedRun):
-        self.run = run
-        self.options = run.options
-        self.progress: Progress = run.start
-        self.vae: Any = None  # stays None while latents are cached and no samples are drawn
-        self.text_encoder: Any = None  # stays None once its outputs are cached
-        self.stop_agreed = False  # by all processes
+    run: CheckedRun
+    vae: Any = None  # stays None while latents are cached and no samples are drawn
+    text_encoder: Any = None  # stays None once its outputs are cached
+    stop_agreed = False  # by all processes
 
     def train(self) -> None:
         """The whole run. Leaves with SystemExit(130 or 143) after a signal, having saved the LoRA and a state."""
@@ -101,6 +91,7 @@ class NetworkTrainer(ArchitectureHooks):
     # ------------------------------------------------------------------ set-up, in the order in which memory is used
 
     def set_up(self) -> None:
+        self.progress: Progress = self.run.start
         self.start_accelerator()
         self.create_network()
         self.optimizer_name = try_optimizer(self.options, self.run.length.total_steps)
@@ -116,35 +107,6 @@ class NetworkTrainer(ArchitectureHooks):
         self.resume()
         self.start_logging()
         self.start_data()
-
-    def start_accelerator(self) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import GradientAccumulationPlugin
-
-        names = trackers.tracker_names(self.options.logging)
-        log_dir = trackers.run_log_dir(self.options.logging)
-        try:
-            self.accelerator: Accelerator = Accelerator(
-                mixed_precision=self.options.run.mixed_precision,
-                log_with=names or None,
-                project_dir=str(log_dir) if log_dir else None,
-                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # update() divides by itself
-            )
-        except ValueError as error:  # a precision that this device does not have
-            raise OptionError(f"--mixed_precision {self.options.run.mixed_precision}: {error}") from error
-        if self.accelerator.distributed_type.value not in PLAIN_DISTRIBUTIONS:
-            raise OptionError(
-                f"accelerate is configured for {self.accelerator.distributed_type.value}, which LoRA training here does not "
-                "use: choose plain multi-GPU training in accelerate config"
-            )
-        self.device = self.accelerator.device
-        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]
-        self.vae_dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
-        self.group = HostGroup()
-        self.seed = self.group.broadcast(self.run.seed)  # without --seed each process has drawn its own
-        if self.options.run.deterministic:
-            use_deterministic_kernels()
 
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
@@ -172,42 +134,6 @@ class NetworkTrainer(ArchitectureHooks):
         """LoRA weights stay float32 unless --full_bf16 or --full_fp16 is given."""
         run = self.options.run
         return self.weight_dtype if run.full_bf16 or run.full_fp16 else torch.float32
-
-    def fill_caches(self) -> None:
-        """Encodes what the caches lack; the VAE and the text encoder are loaded only then, and gone afterwards."""
-        latents, texts = self.run.latent_cache, self.run.text_cache
-        with torch.no_grad():
-            if latents is not None and self.group.any(not latents.state(refresh=True).is_complete):
-                self.fill_latent_cache(latents)
-                self.after_caching()
-            if texts is not None and self.group.any(not texts.state().is_complete):
-                self.fill_text_cache(texts)
-                self.after_caching()
-
-    def fill_latent_cache(self, cache: LatentCache) -> None:
-        vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
-        cache.fill(
-            lambda pixels: self.encode_images(vae, pixels.to(self.device)),
-            batch_size=self.options.caches.vae_batch_size,
-            workers=worker_count(self.options),
-            **self.cache_shares(),
-        )
-
-    def fill_text_cache(self, cache: TextCache) -> None:
-        text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
-        cache.fill(
-            lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
-            batch_size=self.options.caches.text_encoder_batch_size or self.options.dataset.train_batch_size,
-            **self.cache_shares(),
-        )
-
-    def after_caching(self) -> None:
-        self.group.wait()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def cache_shares(self) -> dict[str, Any]:
-        return {"rank": self.rank, "processes": self.processes, "gather": self.group.gather}
 
     def remove_left_overs(self) -> None:
         """Temporary files and states of an earlier run of this name that was killed while saving."""

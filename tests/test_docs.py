@@ -17,12 +17,12 @@ from library.dataset.dataset_file import read_dataset_file
 from library.dataset.items import DatasetSettings
 from library.dataset.toml_config import read_datasets
 from library.options.anima import AnimaTrainOptions
-from library.options.captions import CaptionOptions
 from library.options.command_line import read_options
 from library.options.config_file import ConfigFileOptions, read_config
 from library.options.dataset import DatasetOptions
 from library.options.declare import groups_of, options_of
 from library.options.given import known_options
+from library.options.train import TrainOptions
 from library.sampling.prompts import FLAGS, read_prompts
 from tools.make_option_table import END, START, option_table, with_table
 
@@ -133,7 +133,7 @@ def check_dataset(path: Path, folder: Path, monkeypatch) -> None:
             if "metadata_file" in subset:
                 (folder / subset["metadata_file"]).write_text("{}")
     monkeypatch.chdir(folder)
-    assert read_datasets(DatasetOptions(dataset_config=path), CaptionOptions(), bucket_step=16)
+    assert read_datasets(TrainOptions(dataset=DatasetOptions(dataset_config=path)), bucket_step=16)
 
 
 def test_training_examples_are_valid_options():

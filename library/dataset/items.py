@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,14 @@ class SubsetSettings:
     place: str  # for messages: "my.toml, [[datasets]] 1, subset 2"
     image_dir: Path | None
     metadata_file: Path | None = None  # set: a metadata-JSON subset
+    conditioning_data_dir: Path | None = None  # set: a subset with mask images, each named as its image
+    cache_info: bool = False  # list, captions and sizes come from metadata_cache.json in image_dir, which is made if missing
     class_tokens: str | None = None
     is_reg: bool = False
+    is_validation: bool = False  # never trained: the loss on these images is what validation reports
+    loss_weight: float = 1.0
+    alpha_mask: bool = False  # the alpha channel is the loss mask
+    custom_attributes: Mapping[str, object] = field(default_factory=dict, hash=False)
     num_repeats: int = 1
     caption_extension: str = ".caption"
     caption_separator: str = ","
@@ -28,7 +35,12 @@ class SubsetSettings:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1  # flexible tags at step 0
+    token_warmup_step: float = 0.0  # step from which on all tags are used; below 1: a share of the run
     flip_aug: bool = False
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None  # smallest and largest share of the crop's side to a face's
     resize_interpolation: str | None = None
 
 
@@ -45,6 +57,9 @@ class DatasetSettings:
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
     resize_interpolation: str | None = None  # for the metadata of LoRA files; what counts is the subset's
+    network_multiplier: float = 1.0  # strength of the network while images of this dataset are trained
+    validation_split: float = 0.0  # share of each subset's images that validate instead of training
+    validation_seed: int | None = None  # of that choice; None: --seed, else 0
     subsets: tuple[SubsetSettings, ...]
     warnings: tuple[str, ...] = ()  # found while the settings were read; scan() passes them on in TrainingSet.warnings
 
@@ -53,25 +68,42 @@ class DatasetSettings:
 class Item:
     """One image of one subset, before repeats. Sizes are pixels of the upright (EXIF-rotated) image."""
 
-    index: int  # position in TrainingSet.items
+    index: int  # position in TrainingSet.all_items
     key: str  # names the item in random choices: "dataset:subset:file name", no absolute path
     path: Path
     caption: str  # as read: the first line, or all lines joined by newline where wildcards are on
     tags: str | None = None  # of a metadata file: the part of the caption that its "tags" are
+    mask_path: Path | None = None  # the image in conditioning_data_dir that is this one's loss mask
+    custom_attributes: Mapping[str, object] = field(default_factory=dict, hash=False)  # the subset's, and the image's own
     dataset_index: int
     subset: SubsetSettings
     repeats: int
     size_wh: tuple[int, int]
     bucket_wh: tuple[int, int]
     resized_wh: tuple[int, int]  # covers the bucket
-    crop_left_top: tuple[int, int]  # of the bucket inside the resized image
+    crop_left_top: tuple[int, int]  # of the bucket inside the resized image, unless a showing is cropped at random
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether its loss is weighed by a mask, from a mask image or from the alpha channel."""
+        return self.mask_path is not None or self.subset.alpha_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
-    """All that will be trained: the datasets and their items in a fixed order."""
+    """All that will be trained: the datasets and their items in a fixed order.
+
+    ``validation`` items are never trained. Their subsets have nothing random left (see ``validation_split.without_chance``),
+    and their ``repeats`` are 1.
+    """
 
     datasets: tuple[DatasetSettings, ...]
     items: tuple[Item, ...]
+    validation: tuple[Item, ...] = ()
     skipped: tuple[str, ...] = ()  # bad images left out with --skip_bad_images, each with its reason
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def all_items(self) -> tuple[Item, ...]:
+        """What is trained, then what validates; ``Item.index`` counts in here."""
+        return self.items + self.validation

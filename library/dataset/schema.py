@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from library.errors import did_you_mean
 from library.options import kinds
@@ -17,8 +18,8 @@ GENERAL, DATASETS, SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 DATASET_LEVELS = (GENERAL, DATASETS)
 ALL_LEVELS = (GENERAL, DATASETS, SUBSETS)
 
-FOLDER, METADATA = "image folder", "metadata file"  # the two styles of a subset
-ALL_STYLES = (FOLDER, METADATA)
+FOLDER, METADATA, MASKED = "image folder", "metadata file", "folder of mask images"  # the styles of a subset
+ALL_STYLES = (FOLDER, METADATA, MASKED)
 
 INTERPOLATIONS = (*FLAG_INTERPOLATIONS, "box")  # the flag has no box, as in the reference
 
@@ -44,6 +45,7 @@ class Key:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    above: float | None = None  # a minimum that is not allowed itself
     also_of_dataset: bool = False  # a subset's key whose value the dataset keeps too
 
 
@@ -63,10 +65,24 @@ def _resolution(value: object) -> tuple[int, int] | None:
         return None
 
 
+def _number_range(value: object) -> tuple[float, float] | None:
+    """[2.0, 4.0], and the flag's text "2.0,4.0"."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
+        return None
+    try:
+        low, high = (float(part) if isinstance(value, str) else _number(part) for part in parts)
+    except ValueError:
+        return None
+    return None if low is None or high is None or not 0 < low <= high else (low, high)
+
+
 WHOLE = Kind("a whole number", _whole)
 NUMBER = Kind("a number", _number)
 SWITCH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
 TEXT = Kind("a text", lambda value: value if isinstance(value, str) else None)
+TABLE = Kind("a table", lambda value: value if isinstance(value, dict) else None)
+NUMBER_RANGE = Kind("two numbers above 0, [smallest, largest]", _number_range)
 RESOLUTION = Kind("a size in pixels, 1024 or [width, height]", _resolution)
 
 KEYS: tuple[Key, ...] = (
@@ -78,15 +94,28 @@ KEYS: tuple[Key, ...] = (
     Key(name="max_bucket_reso", kind=WHOLE, default=1024, minimum=1, levels=DATASET_LEVELS, flag="max_bucket_reso"),
     Key(name="bucket_reso_steps", kind=WHOLE, default=64, minimum=1, levels=DATASET_LEVELS, flag="bucket_reso_steps"),
     Key(name="bucket_no_upscale", kind=SWITCH, default=False, levels=DATASET_LEVELS, flag="bucket_no_upscale"),
+    Key(name="network_multiplier", kind=NUMBER, default=1.0, levels=DATASET_LEVELS),
+    Key(name="validation_split", kind=NUMBER, default=0.0, minimum=0, maximum=1, levels=DATASET_LEVELS, flag="validation_split"),
+    Key(name="validation_seed", kind=WHOLE, levels=DATASET_LEVELS, flag="validation_seed"),
     # the subset: where its images are
     Key(name="image_dir", kind=TEXT, levels=(SUBSETS,)),
     Key(name="metadata_file", kind=TEXT, levels=(SUBSETS,), styles=(METADATA,)),
+    Key(name="conditioning_data_dir", kind=TEXT, levels=(SUBSETS,), styles=(MASKED,)),
+    Key(name="cache_info", kind=SWITCH, default=False, styles=(FOLDER, MASKED), flag="cache_info"),
     Key(name="is_reg", kind=SWITCH, default=False, levels=(SUBSETS,), styles=(FOLDER,)),
-    Key(name="class_tokens", kind=TEXT, styles=(FOLDER,)),
-    Key(name="caption_extension", kind=TEXT, default=".caption", styles=(FOLDER,), flag="caption_extension"),
+    Key(name="is_validation", kind=SWITCH, default=False, levels=(DATASETS, SUBSETS)),
+    Key(name="class_tokens", kind=TEXT, styles=(FOLDER, MASKED)),
+    Key(name="caption_extension", kind=TEXT, default=".caption", styles=(FOLDER, MASKED), flag="caption_extension"),
+    # the subset: what its images count
+    Key(name="loss_weight", kind=NUMBER, default=1.0, above=0),
+    Key(name="alpha_mask", kind=SWITCH, default=False, levels=(SUBSETS,), styles=(FOLDER, METADATA), flag="alpha_mask"),
+    Key(name="custom_attributes", kind=TABLE, default=MappingProxyType({})),
     # the subset: how its images are shown
     Key(name="num_repeats", kind=WHOLE, default=1, flag="dataset_repeats"),
     Key(name="flip_aug", kind=SWITCH, default=False, flag="flip_aug"),
+    Key(name="color_aug", kind=SWITCH, default=False, flag="color_aug"),
+    Key(name="random_crop", kind=SWITCH, default=False, styles=(FOLDER, METADATA), flag="random_crop"),
+    Key(name="face_crop_aug_range", kind=NUMBER_RANGE, flag="face_crop_aug_range"),
     Key(name="resize_interpolation", kind=TEXT, choices=INTERPOLATIONS, flag="resize_interpolation", also_of_dataset=True),
     # the subset: captions
     Key(name="shuffle_caption", kind=SWITCH, default=False, flag="shuffle_caption"),
@@ -100,6 +129,8 @@ KEYS: tuple[Key, ...] = (
     Key(name="caption_dropout_rate", kind=NUMBER, default=0.0, minimum=0, maximum=1, flag="caption_dropout_rate"),
     Key(name="caption_dropout_every_n_epochs", kind=WHOLE, default=0, minimum=0, flag="caption_dropout_every_n_epochs"),
     Key(name="caption_tag_dropout_rate", kind=NUMBER, default=0.0, minimum=0, maximum=1, flag="caption_tag_dropout_rate"),
+    Key(name="token_warmup_min", kind=WHOLE, default=1, minimum=0, flag="token_warmup_min"),
+    Key(name="token_warmup_step", kind=NUMBER, default=0.0, minimum=0, flag="token_warmup_step"),
 )
 
 
@@ -163,6 +194,8 @@ def style_problems(values: dict[str, object], style: str, place: str) -> Iterato
 def _check_range(key: Key, value: float) -> None:
     too_small = key.minimum is not None and value < key.minimum
     too_large = key.maximum is not None and value > key.maximum
+    if key.above is not None and not value > key.above:
+        raise ValueError(f"{key.name} is {value:g}, but must be above {key.above:g}")
     if too_small or too_large or value != value:
         allowed = f"at least {key.minimum:g}" if key.maximum is None else f"from {key.minimum:g} to {key.maximum:g}"
         raise ValueError(f"{key.name} is {value:g}, but must be {allowed}")

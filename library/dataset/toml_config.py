@@ -19,8 +19,8 @@ from library.dataset.items import DatasetSettings, SubsetSettings
 from library.errors import DatasetError
 
 if TYPE_CHECKING:
-    from library.options.captions import CaptionOptions
     from library.options.dataset import DatasetOptions
+    from library.options.train import TrainOptions
 
 Values = dict[str, object]  # key -> value as the program uses it
 
@@ -50,15 +50,13 @@ class Reader:
     problems: list[str] = field(default_factory=list)
 
 
-def read_datasets(
-    dataset_options: DatasetOptions, caption_options: CaptionOptions, *, bucket_step: int
-) -> tuple[DatasetSettings, ...]:
+def read_datasets(options: TrainOptions, *, bucket_step: int) -> tuple[DatasetSettings, ...]:
     """The datasets of a run; ``bucket_step``: the model needs sides that are multiples of this many pixels.
 
     Raises DatasetError with everything that is wrong. Warnings are left in DatasetSettings.warnings.
     """
-    source = _source(dataset_options)
-    flags, problems = _flag_values(dataset_options, caption_options)
+    source = _source(options.dataset)
+    flags, problems = _flag_values(options)
     reader = Reader(source=source, bucket_step=bucket_step, flags=flags, problems=problems)
     reader.general = _read_general(reader)
     datasets = [_read_dataset(reader, number, table) for number, table in enumerate(_dataset_tables(reader), start=1)]
@@ -111,14 +109,15 @@ def _named_folder_source(options: DatasetOptions) -> Source:
     return Source(name="--train_data_dir", document=document, subset_names=tuple(names), warnings=tuple(warnings))
 
 
-def _flag_values(dataset_options: DatasetOptions, caption_options: CaptionOptions) -> tuple[Values, list[str]]:
+def _flag_values(options: TrainOptions) -> tuple[Values, list[str]]:
     values, problems = {}, []
+    groups = (options.dataset, options.captions, options.validation)
     for key in schema.KEYS:
         if key.flag is None:
             continue
-        given = getattr(dataset_options if hasattr(dataset_options, key.flag) else caption_options, key.flag)
+        given = next(getattr(group, key.flag) for group in groups if hasattr(group, key.flag))
         if key.name == "caption_extension":
-            given = caption_options.caption_extention or given  # the reference's misspelt flag wins there too
+            given = options.captions.caption_extention or given  # the reference's misspelt flag wins there too
         if given is None:
             continue
         try:
@@ -221,6 +220,7 @@ def _read_subset(reader: Reader, table: object, dataset: Values, place: str) -> 
         return None
     values["image_dir"] = _path(reader, values["image_dir"])
     values["metadata_file"] = _path(reader, values["metadata_file"])
+    values["conditioning_data_dir"] = _path(reader, values["conditioning_data_dir"])
     if values["num_repeats"] >= 1:  # otherwise it is left out, whatever it names
         reader.problems.extend(_path_problems(values, place))
     extension = str(values["caption_extension"])

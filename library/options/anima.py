@@ -49,6 +49,9 @@ class AnimaTrainOptions(TrainOptions):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        yield from self.loss.flow_problems()
+        if self.look.only:
+            return
         if not self.anima.qwen3:
             yield "--qwen3 is missing: name the Qwen3-0.6B text encoder, a .safetensors file or a folder"
         if not self.model.vae:
@@ -58,4 +61,3 @@ class AnimaTrainOptions(TrainOptions):
                 "--text_encoder_lr is given, but a LoRA for Anima's text encoder cannot be trained yet: drop it, or add "
                 "--network_train_unet_only"
             )
-        yield from self.loss.flow_problems()

@@ -30,6 +30,9 @@ class CacheOptions:
         False, "trust cache files by their names, without comparing what they were made from; faster start"
     )
     cache_dir: Path | None = opt(None, "folder for cache files (not set = beside the images)")
+    import_reference_caches: bool = opt(
+        False, "take over .npz caches that kohya-ss/sd-scripts wrote beside the images, where they fit"
+    )
     caption_variants: int | None = opt(
         None,
         "versions of each caption to cache where captions vary by shuffling and the like (not set = enough for the settings)",

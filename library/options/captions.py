@@ -30,9 +30,13 @@ class CaptionOptions:
     caption_dropout_rate: float = opt(0.0, "share of uses, 0 to 1, in which a caption is replaced by the empty text (0 = never)")
     caption_dropout_every_n_epochs: int = opt(0, "every N-th epoch uses the empty text for all captions (0 = never)")
     caption_tag_dropout_rate: float = opt(0.0, "chance, 0 to 1, that a tag is left out when a caption is used (0 = never)")
+    token_warmup_min: int = opt(1, "tags in use at the first step of --token_warmup_step, besides the kept ones")
+    token_warmup_step: float = opt(
+        0.0, "step from which on all tags are used, growing until then; below 1 = share of the run (0 = all from the start)"
+    )
 
     def problems(self) -> Iterator[str]:
-        yield from at_least(self, 0, "keep_tokens", "caption_dropout_every_n_epochs")
+        yield from at_least(self, 0, "keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step")
         yield from share(self, "caption_dropout_rate", "caption_tag_dropout_rate")
         for name in ("caption_separator", "caption_extension"):
             if not getattr(self, name):

@@ -22,6 +22,12 @@ class DatasetOptions:
         None, "folder of image folders named N_words (N = repeats), or the image folder of --in_json", path=True
     )
     reg_data_dir: str | None = opt(None, "folder of image folders named N_words with regularization images", path=True)
+    conditioning_data_dir: str | None = opt(
+        None, "folder of loss masks for --masked_loss, each named as its image; see docs/masked_loss.md", path=True
+    )
+    masked_loss: bool = opt(False, "weigh the loss by mask images (white = counts, black = does not)")
+    alpha_mask: bool = opt(False, "use the images' alpha channel as loss mask (opaque = counts)")
+    cache_info: bool = opt(False, "keep image lists, sizes and captions in metadata_cache.json in each image folder")
     in_json: str | None = opt(None, "metadata file (JSON or JSONL) with image paths, captions and tags", path=True)
     dataset_repeats: int = opt(1, "how often an epoch shows each image of a subset that sets no repeats")
     resolution: str | None = opt(None, "training size in pixels: N for N x N, or WIDTH,HEIGHT", kind=RESOLUTION)
@@ -35,6 +41,11 @@ class DatasetOptions:
         None, "filter for resizing images (not set = area to shrink, lanczos to enlarge)", choices=INTERPOLATIONS
     )
     flip_aug: bool = opt(False, "mirror each image left to right half of the time")
+    color_aug: bool = opt(False, "change hue or brightness a little at random; needs images that are encoded at each step")
+    random_crop: bool = opt(False, "crop at a random place instead of the centre; needs images that are encoded at each step")
+    face_crop_aug_range: str | None = opt(
+        None, "MIN,MAX: crop around the face named in the file name, at MIN to MAX times its size; needs buckets off"
+    )
     prior_loss_weight: float = opt(1.0, "weight of regularization images in the loss (1 = as much as training images)")
     skip_bad_images: bool = opt(
         False, "leave out images and captions that cannot be read, naming each; otherwise they end the run"

@@ -42,8 +42,6 @@ class SavingOptions:
         yield from at_least(
             self, 1, "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"
         )
-        if not self.output_dir:
-            yield "--output_dir is missing: name the folder for the trained files"
         if self.output_name and ("/" in self.output_name or "\\" in self.output_name):
             yield f"--output_name is {self.output_name!r}: give the start of a file name; the folder is --output_dir"
         elif forbidden := sorted(FORBIDDEN_ON_WINDOWS.intersection(self.output_name or "")):

@@ -10,6 +10,7 @@ from library.options.caches import CacheOptions
 from library.options.captions import CaptionOptions
 from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
+from library.options.look import LookOptions
 from library.options.loss import LossOptions
 from library.options.metadata import MetadataOptions
 from library.options.models import ModelOptions
@@ -22,6 +23,7 @@ from library.options.samples import SampleOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
 from library.options.trackers import LoggingOptions
+from library.options.validation import ValidationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class TrainOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     captions: CaptionOptions = field(default_factory=CaptionOptions)
+    look: LookOptions = field(default_factory=LookOptions)
     caches: CacheOptions = field(default_factory=CacheOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     run: RunOptions = field(default_factory=RunOptions)
@@ -40,6 +43,7 @@ class TrainOptions:
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
     resume: ResumeOptions = field(default_factory=ResumeOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
@@ -49,6 +53,10 @@ class TrainOptions:
 
     def problems(self) -> Iterator[str]:
         """Problems between groups and flags that a run cannot do without; each group tells its own."""
+        if self.look.only:
+            return
+        if not self.saving.output_dir:
+            yield "--output_dir is missing: name the folder for the trained files"
         if not self.model.pretrained_model_name_or_path:
             yield "--pretrained_model_name_or_path is missing: name the model's checkpoint file"
         if not self.network.network_module:

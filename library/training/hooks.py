@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from library.dataset.conditioning import Conditioning
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import NoisyLatents, Objective
-from library.training.preflight import CheckedRun
+from library.training.preflight import CheckedData
 
 
 class ArchitectureHooks(ABC):
     """Subclassed by NetworkTrainer, answered by ``<arch>_train_network.py``."""
 
-    run: CheckedRun
+    run: CheckedData
     options: Any
     device: torch.device
     weight_dtype: torch.dtype

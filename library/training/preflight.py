@@ -45,15 +45,24 @@ DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedRun:
-    """A run that passed every check. ``options`` are the architecture's option groups; nothing here changes later."""
+class CheckedData:
+    """Datasets and caches that passed every check. ``options`` are the architecture's option groups."""
 
     options: Any
     architecture: Architecture
     layouts: Any
     training_set: TrainingSet
-    prompts: tuple[SamplePrompt, ...]
     seed: int
+    latent_cache: LatentCache | None
+    text_cache: TextCache | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun(CheckedData):
+    """A run that passed every check; nothing here changes later."""
+
+    prompts: tuple[SamplePrompt, ...]
     processes: int
     length: RunLength
     saves: SaveSchedule
@@ -62,9 +71,6 @@ class CheckedRun:
     resume_folder: Path | None
     resumed: StateDescription | None
     settings: tuple[dict[str, str], dict[str, str]]  # of a state saved by this run: what must and what should stay equal
-    latent_cache: LatentCache | None
-    text_cache: TextCache | None
-    warnings: tuple[str, ...]
 
 
 def check_run(options: Any, architecture: Architecture) -> CheckedRun:
@@ -192,7 +198,7 @@ def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architectur
 
 
 def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:
-    datasets = read_datasets(options.dataset, options.captions, bucket_step=architecture.bucket_step)
+    datasets = read_datasets(options, bucket_step=architecture.bucket_step)
     with image_check_bar() as bar:
         training_set = scan(
             datasets, skip_bad_images=options.dataset.skip_bad_images, workers=max(worker_count(options), 1), progress=bar
@@ -269,6 +275,11 @@ def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedR
         options = read()
         set_up_console(options.console)
         watch_launcher()
+        if options.look.only:
+            from library.training.look import look
+
+            look(options, architecture)
+            raise SystemExit
         run = check_run(options, architecture)
         gc.disable()
         return run

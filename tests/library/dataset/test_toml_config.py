@@ -13,8 +13,8 @@ from PIL import Image
 from library.dataset.items import DatasetSettings
 from library.dataset.toml_config import read_datasets
 from library.errors import DatasetError
-from library.options.captions import CaptionOptions
-from library.options.dataset import DatasetOptions
+from library.options.declare import groups_of
+from library.options.train import TrainOptions
 
 # key: (flag, value on the flag, in [general], in [[datasets]], in the subset or None)
 LAYERS = {
@@ -45,10 +45,12 @@ LAYERS = {
 
 
 def read(*, bucket_step: int = 16, **flags) -> tuple[DatasetSettings, ...]:
-    of_captions = {field.name for field in fields(CaptionOptions)}
-    caption_options = CaptionOptions(**{name: value for name, value in flags.items() if name in of_captions})
-    dataset_options = DatasetOptions(**{name: value for name, value in flags.items() if name not in of_captions})
-    return read_datasets(dataset_options, caption_options, bucket_step=bucket_step)
+    groups = {}
+    for name, group in groups_of(TrainOptions).items():
+        given = {field.name: flags.pop(field.name) for field in fields(group) if field.name in flags}
+        groups[name] = group(**given)
+    assert not flags
+    return read_datasets(TrainOptions(**groups), bucket_step=bucket_step)
 
 
 def problems(**flags) -> list[str]:
@@ -298,5 +300,5 @@ def test_flags_are_ignored_where_a_file_is_given(images: Path, tmp_path: Path):
 def test_every_flag_of_the_schema_exists():
     from library.dataset import schema
 
-    known = {field.name for group in (DatasetOptions, CaptionOptions) for field in fields(group)}
+    known = {field.name for group in groups_of(TrainOptions).values() for field in fields(group)}
     assert {key.flag for key in schema.KEYS if key.flag} <= known

@@ -1,0 +1,27 @@
+"""Looking at what would be trained, instead of training it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.options.declare import opt
+from library.options.rules import at_least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookOptions:
+    """Look: show what would be trained, and end. Model files are not needed."""
+
+    debug_dataset: bool = opt(
+        False, "write an HTML page with the pictures, captions and buckets as they will be trained, and end"
+    )
+    show_captions: int | None = opt(None, "print N captions of each subset as the text encoder will get them, and end")
+
+    @property
+    def only(self) -> bool:
+        """Nothing is trained."""
+        return self.debug_dataset or self.show_captions is not None
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(self, 1, "show_captions")
