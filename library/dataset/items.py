@@ -42,6 +42,7 @@ class SubsetSettings:
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None  # smallest and largest share of the crop's side to a face's
     resize_interpolation: str | None = None
+    tags_joined: bool = False  # no key, see validation_split.without_chance: captions are cut into tags and joined, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

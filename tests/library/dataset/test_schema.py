@@ -28,7 +28,7 @@ def test_every_row_is_a_field_of_the_settings_with_the_same_default():
     for key in schema.dataset_keys():
         if key.name != "resolution":
             assert dataset[key.name] == key.default
-    assert {key.name for key in schema.subset_keys()} == set(subset) - {"place"}
+    assert {key.name for key in schema.subset_keys()} == set(subset) - {"place", "tags_joined"}
     assert {key.name for key in schema.dataset_keys()} - {"resolution"} == set(dataset) - {
         "place", "resolution_wh", "subsets", "warnings"}  # fmt: skip
 
