@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from library.dataset.latent_cache import LatentRecipe
 from library.dataset.text_cache import TextRecipe
+from library.dataset.token_use import TokenUse
 from library.training.objective import FlowObjective
 from train_network import NetworkTrainer
+
+TOKENS = 40  # of a caption that count for token_counter
 
 
 class TinyArchitecture:
@@ -26,6 +29,10 @@ class TinyArchitecture:
 
     def text_recipe(self, layouts, options):
         return TextRecipe(arch="tiny", encoder_fingerprint="0", dtype="float32", settings={})
+
+    def token_counter(self, options):
+        """A character is a token."""
+        return lambda text: (TokenUse("letters", len(text), TOKENS, TOKENS if len(text) > TOKENS else None),)
 
 
 @dataclass(frozen=True)

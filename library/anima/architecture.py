@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from library.anima.layout import DenoiserLayout, read_denoiser_layout
-from library.anima.text_layout import TextEncoderLayout, read_text_encoder_layout
+from library.anima.text_layout import TextEncoderLayout, has_tokenizer, read_text_encoder_layout
 from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.latent_cache import LatentRecipe
 from library.dataset.text_cache import TextRecipe
+from library.dataset.token_use import TokenCounter, TokenUse
 from library.errors import CheckpointError, ProblemList
 from library.files.safetensors_file import file_fingerprint
 from library.randomness import derive_seed
@@ -76,6 +78,27 @@ class AnimaArchitecture:
             dtype=options.run.weight_dtype,
             settings={**lengths, "t5_tokenizer": tokenizer},
         )
+
+    def token_counter(self, options: Any) -> TokenCounter:
+        tokenizers = tokenizer_files(options).load()
+
+        def count(text: str) -> tuple[TokenUse, TokenUse]:
+            qwen, t5 = tokenizers.lengths(text)
+            return (
+                TokenUse("Qwen3", qwen.tokens, tokenizers.qwen_max, qwen.cut_at),
+                TokenUse("T5", t5.tokens, tokenizers.t5_max, t5.cut_at),
+            )
+
+        return count
+
+
+def tokenizer_files(options: Any) -> TokenizerFiles:
+    """The tokenizers that a run with these options has, whether or not its --qwen3 is there: only a folder may bring its own."""
+    anima = options.anima
+    lengths = {"qwen_max": anima.qwen3_max_token_length, "t5_max": anima.t5_max_token_length}
+    files = find_tokenizers(t5_path=anima.t5_tokenizer_path, **lengths)
+    folder = Path(anima.qwen3).expanduser() if anima.qwen3 else None
+    return replace(files, qwen_dir=folder) if folder is not None and has_tokenizer(folder) else files
 
 
 def fit_problems(denoiser: DenoiserLayout, text: TextEncoderLayout, vae: VaeLayout) -> Iterator[str]:

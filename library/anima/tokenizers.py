@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BUNDLED_QWEN, BUNDLED_T5 = CONFIGS / "qwen3_06b", CONFIGS / "t5_old"
 T5_FLAG = "--t5_tokenizer_path"
+LONG_WORD = 24  # characters
 QWEN_PAD, T5_END = "<|endoftext|>", "</s>"
 # how Qwen splits text before merging bytes; only for folders that have vocab.json and merges.txt but no tokenizer.json
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,11 +36,18 @@ class TokenIds(NamedTuple):
     t5: list[int]
 
 
-class TokenCount(NamedTuple):
-    """How many tokens a caption has before it is cut; ``t5`` counts ``</s>``."""
+class TextLength(NamedTuple):
+    """A caption before it is cut: ``tokens`` in all, and of how many characters something is left (None: nothing is cut)."""
 
-    qwen: int
-    t5: int
+    tokens: int
+    cut_at: int | None
+
+
+class TextLengths(NamedTuple):
+    """``t5`` counts ``</s>``."""
+
+    qwen: TextLength
+    t5: TextLength
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +108,12 @@ class AnimaTokenizers:
             t5 = [*t5[: self.t5_max - 1], t5[-1]]
         return TokenIds(qwen[: self.qwen_max], t5)
 
-    def count(self, caption: str) -> TokenCount:
-        return TokenCount(len(self.qwen.encode(caption).ids), len(self.t5.encode(caption).ids))
+    def lengths(self, caption: str) -> TextLengths:
+        """How long the caption is, and where ``ids`` cuts it."""
+        return TextLengths(
+            _length(self.qwen, caption, kept=self.qwen_max, room=self.qwen_max),
+            _length(self.t5, caption, kept=self.t5_max - 1, room=self.t5_max),
+        )
 
     @property
     def qwen_pad_id(self) -> int:
@@ -114,6 +126,32 @@ class AnimaTokenizers:
         if tokens > embeddings:
             raise CheckpointError(f"the Qwen3 tokenizer has {tokens:,} tokens, the encoder only {embeddings:,}: "
                                   "put its own tokenizer.json into its folder and give --qwen3 that folder")  # fmt: skip
+
+
+def _length(tokenizer: Any, caption: str, *, kept: int, room: int) -> TextLength:
+    """Of a caption of more than ``room`` tokens the first ``kept`` stay. A character that is split between a token that stays and
+    one that goes does not count as seen."""
+    encoding = tokenizer.encode(caption)
+    if len(encoding.ids) <= room:
+        return TextLength(len(encoding.ids), None)
+    offsets = getattr(encoding, "offsets", None)
+    cut_at = offsets[kept][0] if offsets else _longest_start(tokenizer, caption, kept)
+    return TextLength(len(encoding.ids), cut_at)
+
+
+def _longest_start(tokenizer: Any, caption: str, kept: int) -> int:
+    """For tokenizers without offsets: how many characters of ``caption`` come out as at most ``kept`` tokens and ``</s>``."""
+
+    def fits(characters: int) -> bool:
+        return len(tokenizer.encode(caption[:characters]).ids) - 1 <= kept
+
+    low, high = 0, len(caption)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    # a part of a word can take more tokens than the word
+    longer = range(min(low + LONG_WORD, len(caption)), low, -1)
+    return next((characters for characters in longer if fits(characters)), low)
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> tuple[list[list[int]], list[list[bool]]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentRecipe
     from library.dataset.text_cache import TextRecipe
+    from library.dataset.token_use import TokenCounter
 
 
 class Architecture(Protocol):
@@ -28,3 +29,9 @@ class Architecture(Protocol):
 
     def text_recipe(self, layouts: Any, options: Any) -> TextRecipe:
         """All that cached text conditioning depends on besides the caption."""
+
+    def token_counter(self, options: Any) -> TokenCounter:
+        """Counts the tokens of texts as this run's tokenizers would make them, without any model file.
+
+        Loading the tokenizers takes most of a second. Raises CheckpointError for a tokenizer that cannot be read.
+        """

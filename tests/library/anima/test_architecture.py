@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 
-from library.anima.architecture import ANIMA
+from library.anima.architecture import ANIMA, tokenizer_files
 from library.anima.layout import CONTEXT_ROWS
+from library.anima.tokenizers import BUNDLED_QWEN, BUNDLED_T5
+from library.dataset.token_use import TokenUse
 from library.errors import CheckpointError
 from library.options.anima import LONGEST_TEXT_TOKENS, AnimaOptions, AnimaTrainOptions
 from library.options.models import ModelOptions
@@ -73,3 +76,29 @@ def test_text_depends_on_file_precision_and_lengths(options):
 def test_the_limit_of_the_options_is_what_the_model_takes():
     assert LONGEST_TEXT_TOKENS == CONTEXT_ROWS
     assert AnimaOptions().qwen3_max_token_length == AnimaOptions().t5_max_token_length == CONTEXT_ROWS
+
+
+def test_tokens_are_counted_without_any_model_file(options, tmp_path):
+    nothing = with_groups(
+        options, model={"pretrained_model_name_or_path": None, "vae": None}, anima={"qwen3": "gone.safetensors"}
+    )
+    assert ANIMA.token_counter(nothing)("a cat") == (TokenUse("Qwen3", 2, 512, None), TokenUse("T5", 4, 512, None))
+    short = with_groups(nothing, anima={"qwen3_max_token_length": 1, "t5_max_token_length": 3})
+    assert ANIMA.token_counter(short)("a cat") == (TokenUse("Qwen3", 2, 1, 1), TokenUse("T5", 4, 3, 1))
+
+
+def test_tokens_are_counted_by_the_tokenizers_of_the_run(options, tiny_anima, tmp_path):
+    def counted(options):
+        files = ANIMA.read_layouts(options).tokenizers
+        return files, tokenizer_files(options)
+
+    read, found = counted(with_groups(options, anima={"qwen3": str(tiny_anima["qwen3_folder"]), "t5_max_token_length": 9}))
+    assert read == found and found.t5_max == 9
+    own = shutil.copytree(tiny_anima["qwen3_folder"], tmp_path / "own")
+    (own / "tokenizer.json").write_text(
+        gzip.decompress((BUNDLED_QWEN / "tokenizer.json.gz").read_bytes()).decode("utf-8"), "utf-8"
+    )
+    read, found = counted(with_groups(options, anima={"qwen3": str(own), "t5_tokenizer_path": str(BUNDLED_T5)}))
+    assert read == found and found.qwen_dir == own
+    with pytest.raises(CheckpointError, match="--t5_tokenizer_path"):
+        ANIMA.token_counter(with_groups(options, anima={"t5_tokenizer_path": str(tmp_path / "gone")}))

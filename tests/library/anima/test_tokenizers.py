@@ -15,6 +15,7 @@ from library.anima.tokenizers import (
     BUNDLED_T5,
     CONFIGS,
     AnimaTokenizers,
+    SentencePieceIds,
     find_tokenizers,
     load_qwen,
     load_t5,
@@ -39,7 +40,7 @@ def qwen_json() -> dict:
 def test_published_ids(bundled):
     assert bundled.ids("a cat") == ([64, 8251], [3, 9, 1712, 1])
     assert bundled.ids("") == ([], [1])
-    assert bundled.count("a cat") == (2, 4)
+    assert bundled.lengths("a cat") == ((2, None), (4, None))
     assert bundled.qwen_pad_id == 151643
 
 
@@ -48,7 +49,33 @@ def test_long_captions_lose_their_end_and_t5_keeps_its_last_token(bundled):
     whole, cut = bundled.ids("a long caption about cats and dogs"), short.ids("a long caption about cats and dogs")
     assert cut.qwen == whole.qwen[:5]
     assert cut.t5 == [*whole.t5[:6], 1]
-    assert short.count("a long caption about cats and dogs").t5 == len(whole.t5) > 7
+    assert short.lengths("a long caption about cats and dogs").t5.tokens == len(whole.t5) > 7
+
+
+@pytest.mark.parametrize("caption", [*CAPTIONS, "a long caption, with été, 猫 and 🐈‍⬛; and more words"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 8, 13])
+def test_where_a_caption_is_cut(bundled, caption, limit):
+    """What is left is all that the encoder sees: the kept characters alone give the kept tokens, but for a last one that had a part of a character."""
+    lengths = AnimaTokenizers(bundled.qwen, bundled.t5, limit, limit).lengths(caption)
+    for length, tokenizer, kept in ((lengths.qwen, bundled.qwen, limit), (lengths.t5, bundled.t5, limit - 1)):
+        whole = tokenizer.encode(caption).ids
+        assert length.tokens == len(whole) and (length.cut_at is None) == (len(whole) <= limit)
+        if length.cut_at is not None:
+            start = [token for token in tokenizer.encode(caption[: length.cut_at]).ids if token != 1 or tokenizer is bundled.qwen]
+            assert len(start) <= kept and start[:-1] == whole[: len(start)][:-1]
+
+
+def test_a_tokenizer_without_offsets_is_cut_at_the_same_places(bundled):
+    class WithoutOffsets:
+        def encode(self, caption):
+            return SentencePieceIds(bundled.t5.encode(caption).ids)
+
+    caption = "a long caption about cats and dogs, and about birds"
+    for limit in range(1, 12):
+        with_offsets = AnimaTokenizers(bundled.qwen, bundled.t5, 512, limit).lengths(caption).t5
+        without = AnimaTokenizers(bundled.qwen, WithoutOffsets(), 512, limit).lengths(caption).t5
+        assert without.tokens == with_offsets.tokens and without.cut_at is not None and with_offsets.cut_at is not None
+        assert 0 <= without.cut_at - with_offsets.cut_at <= 1  # a blank that is no token yet
 
 
 def test_padding():
