@@ -21,7 +21,7 @@ class TinyArchitecture:
     name, bucket_step = "tiny", 16
     prompt_settings = frozenset({"prompt", "negative_prompt", "width", "height", "seed"})
 
-    def read_layouts(self, options):
+    def read_layouts(self, options, parts=()):
         return SimpleNamespace()
 
     def latent_recipe(self, layouts, options):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from library.anima.layout import DenoiserLayout, read_denoiser_layout
-from library.anima.text_layout import TextEncoderLayout, has_tokenizer, read_text_encoder_layout
+from library.anima.text_layout import TextEncoderLayout, read_text_encoder_layout
 from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.latent_cache import LatentRecipe
@@ -21,12 +20,12 @@ from library.randomness import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class AnimaLayouts:
-    """The checked files of a run."""
+    """The checked files of a run; None for those that were not asked for."""
 
-    denoiser: DenoiserLayout
-    text: TextEncoderLayout
-    tokenizers: TokenizerFiles
-    vae: VaeLayout
+    denoiser: DenoiserLayout | None = None
+    text: TextEncoderLayout | None = None
+    tokenizers: TokenizerFiles | None = None
+    vae: VaeLayout | None = None
 
 
 class AnimaArchitecture:
@@ -38,31 +37,31 @@ class AnimaArchitecture:
         {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift"}
     )
 
-    def read_layouts(self, options: Any) -> AnimaLayouts:
+    def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> AnimaLayouts:
         model, anima = options.model, options.anima
         problems = ProblemList()
         found: dict[str, Any] = {}
-        with problems.collect():
-            found["denoiser"] = read_denoiser_layout(model.pretrained_model_name_or_path, anima.llm_adapter_path)
-        with problems.collect():
-            found["text"] = read_text_encoder_layout(anima.qwen3)
-        with problems.collect():
-            found["tokenizers"] = find_tokenizers(
-                found.get("text"),
-                t5_path=anima.t5_tokenizer_path,
-                qwen_max=anima.qwen3_max_token_length,
-                t5_max=anima.t5_max_token_length,
-            )
-        with problems.collect():
-            found["vae"] = read_vae_layout(model.vae)
+        if "denoiser" in parts:
+            with problems.collect():
+                found["denoiser"] = read_denoiser_layout(model.pretrained_model_name_or_path, anima.llm_adapter_path)
+        if "text" in parts:
+            with problems.collect():
+                found["text"] = read_text_encoder_layout(anima.qwen3)
+            with problems.collect():
+                found["tokenizers"] = tokenizer_files(options)
+        if "vae" in parts:
+            with problems.collect():
+                found["vae"] = read_vae_layout(model.vae)
         problems.raise_if_any()
-        if misfits := list(fit_problems(found["denoiser"], found["text"], found["vae"])):
+        layouts = AnimaLayouts(**found)
+        if misfits := list(fit_problems(layouts)):
             raise CheckpointError(*misfits)
-        return AnimaLayouts(**found)
+        return layouts
 
     def latent_recipe(self, layouts: AnimaLayouts, options: Any) -> LatentRecipe:
         dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype
         vae = layouts.vae
+        assert vae is not None  # asked for
         fingerprint = file_fingerprint(vae.path)
         if vae.config is not None:  # a config.json beside the file may set the scale of the latents
             fingerprint += f"-{derive_seed(*map(repr, (*vae.config.latents_mean, *vae.config.latents_std))):x}"
@@ -70,6 +69,7 @@ class AnimaArchitecture:
 
     def text_recipe(self, layouts: AnimaLayouts, options: Any) -> TextRecipe:
         anima = options.anima
+        assert layouts.text is not None and layouts.tokenizers is not None  # asked for
         tokenizer = file_fingerprint(layouts.tokenizers.t5_dir) if anima.t5_tokenizer_path else "bundled"
         lengths = {"qwen3_tokens": anima.qwen3_max_token_length, "t5_tokens": anima.t5_max_token_length}
         return TextRecipe(
@@ -93,23 +93,24 @@ class AnimaArchitecture:
 
 
 def tokenizer_files(options: Any) -> TokenizerFiles:
-    """The tokenizers that a run with these options has, whether or not its --qwen3 is there: only a folder may bring its own."""
     anima = options.anima
-    lengths = {"qwen_max": anima.qwen3_max_token_length, "t5_max": anima.t5_max_token_length}
-    files = find_tokenizers(t5_path=anima.t5_tokenizer_path, **lengths)
-    folder = Path(anima.qwen3).expanduser() if anima.qwen3 else None
-    return replace(files, qwen_dir=folder) if folder is not None and has_tokenizer(folder) else files
+    return find_tokenizers(
+        anima.qwen3, anima.t5_tokenizer_path, qwen_max=anima.qwen3_max_token_length, t5_max=anima.t5_max_token_length
+    )
 
 
-def fit_problems(denoiser: DenoiserLayout, text: TextEncoderLayout, vae: VaeLayout) -> Iterator[str]:
+def fit_problems(layouts: AnimaLayouts) -> Iterator[str]:
     """Parts that are right in themselves but not made for each other."""
+    denoiser, text, vae = layouts.denoiser, layouts.text, layouts.vae
+    if denoiser is None:
+        return
     adapter = denoiser.config.adapter
-    if adapter is not None and adapter.source_width != text.config.width:
+    if adapter is not None and text is not None and adapter.source_width != text.config.width:
         yield (
             f"--qwen3 {text.path} gives states of width {text.config.width}, the LLM adapter wants {adapter.source_width}: "
             "give the Qwen3-0.6B that belongs to this Anima model"
         )
-    if vae.config is not None and vae.config.latent_channels != denoiser.config.in_channels:
+    if vae is not None and vae.config is not None and vae.config.latent_channels != denoiser.config.in_channels:
         yield (
             f"--vae {vae.path} makes latents of {vae.config.latent_channels} channels, the model wants "
             f"{denoiser.config.in_channels}: give the Qwen-Image VAE"

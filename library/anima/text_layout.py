@@ -42,12 +42,11 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class TextEncoderLayout:
-    """A checked encoder. ``sources`` name the tensors to read; ``tokenizer_dir`` is the user's folder if it has a tokenizer."""
+    """A checked encoder. ``sources`` name the tensors to read."""
 
     path: Path
     config: TextEncoderConfig
     sources: tuple[TensorSource, ...]
-    tokenizer_dir: Path | None
 
 
 def read_text_encoder_layout(value: str | Path | None, *, flag: str = FLAG) -> TextEncoderLayout:
@@ -73,7 +72,7 @@ def read_text_encoder_layout(value: str | Path | None, *, flag: str = FLAG) -> T
     if config.heads % config.key_heads or config.head_dim % 2:
         raise CheckpointError(f"{flag} {path} has {config.heads} heads of {config.head_dim} over {config.key_heads} key heads: "
                               "the heads must be a multiple of the key heads and their width even")  # fmt: skip
-    return TextEncoderLayout(path, config, sources, path if path.is_dir() and has_tokenizer(path) else None)
+    return TextEncoderLayout(path, config, sources)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.anima.layout import CONTEXT_ROWS
-from library.anima.text_layout import TextEncoderLayout, has_tokenizer
+from library.anima.text_layout import has_tokenizer
 from library.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -64,17 +64,20 @@ class TokenizerFiles:
 
 
 def find_tokenizers(
-    layout: TextEncoderLayout | None = None,
+    qwen3: str | Path | None = None,
     t5_path: str | Path | None = None,
     *,
     qwen_max: int = CONTEXT_ROWS,
     t5_max: int = CONTEXT_ROWS,
 ) -> TokenizerFiles:
-    """The tokenizers of a run: Qwen's from the user's Qwen3 folder if it has one, T5's from ``t5_path`` if given, else bundled.
+    """The tokenizers of a run: Qwen's from the encoder's folder ``qwen3`` if it is one and has one, T5's from ``t5_path`` if
+    given, else bundled. Whether there is an encoder at ``qwen3`` is not asked.
 
     Raises CheckpointError when ``t5_path`` is not a folder (or file in one) with a T5 tokenizer.
     """
-    qwen_dir = layout.tokenizer_dir if layout is not None and layout.tokenizer_dir is not None else BUNDLED_QWEN
+    qwen_dir = Path(qwen3).expanduser() if qwen3 else BUNDLED_QWEN
+    if not has_tokenizer(qwen_dir):
+        qwen_dir = BUNDLED_QWEN
     if not t5_path:
         return TokenizerFiles(qwen_dir, BUNDLED_T5, qwen_max, t5_max)
     folder = Path(t5_path).expanduser()

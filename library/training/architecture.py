@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -17,18 +18,18 @@ class Architecture(Protocol):
     bucket_step: ClassVar[int]  # bucket sides are multiples of it, in pixels
     prompt_settings: ClassVar[frozenset[str]]  # fields of SamplePrompt that its sampler uses
 
-    def read_layouts(self, options: Any) -> Any:
-        """Reads every model file's header and checks it against the architecture.
+    def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> Any:
+        """Reads the headers of the model files of ``parts`` and checks them against the architecture.
 
-        Returns the architecture's own layouts object, which the trainer gets back. Raises CheckpointError with the problems
-        of all files together.
+        Returns the architecture's own layouts object, which the trainer gets back; what was not asked for is None in it, and its
+        flags may be missing. Raises CheckpointError with the problems of all files together.
         """
 
     def latent_recipe(self, layouts: Any, options: Any) -> LatentRecipe:
-        """All that cached latents depend on besides the image."""
+        """All that cached latents depend on besides the image. ``layouts`` has at least the VAE's."""
 
     def text_recipe(self, layouts: Any, options: Any) -> TextRecipe:
-        """All that cached text conditioning depends on besides the caption."""
+        """All that cached text conditioning depends on besides the caption. ``layouts`` has at least the text encoder's."""
 
     def token_counter(self, options: Any) -> TokenCounter:
         """Counts the tokens of texts as this run's tokenizers would make them, without any model file.

@@ -51,6 +51,20 @@ def test_parts_of_different_models_are_told(options, monkeypatch):
         ANIMA.read_layouts(options)
 
 
+def test_only_the_parts_that_are_asked_for_are_read(options):
+    only_vae = with_groups(options, model={"pretrained_model_name_or_path": None}, anima={"qwen3": "gone.safetensors"})
+    layouts = ANIMA.read_layouts(only_vae, {"vae"})
+    assert layouts.vae is not None and layouts.denoiser is layouts.text is layouts.tokenizers is None
+    assert ANIMA.latent_recipe(layouts, only_vae) == ANIMA.latent_recipe(ANIMA.read_layouts(options), options)
+    only_text = with_groups(options, model={"pretrained_model_name_or_path": None, "vae": "gone.safetensors"})
+    layouts = ANIMA.read_layouts(only_text, {"text"})
+    assert layouts.text is not None and layouts.tokenizers is not None and layouts.denoiser is layouts.vae is None
+    assert ANIMA.text_recipe(layouts, only_text) == ANIMA.text_recipe(ANIMA.read_layouts(options), options)
+    with pytest.raises(CheckpointError) as caught:
+        ANIMA.read_layouts(only_text, {"text", "vae"})
+    assert len(caught.value.problems) == 1
+
+
 def test_latents_depend_on_file_precision_and_scale(options, tiny_anima, tmp_path):
     def recipe(options):
         return ANIMA.latent_recipe(ANIMA.read_layouts(options), options)

@@ -39,7 +39,6 @@ def test_every_prefix_is_read_and_the_head_ignored(tmp_path, prefix):
     (source,) = layout.sources
     assert sorted(source.names.values()) == sorted(expected_shapes(SMALL_VOCABULARY))
     assert source.names[f"{prefix}layers.1.mlp.up_proj.weight"] == "layers.1.mlp.up_proj.weight"
-    assert layout.tokenizer_dir is None
 
 
 def test_published_sizes():

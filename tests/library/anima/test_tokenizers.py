@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from library.anima.text_layout import read_text_encoder_layout
 from library.anima.tokenizers import (
     BUNDLED_QWEN,
     BUNDLED_T5,
@@ -96,10 +95,10 @@ def test_shipped_files_are_the_listed_ones():
 
 def test_own_folder_of_the_encoder_is_used(tmp_path, bundled, qwen_json):
     save_tiny_qwen(tmp_path / "model.safetensors", SMALL_VOCABULARY)
-    assert find_tokenizers(read_text_encoder_layout(tmp_path)).qwen_dir == BUNDLED_QWEN
+    assert find_tokenizers(tmp_path).qwen_dir == BUNDLED_QWEN
     (tmp_path / "tokenizer.json").write_text(json.dumps(qwen_json | {"truncation": {"max_length": 1, "strategy": "LongestFirst",
                                                                                   "stride": 0, "direction": "Right"}}), "utf-8")  # fmt: skip
-    files = find_tokenizers(read_text_encoder_layout(tmp_path), qwen_max=8, t5_max=9)
+    files = find_tokenizers(tmp_path, qwen_max=8, t5_max=9)
     assert (files.qwen_dir, files.t5_dir, files.qwen_max, files.t5_max) == (tmp_path, BUNDLED_T5, 8, 9)
     assert load_qwen(tmp_path).encode("a cat").ids == [64, 8251]  # the file's own limit of one token is not ours
 
