@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.dataset.image_records import SourceHashes, SourceIdentity, folder_mark, unreadable_source
 from library.errors import CheckpointError, DatasetError, OutputError, os_error_text
 from library.files.atomic import TEMPORARY_MARK, write_atomically
 from library.files.left_overs import remove_left_overs
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 FORMAT = "1"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
 SUFFIX = ".safetensors"
 MAX_NAME_BYTES = 230  # file systems allow 255; the rest is for the temporary name's ".tmp-PID"
-HASH_CHUNK_BYTES = 1 << 20
 
 REASONS = {
     "format": "made by another version of this program",
@@ -107,45 +107,6 @@ class CacheState:
         return self.valid == self.total
 
 
-@dataclass(frozen=True, slots=True)
-class SourceIdentity:
-    """An image file as it was when its cache entry was made."""
-
-    size: int
-    mtime_ns: int
-    sha256: str
-
-
-class SourceHashes:
-    """sha256 of image files, each computed once per object as long as the file's size and time stay the same."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Path, int, int], str] = {}
-
-    def identity(self, path: Path) -> SourceIdentity:
-        """Raises DatasetError when the image cannot be read."""
-        try:
-            stat = path.stat()
-            key = (path, stat.st_size, stat.st_mtime_ns)
-            if key not in self._known:
-                self._known[key] = sha256_of(path)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        return SourceIdentity(stat.st_size, stat.st_mtime_ns, self._known[key])
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _unreadable(path: Path, error: OSError) -> DatasetError:
-    return DatasetError(f"cannot read {path}: {error.strerror or error}; was it moved or deleted after the start?")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What a run expects of one cache file. ``ingredients`` leaves the image's hash out: that comes from ``source``."""
@@ -163,8 +124,7 @@ def cache_path(beside: Path, kind: str, cache_dir: Path | None) -> Path:
     name = _short_enough(beside.name, f".{kind}{SUFFIX}")
     if cache_dir is None:
         return beside.with_name(name)
-    folder = hashlib.sha256(os.fsencode(beside.parent.absolute())).hexdigest()[:8]
-    return cache_dir / f"{folder}-{name}"
+    return cache_dir / f"{folder_mark(beside.parent)}-{name}"
 
 
 def _short_enough(name: str, ending: str) -> str:
@@ -228,7 +188,7 @@ def _check_source(path: Path, noted: object, sha256: object, hashes: SourceHashe
     try:
         stat = path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable_source(path, error) from error
     if noted == {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}:
         return VALID
     same_size = isinstance(noted, dict) and noted.get("size") == stat.st_size

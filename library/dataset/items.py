@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from library.dataset.image_records import ImageRecords
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +107,7 @@ class TrainingSet:
     validation: tuple[Item, ...] = ()
     skipped: tuple[str, ...] = ()  # bad images left out with --skip_bad_images, each with its reason
     warnings: tuple[str, ...] = field(default=())
+    records: ImageRecords | None = field(default=None, compare=False, repr=False)  # of every image and mask, for the caches
 
     @property
     def all_items(self) -> tuple[Item, ...]:
