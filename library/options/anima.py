@@ -50,13 +50,12 @@ class AnimaTrainOptions(TrainOptions):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.loss.flow_problems()
-        if self.look.only:
-            return
-        if not self.anima.qwen3:
+        if "text" in self.parts and not self.anima.qwen3:
             yield "--qwen3 is missing: name the Qwen3-0.6B text encoder, a .safetensors file or a folder"
-        if not self.model.vae:
+        if "vae" in self.parts and not self.model.vae:
             yield "--vae is missing: name the file of the Qwen-Image VAE"
-        if any(self.optimizer.text_encoder_lr or ()) and not self.network.network_train_unet_only:
+        trains_text = any(self.optimizer.text_encoder_lr or ()) and not self.network.network_train_unet_only
+        if "denoiser" in self.parts and trains_text:
             yield (
                 "--text_encoder_lr is given, but a LoRA for Anima's text encoder cannot be trained yet: drop it, or add "
                 "--network_train_unet_only"

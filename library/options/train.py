@@ -51,9 +51,14 @@ class TrainOptions:
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model that the command cannot do without: whoever only looks needs none, a caching tool one."""
+        return () if self.look.only else ("denoiser", "text", "vae")
+
     def problems(self) -> Iterator[str]:
         """Problems between groups and flags that a run cannot do without; each group tells its own."""
-        if self.look.only:
+        if "denoiser" not in self.parts:
             return
         if not self.saving.output_dir:
             yield "--output_dir is missing: name the folder for the trained files"

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from library.dataset.cache_size import memory_warning
 from library.dataset.items import DatasetSettings, Item
 from library.training.preflight import CheckedRun
+
+if TYPE_CHECKING:
+    from library.dataset.latent_cache import LatentCache
+    from library.dataset.text_cache import TextCache
 
 MIB = 2**20
 MAX_BUCKET_LINES = 12
@@ -83,16 +88,21 @@ def _cache_lines(run: CheckedRun) -> Iterator[str]:
     for kind, cache in (("latents", run.latent_cache), ("text outputs", run.text_cache)):
         if cache is None:
             yield f"  {kind}: not cached, encoded at every step"
-            continue
-        state = cache.state()
-        if not cache.on_disk:
-            yield f"  {kind}: {state.total} to be cached in memory, about {state.bytes_needed / MIB:,.1f} MiB"
-            continue
-        stale = len(state.stale)
-        yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again"
-        reasons = Counter(reason for _, reason in state.stale)
-        yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
+        else:
+            yield from cache_lines(kind, cache)
     yield from _variant_lines(run)
+
+
+def cache_lines(kind: str, cache: LatentCache | TextCache) -> Iterator[str]:
+    """What is there of a cache, and why some of it must be made again."""
+    state = cache.state()
+    if not cache.on_disk:
+        yield f"  {kind}: {state.total} to be cached in memory, about {state.bytes_needed / MIB:,.1f} MiB"
+        return
+    stale = len(state.stale)
+    yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again"
+    reasons = Counter(reason for _, reason in state.stale)
+    yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
 
 
 def memory_warnings(run: CheckedRun) -> Iterator[str]:
