@@ -1,4 +1,4 @@
-"""Image files: is one readable and how large is it, and its pixels as the model will see them.
+"""Image files: their pixels as the model will see them.
 
 Everything happens on the upright picture: EXIF orientation is applied first (the reference ignores it).
 """
@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from library.dataset.items import Item
+from library.dataset.verify import orientation, reason, size_text
 from library.errors import DatasetError
 
-ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 4
 UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,12 +23,7 @@ UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SWAPS_SIDES = (5, 6, 7, 8)
 SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow before 11 opens 16-bit PNG as "I"
-
-MIN_SIDE_PX = 16  # one image token of the models here; less is an icon or a tracking pixel, never training material
-MAX_SIDE_PX = 32_767  # longer than any photograph, scan or comic strip: a mistake, of which a crop would keep next to nothing
-MAX_PIXELS = 178_956_970  # where Pillow refuses to open a file (twice its decompression-bomb warning)
 
 PILLOW_RESIZERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 OPENCV_RESIZERS = {
@@ -49,7 +44,9 @@ def load_pixels(item: Item, *, flipped: bool = False) -> np.ndarray:
     pixels = read_rgb(item.path)
     found_wh = (pixels.shape[1], pixels.shape[0])
     if found_wh != item.size_wh:
-        raise DatasetError(f"{item.path} is {_by(found_wh)} now but was {_by(item.size_wh)} when the run began: start again")
+        raise DatasetError(
+            f"{item.path} is {size_text(found_wh)} now but was {size_text(item.size_wh)} when the run began: start again"
+        )
     pixels = resize(pixels, item.resized_wh, interpolation=item.subset.resize_interpolation)
     (left, top), (width, height) = item.crop_left_top, item.bucket_wh
     pixels = pixels[top : top + height, left : left + width]
@@ -63,26 +60,7 @@ def read_rgb(path: Path) -> np.ndarray:
             image.load()
             return np.asarray(_to_rgb(_upright(image)))
     except Exception as error:  # Pillow's readers raise anything at all on damaged data
-        raise DatasetError(f"{path} cannot be read: {_reason(error, path)}") from error
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, after reading the whole file so that a truncated one is found.
-
-    Raises DatasetError naming the file and why it cannot be trained.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            _check_size(width, height)
-            image.draft(image.mode, (1, 1))  # JPEG: reads every byte, but builds a picture of an eighth of the size
-            image.load()
-            swapped = _orientation(image) in SWAPS_SIDES
-    except DatasetError as error:
-        raise DatasetError(f"{path} {error.problems[0]}") from None
-    except Exception as error:  # Pillow's readers raise anything at all on damaged data
-        raise DatasetError(f"{path} cannot be read: {_reason(error, path)}") from error
-    return (height, width) if swapped else (width, height)
+        raise DatasetError(f"{path} cannot be read: {reason(error, path)}") from error
 
 
 def resize(pixels: np.ndarray, size_wh: tuple[int, int], *, interpolation: str | None) -> np.ndarray:
@@ -103,15 +81,8 @@ def resize(pixels: np.ndarray, size_wh: tuple[int, int], *, interpolation: str |
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    method = UPRIGHT.get(_orientation(image))
+    method = UPRIGHT.get(orientation(image))
     return image if method is None else image.transpose(method)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # a damaged EXIF block does not make the picture unusable: viewers ignore it too
-        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -122,30 +93,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P":
         image.info.pop("transparency", None)  # only makes Pillow warn; RGB drops it
     return image.convert("RGB")
-
-
-def _check_size(width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE_PX:
-        raise DatasetError(f"is too small ({_by((width, height))}): both sides need at least {MIN_SIDE_PX} px")
-    if max(width, height) > MAX_SIDE_PX:
-        raise DatasetError(f"is too large ({_by((width, height))}): no side may be over {MAX_SIDE_PX:,} px; scale it down")
-    if width * height > MAX_PIXELS:
-        raise DatasetError(f"is too large ({_by((width, height))}): at most {MAX_PIXELS:,} pixels; scale it down")
-
-
-def _reason(error: Exception, path: Path) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file is not there"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"it is too large (over {MAX_PIXELS:,} pixels); scale it down"
-    if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty (0 bytes)"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "its content is no image that Pillow knows"
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return str(error) or type(error).__name__
-
-
-def _by(size_wh: tuple[int, int]) -> str:
-    return f"{size_wh[0]}x{size_wh[1]}"

@@ -23,9 +23,9 @@ from library.dataset.folders import (
     read_caption,
     unread_images_warning,
 )
-from library.dataset.images import MAX_PIXELS, read_size
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.dataset.metadata_file import read_metadata
+from library.dataset.verify import MAX_PIXELS, read_record
 from library.errors import DatasetError
 
 PROBLEMS_SHOWN = 20
@@ -123,7 +123,7 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 def _size_or_problem(path: Path) -> Size | str:
     try:
-        return read_size(path)
+        return read_record(path).size_wh
     except DatasetError as error:
         return str(error)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.dataset.images import load_pixels, read_rgb, read_size, resize
+from library.dataset.images import load_pixels, read_rgb, resize
 from library.dataset.items import Item, SubsetSettings
+from library.dataset.verify import read_record
 from library.errors import DatasetError
 
 RED, GREEN, BLUE = (220, 30, 40), (30, 200, 60), (20, 40, 210)
@@ -39,7 +40,7 @@ def near(pixel: np.ndarray, colour: tuple[int, int, int], *, within: int = 12) -
 
 def problem(path: Path) -> str:
     with pytest.raises(DatasetError) as caught:
-        read_size(path)
+        read_record(path)
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -48,7 +49,7 @@ def problem(path: Path) -> str:
 def test_formats(name: str, tmp_path: Path):
     path = tmp_path / name
     picture().save(path, quality=95)
-    assert read_size(path) == (60, 40)
+    assert read_record(path).size_wh == (60, 40)
     pixels = read_rgb(path)
     assert pixels.shape == (40, 60, 3) and pixels.dtype == np.uint8
     assert near(pixels[20, 10], RED) and near(pixels[8, 50], GREEN) and near(pixels[32, 50], BLUE)
@@ -72,7 +73,7 @@ def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path):
     }
     stored = picture() if orientation == 1 else picture().transpose(Image.Transpose[undo[orientation]])
     stored.save(path, exif=exif, quality=95)
-    assert read_size(path) == (60, 40)
+    assert read_record(path).size_wh == (60, 40)
     pixels = read_rgb(path)
     assert near(pixels[20, 10], RED) and near(pixels[8, 50], GREEN) and near(pixels[32, 50], BLUE)
 
@@ -80,7 +81,7 @@ def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path):
 def test_damaged_exif_is_ignored(tmp_path: Path):
     path = tmp_path / "x.jpg"
     picture().save(path, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff broken")
-    assert read_size(path) == (60, 40) and read_rgb(path).shape == (40, 60, 3)
+    assert read_record(path).size_wh == (60, 40) and read_rgb(path).shape == (40, 60, 3)
 
 
 def test_alpha_is_dropped_not_blended(tmp_path: Path):
@@ -96,7 +97,7 @@ def test_palette_with_transparency(transparency, tmp_path: Path):
     image = Image.new("P", (20, 20), 1)
     image.putpalette([*RED, *BLUE])
     image.save(path, **({} if transparency is None else {"transparency": transparency}))
-    assert read_size(path) == (20, 20)
+    assert read_record(path).size_wh == (20, 20)
     assert np.array_equal(read_rgb(path)[5, 5], BLUE)
 
 
@@ -117,7 +118,7 @@ def test_sixteen_bit_grey_is_scaled(tmp_path: Path):
 def test_cmyk(tmp_path: Path):
     path = tmp_path / "x.jpg"
     Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(path, quality=95)
-    assert read_size(path) == (32, 32)
+    assert read_record(path).size_wh == (32, 32)
     assert near(read_rgb(path)[5, 5], (255, 0, 0))
 
 

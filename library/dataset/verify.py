@@ -1,0 +1,108 @@
+"""Is an image file readable to its end, and what is in it. Each file's bytes are read once: for its hash and for decoding."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat as stat_modes
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from library.dataset.image_records import ImageRecord, Size
+from library.errors import DatasetError
+
+ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 4
+SWAPS_SIDES = (5, 6, 7, 8)  # orientations whose picture is stored lying on its side
+ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+
+MIN_SIDE_PX = 16  # one image token of the models here; less is an icon or a tracking pixel, never training material
+MAX_SIDE_PX = 32_767  # longer than any photograph, scan or comic strip: a mistake, of which a crop would keep next to nothing
+MAX_PIXELS = 178_956_970  # where Pillow refuses to open a file (twice its decompression-bomb warning)
+MAX_BYTES = 2**31  # MAX_PIXELS take less in every format, even stored plainly with 16 bits for each of four channels
+
+
+def read_record(path: Path, known: ImageRecord | None = None) -> ImageRecord:
+    """Reads the whole file, so that a truncated one is found, and tells what it holds.
+
+    ``known``: of an earlier reading; where the bytes are still the same they are not decoded again. Raises DatasetError naming
+    the file and why it cannot be trained.
+    """
+    try:
+        stat, data = _read(path)
+        sha256 = hashlib.sha256(data).digest()
+        if known is not None and known.sha256 == sha256:
+            return known._replace(mtime_ns=stat.st_mtime_ns)
+        size_wh, has_alpha = _decode(data)
+    except DatasetError as error:
+        raise DatasetError(f"{path} {error.problems[0]}") from None
+    except Exception as error:  # Pillow's readers raise anything at all on damaged data
+        raise DatasetError(f"{path} cannot be read: {reason(error, path)}") from error
+    return ImageRecord(stat.st_size, stat.st_mtime_ns, sha256, size_wh, has_alpha)
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8, how the picture must be turned to be upright; 1 where EXIF does not say."""
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # a damaged EXIF block does not make the picture unusable: viewers ignore it too
+        return 1
+
+
+def reason(error: Exception, path: Path) -> str:
+    """Why an image could not be read, in words for the user."""
+    if isinstance(error, FileNotFoundError):
+        return "it is a link to a file that is not there" if path.is_symlink() else "the file is not there"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it is too large (over {MAX_PIXELS:,} pixels); scale it down"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "it is a link that leads back to itself"
+    if path.is_dir():
+        return "it is a folder"
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty (0 bytes)"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "its content is no image that Pillow knows"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) or type(error).__name__
+
+
+def size_text(size_wh: Size) -> str:
+    return f"{size_wh[0]}x{size_wh[1]}"
+
+
+def _read(path: Path) -> tuple[os.stat_result, bytes]:
+    stat = path.stat()  # before reading: whatever changes the file from now on gives it another time
+    if stat_modes.S_ISDIR(stat.st_mode):
+        raise DatasetError("cannot be read: it is a folder")
+    if not stat_modes.S_ISREG(stat.st_mode):  # opening a pipe would wait for ever
+        raise DatasetError("cannot be read: it is no file but a pipe or a device")
+    if stat.st_size > MAX_BYTES:
+        raise DatasetError(f"is too large ({stat.st_size:,} bytes): no image of at most {MAX_PIXELS:,} pixels takes as much")
+    data = path.read_bytes()
+    if len(data) != stat.st_size:
+        raise DatasetError("cannot be read: it is being written to; start again when that is done")
+    return stat, data
+
+
+def _decode(data: bytes) -> tuple[Size, bool]:
+    """The size of the upright picture, and whether it has an alpha channel."""
+    with Image.open(BytesIO(data)) as image:
+        width, height = image.size
+        _check_size(width, height)
+        image.draft(image.mode, (1, 1))  # JPEG: reads every byte, but builds a picture of an eighth of the size
+        image.load()
+        has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
+        return (height, width) if orientation(image) in SWAPS_SIDES else (width, height), has_alpha
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE_PX:
+        raise DatasetError(f"is too small ({size_text((width, height))}): both sides need at least {MIN_SIDE_PX} px")
+    if max(width, height) > MAX_SIDE_PX:
+        raise DatasetError(f"is too large ({size_text((width, height))}): no side may be over {MAX_SIDE_PX:,} px; scale it down")
+    if width * height > MAX_PIXELS:
+        raise DatasetError(f"is too large ({size_text((width, height))}): at most {MAX_PIXELS:,} pixels; scale it down")
