@@ -1,6 +1,8 @@
-"""From the caption as read to the text that is trained: prefix, wildcards, tags, dropout.
+"""From the caption as read to the text that is trained: prefix, wildcards, tags, dropout, warm-up.
 
-Every random choice is a pure function of the seed, the item and the showing; nothing here keeps state.
+Every random choice is a pure function of the seed, the item and the showing; nothing here keeps state. Emphasis such as
+``(red:1.2)`` or ``[blue]`` is text like any other here: only where tags are split is it cut at a comma inside it, as in the
+reference.
 """
 
 from __future__ import annotations
@@ -28,21 +30,38 @@ class TagParts:
     tail: list[str]
 
 
-def caption_for(item: Item, *, seed: int, epoch: int, occurrence: int) -> str:
-    """The text of one showing of an image when the text encoder runs at every step; empty where the caption is dropped."""
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When in a run something is shown: ``step`` optimizer steps of the ``total_steps`` of the run lie before it."""
+
+    step: int
+    total_steps: int
+
+
+def caption_for(item: Item, *, seed: int, epoch: int, occurrence: int, moment: Moment | None = None) -> str:
+    """The text of one showing of an image when the text encoder runs at every step; empty where the caption is dropped.
+
+    ``moment`` matters for the warm-up of tags only; None: it is over.
+    """
     if is_dropped(item, seed=seed, epoch=epoch, occurrence=occurrence):
         return ""
-    return render_caption(item.caption, item.subset, python_random("caption", seed, item.key, occurrence))
+    rng = python_random("caption", seed, item.key, occurrence) if is_random(item.subset) else None
+    return render_caption(item.caption, item.subset, rng, moment=moment)
 
 
 def caption_variant(item: Item, variant: int) -> str:
-    """Variant 0, 1, 2 ... of the caption, for cached text: depends on the item and the number, never on the seed."""
-    return render_caption(item.caption, item.subset, python_random("caption variant", item.key, variant))
+    """Variant 0, 1, 2 ... of the caption, for cached text and for validation: depends on the item and the number, never on the
+    seed. Tags are all there: what is cached knows no steps."""
+    rng = python_random("caption variant", item.key, variant) if is_random(item.subset) else None
+    return render_caption(item.caption, item.subset, rng)
 
 
 def variant_for(item: Item, *, seed: int, epoch: int, occurrence: int, variants: int) -> int:
-    """Which of ``variants`` cached captions one showing uses: all of them once, in random order, then all of them again."""
-    if variants <= 1:
+    """Which of ``variants`` cached captions one showing uses: all of them once, in random order, then all of them again.
+
+    Always 0 for a caption that never changes.
+    """
+    if variants <= 1 or not is_random(item.subset):
         return 0
     turn, position = divmod(occurrence, variants)
     order = list(range(variants))
@@ -56,16 +75,25 @@ def is_dropped(item: Item, *, seed: int, epoch: int, occurrence: int) -> bool:
     if every > 0 and epoch % every == 0:
         return True
     rate = item.subset.caption_dropout_rate
-    return rate > 0 and python_random("caption dropout", seed, item.key, occurrence).random() < rate
+    return rate >= 1 or (rate > 0 and python_random("caption dropout", seed, item.key, occurrence).random() < rate)
 
 
 def is_random(subset: SubsetSettings) -> bool:
-    """Whether two showings of one image can have different captions (dropout of the whole caption aside)."""
+    """Whether two showings of one image in the same step can have different captions (dropout of the whole caption aside).
+
+    Token warm-up is not random; but it lets captions grow with the steps, see ``changes_over_time``.
+    """
     return subset.shuffle_caption or subset.enable_wildcard or 0 < subset.caption_tag_dropout_rate < 1
 
 
+def changes_over_time(subset: SubsetSettings) -> bool:
+    """Whether a caption depends on the step it is shown in (token warm-up): such text cannot be cached."""
+    return subset.token_warmup_step > 0
+
+
 def possible_variants(item: Item, *, limit: int) -> int:
-    """An upper bound, at most ``limit``, of how many different captions the item can have: 1 means it never changes."""
+    """An upper bound, at most ``limit``, of how many different captions the item can have once token warm-up is over: 1 means
+    that it never changes then."""
     subset = item.subset
     if not is_random(subset):
         return 1
@@ -78,18 +106,18 @@ def possible_variants(item: Item, *, limit: int) -> int:
     return max(total, 1)
 
 
-def render_caption(caption: str, subset: SubsetSettings, rng: random.Random | None) -> str:
+def render_caption(caption: str, subset: SubsetSettings, rng: random.Random | None, *, moment: Moment | None = None) -> str:
     """Applies everything but the dropout of the whole caption.
 
     ``caption`` may have several lines: a random one is taken with wildcards on, the first one otherwise. ``rng`` may be None
-    only where ``is_random`` is false. Unlike in the reference, prefix and suffix belong to every line, not to the first and
-    the last.
+    only where ``is_random`` is false, ``moment`` where token warm-up is over. Unlike in the reference, prefix and suffix belong
+    to every line, not to the first and the last.
     """
     text = _add_prefix_and_suffix(_choose_line(caption, subset, rng), subset)
     if subset.enable_wildcard:
         text = _expand_wildcards(text, _required(rng))
     if _tags_are_handled(subset):
-        text = _handle_tags(text, subset, rng)
+        text = _handle_tags(text, subset, rng, moment)
     if subset.secondary_separator:
         text = text.replace(subset.secondary_separator, subset.caption_separator)
     return text
@@ -124,12 +152,19 @@ def _expand_wildcards(text: str, rng: random.Random) -> str:
 
 def _tags_are_handled(subset: SubsetSettings) -> bool:
     """Otherwise the text passes untouched: its spacing, and even a keep-tokens marker, stay as they are."""
-    return subset.shuffle_caption or subset.caption_tag_dropout_rate > 0
+    return (
+        subset.shuffle_caption
+        or subset.caption_tag_dropout_rate > 0
+        or subset.token_warmup_step > 0  # also when it is over: the form of the caption stays the same
+        or subset.tags_joined
+    )
 
 
-def _handle_tags(text: str, subset: SubsetSettings, rng: random.Random | None) -> str:
+def _handle_tags(text: str, subset: SubsetSettings, rng: random.Random | None, moment: Moment | None) -> str:
     parts = split_tags(text, subset)
     flexible = parts.flexible
+    if moment is not None and subset.token_warmup_step > 0:
+        flexible = flexible[: warmed_up_tags(len(flexible), subset, moment)]
     if subset.shuffle_caption:
         flexible = _required(rng).sample(flexible, len(flexible))
     flexible = _drop_tags(flexible, subset.caption_tag_dropout_rate, rng)
@@ -149,6 +184,18 @@ def split_tags(text: str, subset: SubsetSettings) -> TagParts:
     head, _, rest = text.partition(marker)
     middle, _, tail = rest.partition(marker)
     return TagParts(tags_of(head), tags_of(middle), tags_of(tail))
+
+
+def warmed_up_tags(count: int, subset: SubsetSettings, moment: Moment) -> int:
+    """How many of ``count`` flexible tags are used at a moment: token_warmup_min at step 0, evenly more until all are used from
+    token_warmup_step on. A token_warmup_step below 1 is a share of the run."""
+    last = subset.token_warmup_step
+    if last < 1:
+        last = math.floor(last * moment.total_steps)
+    if moment.step >= last:
+        return count
+    fewest = subset.token_warmup_min
+    return min(count, math.floor(moment.step * (count - fewest) / last) + fewest)
 
 
 def _drop_tags(tags: list[str], rate: float, rng: random.Random | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,10 @@ import torch
 
 from golden_files import load_golden, load_golden_json
 from library.dataset.buckets import Buckets, bucket_problems, bucket_sizes, rounded_limits
-from library.dataset.captions import is_dropped, is_random, render_caption
+from library.dataset.captions import Moment, caption_for
 from library.dataset.images import load_pixels, resize
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.errors import DatasetError
-from library.randomness import python_random
 
 SUBSET = SubsetSettings(place="golden", image_dir=None)
 BUCKET_SETTINGS = range(8)
@@ -65,14 +65,12 @@ def test_caption(number: int):
     case = load_golden_json("data/captions.json")["cases"][number]
     if case["replacements"]:
         pytest.skip("replacements come from textual inversion, which is not part of this project")
-    if "token_warmup_step" in case["options"]:
-        pytest.skip("token warm-up is not part of the dataset yet")
     subset = SubsetSettings(place="golden", image_dir=None, **case["options"])
     item = golden_item(Path("x.png"), size_wh=(64, 64), bucket_wh=(64, 64), resized_wh=(64, 64), subset=subset)
+    item = replace(item, caption=case["caption"])
+    moment = Moment(case["current_step"], case["max_train_steps"])
     for seed in range(3):
-        rng = python_random(seed) if is_random(subset) else None
-        dropped = is_dropped(item, seed=seed, epoch=case["current_epoch"], occurrence=0)
-        assert ("" if dropped else render_caption(case["caption"], subset, rng)) == case["result"]
+        assert caption_for(item, seed=seed, epoch=case["current_epoch"], occurrence=0, moment=moment) == case["result"]
 
 
 @pytest.mark.parametrize("number", RESIZED)
