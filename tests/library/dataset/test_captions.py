@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 
 from library.dataset.captions import (
+    Moment,
     caption_for,
     caption_variant,
+    changes_over_time,
     is_dropped,
     is_random,
     possible_variants,
     render_caption,
     variant_for,
+    warmed_up_tags,
 )
 from library.dataset.items import Item, SubsetSettings
+from library.dataset.validation_split import without_chance
 
 
 def subset(**settings) -> SubsetSettings:
@@ -130,3 +134,115 @@ def test_random_caption_without_a_random_source_is_our_mistake():
     with pytest.raises(ValueError, match="random source"):
         render_caption("a, b", subset(shuffle_caption=True), None)
     assert render_caption("a, b\nc", subset(), None) == "a, b"
+
+
+TAGS = "t1, t2, t3, t4, t5"
+
+
+def at_step(step: int, caption: str = TAGS, total_steps: int = 100, **settings) -> str:
+    return caption_for(item(caption, **settings), seed=1, epoch=1, occurrence=0, moment=Moment(step, total_steps))
+
+
+def test_tags_warm_up_with_the_steps():
+    texts = [at_step(step, token_warmup_step=10, token_warmup_min=2) for step in range(12)]
+    assert [len(text.split(", ")) for text in texts] == [2, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5]
+    assert all(TAGS.startswith(text) for text in texts)
+
+
+def test_a_share_of_the_run_is_that_many_steps():
+    for total_steps, share, steps in ((100, 0.3, 30), (7, 0.5, 3), (1, 0.5, 0)):
+        for step in range(steps + 2):
+            settings = {"token_warmup_min": 1}
+            whole = at_step(step, total_steps=total_steps, token_warmup_step=steps, **settings) if steps else TAGS
+            assert at_step(step, total_steps=total_steps, token_warmup_step=share, **settings) == whole
+
+
+@pytest.mark.parametrize("fewest", [0, 1, 3, 9])
+@pytest.mark.parametrize("count", [0, 1, 2, 6])
+def test_warm_up_only_adds_tags_and_never_more_than_there_are(count: int, fewest: int):
+    settings = subset(token_warmup_step=13, token_warmup_min=fewest)
+    used = [warmed_up_tags(count, settings, Moment(step, 100)) for step in range(20)]
+    assert used == sorted(used)
+    assert used[0] == min(fewest, count)
+    assert set(used[13:]) == {count}
+
+
+def test_kept_tags_and_the_tail_are_there_from_the_first_step():
+    assert at_step(0, "k1, k2, a, b, c", token_warmup_step=10, keep_tokens=2) == "k1, k2, a"
+    marked = {"token_warmup_step": 10, "keep_tokens_separator": "|||", "token_warmup_min": 1}
+    assert at_step(0, "h ||| a, b, c ||| tail", **marked) == "h, a, tail"
+
+
+def test_warm_up_takes_the_first_tags_and_shuffles_those():
+    texts = {
+        caption_for(item(TAGS, token_warmup_step=10, token_warmup_min=3, shuffle_caption=True), seed=1, epoch=1, occurrence=n,
+                    moment=Moment(0, 100))
+        for n in range(100)
+    }  # fmt: skip
+    assert len(texts) == 6
+    assert {frozenset(text.split(", ")) for text in texts} == {frozenset(("t1", "t2", "t3"))}
+
+
+def test_warm_up_is_over_where_no_moment_is_told():
+    warming = item("t1 ,t2,t3", token_warmup_step=10)
+    assert caption_for(warming, seed=1, epoch=1, occurrence=0) == caption_variant(warming, 0) == "t1, t2, t3"
+    assert changes_over_time(warming.subset)
+    assert not is_random(warming.subset)
+    assert possible_variants(warming, limit=99) == 1
+    assert not changes_over_time(subset(shuffle_caption=True))
+
+
+def test_tags_are_joined_for_validation_as_training_has_them():
+    text = "h ||| a ,b ||| t"
+    trained = subset(shuffle_caption=True, keep_tokens_separator="|||")
+    assert render_caption(text, without_chance(trained), None) == "h, a, b, t"
+    untouched = subset(keep_tokens_separator="|||")
+    assert render_caption(text, without_chance(untouched), None) == text
+
+
+EMPHASIS = r"(red:1.2), [blue], ((very large)), \(literal\), (a, b:1.3)"
+
+
+@pytest.mark.parametrize("settings", [{}, {"enable_wildcard": True}, {"caption_dropout_rate": 0.0, "keep_tokens": 1}])
+def test_emphasis_passes_untouched(settings: dict):
+    assert caption_for(item(EMPHASIS, **settings), seed=1, epoch=1, occurrence=0) == EMPHASIS
+
+
+def test_emphasis_is_cut_at_its_commas_where_tags_are_split():
+    tags = caption_for(item(EMPHASIS, shuffle_caption=True), seed=1, epoch=1, occurrence=0).split(", ")
+    assert sorted(tags) == sorted(["(red:1.2)", "[blue]", "((very large))", r"\(literal\)", "(a", "b:1.3)"])
+
+
+def test_wildcards_are_one_level_deep():
+    assert set(renderings("{a|{b|c} }", enable_wildcard=True)) == {"a }", "{b }", "c }"}
+    assert set(renderings("{{{a|b} }}", enable_wildcard=True)) == {"{a }", "{b }"}
+
+
+def test_a_wildcard_may_hold_several_tags():
+    texts = renderings("k, {a, b|c}", enable_wildcard=True, shuffle_caption=True, keep_tokens=1)
+    assert set(texts) == {"k, a, b", "k, b, a", "k, c"}
+
+
+def test_nothing_random_needs_no_random_source():
+    plain = subset(caption_prefix="p", caption_suffix="s", token_warmup_step=3, caption_tag_dropout_rate=1.0, keep_tokens=1)
+    assert render_caption("a, b s", plain, None, moment=Moment(0, 9)) == "p a"
+
+
+def test_captions_do_not_depend_on_the_order_of_asking():
+    """Dropout, shuffling, tag dropout, wildcards and variants of many showings: forwards, backwards, and each on its own."""
+    many = [
+        item("k, {a|b|c}, d, e\nsecond, line", key=f"0:0:{name}", shuffle_caption=True, enable_wildcard=True, keep_tokens=1,
+             caption_tag_dropout_rate=0.3, caption_dropout_rate=0.3, token_warmup_step=50)
+        for name in "abc"
+    ]  # fmt: skip
+    showings = [(one, epoch, 2 * (epoch - 1) + repeat) for one in many for epoch in (1, 2, 3) for repeat in (0, 1)]
+
+    def choose(showing: tuple[Item, int, int]) -> tuple:
+        one, epoch, occurrence = showing
+        when = {"seed": 5, "epoch": epoch, "occurrence": occurrence}
+        return (caption_for(one, **when, moment=Moment(epoch, 100)), is_dropped(one, **when),
+                variant_for(one, **when, variants=7), caption_variant(one, occurrence))  # fmt: skip
+
+    forwards = [choose(showing) for showing in showings]
+    assert [choose(showing) for showing in reversed(showings)] == forwards[::-1]
+    assert len(set(forwards)) > len(forwards) // 2
