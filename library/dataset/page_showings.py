@@ -1,0 +1,87 @@
+"""Examples of how images will be shown, drawn as the loader draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.dataset.captions import Moment, caption_variant, is_random
+from library.dataset.items import Item
+from library.dataset.showing import FixedShowing, Showing, TrainingShowing
+
+EXAMPLES = 3  # captions told of an image whose caption changes
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionExample:
+    """The text of one showing. ``dropped``: empty because the caption is dropped, not because there is none."""
+
+    epoch: int  # 1-based
+    occurrence: int
+    text: str
+    dropped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Showings:
+    """Draws showings as a run with these settings does. ``variants``: of cached captions; None where none are cached."""
+
+    seed: int
+    variants: int | None = None
+    validation_from: int  # Item.index of the first validation image
+    steps_per_epoch: int
+    epochs: int
+    total_steps: int
+
+    def is_validation(self, item: Item) -> bool:
+        return item.index >= self.validation_from
+
+    def showing(self, item: Item, occurrence: int = 0) -> Showing:
+        """Steps are counted from the start of the epoch: where in it an image comes is not looked up."""
+        if self.is_validation(item):
+            return FixedShowing(item=item)
+        epoch = self.epoch_of(item, occurrence)
+        moment = Moment((epoch - 1) * self.steps_per_epoch, self.total_steps)
+        return TrainingShowing(item=item, when={"seed": self.seed, "epoch": epoch, "occurrence": occurrence}, moment=moment)
+
+    def examples(self, item: Item, count: int = EXAMPLES) -> list[CaptionExample]:
+        """``count`` showings, the first ones, or from the start to the end of the run where the warm-up of tags makes the
+        difference; a single one where all are the same."""
+        if not self.varies(item):
+            return [self._example(item, 0)]
+        if self._warms_up(item):
+            last = self.epochs * item.repeats - 1
+            return [
+                self._example(item, at) for at in dict.fromkeys(last * number // max(count - 1, 1) for number in range(count))
+            ]
+        return [self._example(item, occurrence) for occurrence in range(count)]
+
+    def varies(self, item: Item) -> bool:
+        """Whether two showings can have different captions."""
+        subset = item.subset
+        if self.is_validation(item):
+            return False
+        drops = subset.caption_dropout_rate > 0 or subset.caption_dropout_every_n_epochs > 0
+        return drops or is_random(subset) or self._warms_up(item)
+
+    @staticmethod
+    def full_text(item: Item) -> str:
+        """One version of the caption with nothing dropped as a whole; what lengths are counted on."""
+        return caption_variant(item, 0)
+
+    @staticmethod
+    def epoch_of(item: Item, occurrence: int) -> int:
+        return occurrence // item.repeats + 1
+
+    def _warms_up(self, item: Item) -> bool:
+        return item.subset.token_warmup_step > 0 and self.variants is None
+
+    def _example(self, item: Item, occurrence: int) -> CaptionExample:
+        showing = self.showing(item, occurrence)
+        dropped = showing.is_caption_dropped
+        if dropped:
+            text = ""
+        elif self.variants is None:
+            text = showing.caption
+        else:
+            text = caption_variant(item, showing.variant(self.variants))
+        return CaptionExample(self.epoch_of(item, occurrence), occurrence, text, dropped)

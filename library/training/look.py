@@ -1,0 +1,174 @@
+"""--debug_dataset and --show_captions: what would be trained, shown instead of trained. Needs neither torch nor a model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from library.dataset.items import Item, TrainingSet
+from library.dataset.order import batches_per_epoch
+from library.dataset.page_facts import Facts, find_duplicates, gather_facts
+from library.dataset.page_showings import Showings
+from library.dataset.page_text import caption_lines, fact_lines, visible
+from library.dataset.token_use import TokenCounter
+from library.errors import ProblemList
+from library.training.architecture import Architecture
+from library.training.preflight import check_writable, option_warnings, read_training_set, worker_count
+from library.training.steps import RunLength
+
+PAGE_ENDING = "-dataset.html"
+UNNAMED = "dataset"  # where --output_name is not given
+MIB = 2**20
+SHOWN_FROM = 200  # what a progress bar must have to do before it is shown
+NOTABLE = 20  # of each kind of image worth a look: these are on the page whatever else is
+
+
+def look(options: Any, architecture: Architecture) -> None:
+    """Prints and writes what the two flags ask for, on the main process only. Raises UserError with all that is wrong."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    problems = ProblemList()
+    if options.look.debug_dataset:
+        with problems.collect():
+            check_writable(page_path(options).parent, "--output_dir")
+    count_tokens = training_set = None
+    with problems.collect():
+        count_tokens = architecture.token_counter(options)
+    with problems.collect():
+        training_set = read_training_set(options, architecture)
+    problems.raise_if_any()
+    assert count_tokens is not None and training_set is not None
+    showings = showings_of(options, training_set)
+    with _ended_reader():
+        if options.look.show_captions is not None:
+            _say(caption_lines(training_set, showings, count_tokens, images=options.look.show_captions))
+        if options.look.debug_dataset:
+            _debug_dataset(options, architecture, training_set, showings, count_tokens)
+
+
+def page_path(options: Any) -> Path:
+    """Where --debug_dataset writes its page."""
+    return Path(options.saving.output_dir or ".") / f"{options.saving.output_name or UNNAMED}{PAGE_ENDING}"
+
+
+def showings_of(options: Any, training_set: TrainingSet) -> Showings:
+    """Draws as the run with these options would; without --seed as one with seed 0."""
+    length = RunLength.of(options.run, batches_per_epoch(training_set, processes=_processes()))
+    variants = None
+    if options.caches.text_cached:
+        from library.dataset.text_cache import default_variants
+
+        variants = options.caches.caption_variants or default_variants(training_set, length.epochs)
+    return Showings(
+        seed=options.run.seed or 0,
+        variants=variants,
+        validation_from=len(training_set.items),
+        steps_per_epoch=length.steps_per_epoch,
+        epochs=length.epochs,
+        total_steps=length.total_steps,
+    )
+
+
+def _debug_dataset(
+    options: Any, architecture: Architecture, training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter
+) -> None:
+    from library.dataset.image_records import ImageRecords
+    from library.dataset.page import PageContent, write_page
+    from library.dataset.page_pictures import choose, draw
+
+    workers = max(worker_count(options), 1)
+    duplicates = find_duplicates(training_set, ImageRecords(options.caches.cache_dir), workers=workers)
+    with _bar("counting tokens", "caption") as progress:
+        facts = gather_facts(
+            training_set, showings, processes=_processes(), count_tokens=count_tokens, duplicates=duplicates, progress=progress
+        )
+    items = choose(training_set.all_items, always=_notable(facts))
+    with _bar("drawing thumbnails", "image") as progress, _threads(workers) as pool:
+        pictures = {}
+        for item, drawn in zip(items, draw(items, showings, pool=pool), strict=True):
+            pictures[item.index] = drawn
+            progress(len(pictures), len(items))
+    warnings = (*option_warnings(options), *training_set.warnings)
+    path = page_path(options)
+    content = PageContent(
+        title=f"{options.saving.output_name or UNNAMED}: what will be trained",
+        architecture=architecture.name,
+        facts=facts,
+        showings=showings,
+        count_tokens=count_tokens,
+        pictures=pictures,
+        warnings=warnings,
+        notes=tuple(_notes(options, showings)),
+    )
+    size = write_page(path, content)
+    _say([*fact_lines(facts), *(f"warning: {visible(warning)}" for warning in warnings)])
+    _say([f"page: {path} ({size / MIB:.1f} MiB, {len(items):,} of {facts.images:,} images shown)"])
+
+
+def _notes(options: Any, showings: Showings) -> Iterator[str]:
+    if options.run.seed is None:
+        yield "No --seed is given: these are examples of seed 0; a run draws its own seed, and other crops, sides and captions."
+    if showings.variants is not None and showings.variants > 1:
+        yield f"Captions are cached in {showings.variants} variants each; every showing takes one of them."
+
+
+def _notable(facts: Facts) -> list[Item]:
+    """The images that the lists of the page begin with."""
+    copies = [item for group in facts.duplicates[:NOTABLE] for item in group.items[:NOTABLE]]
+    cut = [cut.item for cut in facts.cut[:NOTABLE]]
+    return [*copies[:NOTABLE], *facts.enlarged[:NOTABLE], *facts.cropped[:NOTABLE], *cut, *facts.without_caption[:NOTABLE]]
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+@contextmanager
+def _ended_reader() -> Iterator[None]:
+    """``| head`` has read enough: that ends the printing, without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
+@contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what still waits when an error or Ctrl-C ends the drawing."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as a callback (done, in all), shown where there is enough to do."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total >= SHOWN_FROM:
+            bar = tqdm(desc=what, unit=unit, total=total, leave=False)
+        if bar is not None:
+            bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
