@@ -7,23 +7,21 @@ Read ``train()`` first, then ``update()`` and ``compute_loss()``.
 from __future__ import annotations
 
 import gc
-import glob
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
-from library.dataset.loader import BatchSource
+from library.dataset.loader import BatchSource, Clock, ValidationBatches
 from library.errors import CheckpointError, DatasetError, OptionError, TrainingError, user_errors_end_the_script
-from library.files.atomic import TEMPORARY_MARK
-from library.files.left_overs import remove_left_overs
 from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
 from library.training.caching import CacheFilling
@@ -32,22 +30,19 @@ from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
+from library.training.objective import NoisyLatents
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, worker_count
+from library.training.preservation import preserved_rows
 from library.training.report import Report
+from library.training.run_files import RunFiles, remove_left_over_files
 from library.training.sample_pictures import SamplePictures
-from library.training.saving import remove_old, save_dtype, save_network
-from library.training.state import (
-    StateDescription,
-    load_network_tensors,
-    load_training_tensors,
-    remove_replaced_states,
-    save_state,
-)
+from library.training.saving import save_dtype
+from library.training.state import StateDescription, load_network_tensors, load_training_tensors
 from library.training.steps import Progress
-
-if TYPE_CHECKING:
-    pass
+from library.training.strength import strength_problems
+from library.training.validation import FixedLosses, Validation
+from library.training.validation_plan import noise_seed
 
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
@@ -66,8 +61,7 @@ class NetworkTrainer(CacheFilling):
         if self.options.run.dry_run:
             return
         with StopRequest() as self.stop, self.nothing_is_lost():
-            if self.progress.step == 0:
-                self.sample_pictures(epoch=0)
+            self.before_training()
             while self.progress.step < self.run.length.total_steps and not self.must_stop():
                 numbers = self.update()
                 self.report(numbers)
@@ -82,7 +76,7 @@ class NetworkTrainer(CacheFilling):
         except (DatasetError, CheckpointError):
             state = self.run.names.step_state(self.progress.step)
             self.save_state(state)
-            self.save_lora(self.run.names.step_file(self.progress.step), in_haste=True)
+            self.files.save_lora(self.run.names.step_file(self.progress.step), self.progress, in_haste=True)
             self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
             raise
         finally:
@@ -98,7 +92,8 @@ class NetworkTrainer(CacheFilling):
         self.print_plan()
         if self.options.run.dry_run:
             return
-        self.remove_left_overs()
+        if self.accelerator.is_main_process:
+            remove_left_over_files(self.run.names)
         self.fill_caches()
         if self.run.text_cache is not None:
             self.run.text_cache.conditioning_type = self.conditioning_type()
@@ -107,6 +102,7 @@ class NetworkTrainer(CacheFilling):
         self.resume()
         self.start_logging()
         self.start_data()
+        self.start_validation()
 
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
@@ -115,6 +111,8 @@ class NetworkTrainer(CacheFilling):
         self.network = networks.create_network(self.options.network, self.denoiser, [])
         if self.options.network.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
             raise OptionError(f"--scale_weight_norms: {self.options.network.network_module} cannot do that; drop the flag")
+        if problems := list(strength_problems(self.network, self.options.network.network_module, self.run.training_set)):
+            raise OptionError(*problems)
         networks.prepare_network(self.network, self.options)
         self.network.apply_to([], self.denoiser, False, True)
         if self.options.network.network_weights:
@@ -134,13 +132,6 @@ class NetworkTrainer(CacheFilling):
         """LoRA weights stay float32 unless --full_bf16 or --full_fp16 is given."""
         run = self.options.run
         return self.weight_dtype if run.full_bf16 or run.full_fp16 else torch.float32
-
-    def remove_left_overs(self) -> None:
-        """Temporary files and states of an earlier run of this name that was killed while saving."""
-        if self.accelerator.is_main_process:
-            names = self.run.names
-            remove_replaced_states(names.states())
-            remove_left_overs([names.folder], f"{glob.escape(names.last_file().stem)}*{TEMPORARY_MARK}*")
 
     def load_models(self) -> None:
         """Loads the denoiser, merges --base_weights into it, and loads what must encode at every step."""
@@ -176,6 +167,13 @@ class NetworkTrainer(CacheFilling):
         self.metadata = LoraMetadata(self.run, seed=self.seed, model=self.describe_model(), optimizer=self.optimizer_name)
         config = redacted(self.options) if self.options.logging.log_config else {}
         trackers.start_trackers(self.accelerator, self.options.logging, config)
+        self.files = RunFiles(
+            run=self.run,
+            learner=self.learner,
+            metadata=self.metadata,
+            group=self.group,
+            is_main=self.accelerator.is_main_process,
+        )
         self.numbers = DelayedNumbers()
         self.guard = DivergenceGuard(scales_losses=self.learner.scales_losses)
         self.pictures = SamplePictures(
@@ -199,12 +197,38 @@ class NetworkTrainer(CacheFilling):
             latent_cache=self.run.latent_cache,
             text_cache=self.run.text_cache,
             prior_loss_weight=self.options.dataset.prior_loss_weight,
+            clock=Clock(self.run.length.accumulation, self.run.length.total_steps),
             pin_memory=pin,
         )
         epoch, batches = self.run.length.batches_of_update(self.progress.position)
         self.batches = source.batches(epoch, batches.start, workers=worker_count(self.options))
         total = self.run.length.total_steps
         self.reporter = Report(self.accelerator, total=total, done=self.progress.step, visible=self.accelerator.is_main_process)
+
+    def start_validation(self) -> None:
+        seed = noise_seed(self.options)
+        batches = ValidationBatches(
+            self.run.training_set,
+            latent_cache=self.run.latent_cache,
+            text_cache=self.run.text_cache,
+            seed=seed,
+            limit=self.options.validation.max_validation_steps,
+            pin_memory=self.device.type == "cuda",
+        )
+        losses = FixedLosses(
+            batches=batches,
+            objective=self.objective,
+            seed=seed,
+            prepare=lambda batch: self.encoded(batch.to(self.device, non_blocking=True)),
+            compute_loss=self.compute_loss,
+            dtype=self.weight_dtype,
+            rank=self.rank,
+            group=self.group,
+            workers=worker_count(self.options),
+            ready=self.learner.evaluating,
+            stop_wanted=lambda: bool(self.stop),
+        )
+        self.validation = Validation(self.run, losses, bar=self.reporter.passing_bar, log=self.reporter.log)
 
     # ------------------------------------------------------------------ one step
 
@@ -233,23 +257,42 @@ class NetworkTrainer(CacheFilling):
         seed_default_generators(derive_seed(self.seed, "dropout", micro_step, self.rank), self.device)
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start([], self.denoiser)
-        loss = self.compute_loss(batch, micro_step) / parts
+        batch = self.encoded(batch)
+        assert batch.latents is not None
+        noisy = self.objective.corrupt(
+            batch.latents, seed=self.seed, step=micro_step, positions=batch.positions, dtype=self.weight_dtype
+        )
+        loss = self.compute_loss(batch, noisy).sum() / (batch.global_size * parts)  # its part of the mean over the global batch
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def compute_loss(self, batch: Batch, micro_step: int) -> Tensor:
-        """The loss of a micro-batch as its part of the mean over the global batch."""
-        with torch.no_grad():
-            latents = self.encode_images(self.vae, batch.pixels) if batch.pixels is not None else batch.latents
-            assert latents is not None  # a batch has one or the other
-            text = batch.text if batch.text is not None else self.encode_text(self.text_encoder, batch.captions)
-        noisy = self.objective.corrupt(
-            latents, seed=self.seed, step=micro_step, positions=batch.positions, dtype=self.weight_dtype
-        )
+    @torch.no_grad()
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with latents and text, made now where they are not cached."""
+        latents = self.encode_images(self.vae, batch.pixels) if batch.pixels is not None else batch.latents
+        text = batch.text if batch.text is not None else self.encode_text(self.text_encoder, batch.captions)
+        return replace(batch, latents=latents, text=text)
+
+    def compute_loss(self, batch: Batch, noisy: NoisyLatents) -> Tensor:
+        """The loss of each image (B,): in training with what was drawn for the step, in validation with what is fixed."""
+        noisy = self.with_preserved_targets(batch, noisy)
+        self.learner.strength.set(batch.network_multiplier)
         with self.accelerator.autocast():
-            prediction = self.predict(self.denoiser, noisy, text)
-        losses = self.objective.loss(prediction, noisy, sample_weights=batch.loss_weights)  # (B,)
-        return losses.sum() / batch.global_size
+            prediction = self.predict(self.denoiser, noisy, batch.text)
+        return self.objective.loss(prediction, noisy, sample_weights=batch.loss_weights, mask=batch.mask)
+
+    @torch.no_grad()
+    def with_preserved_targets(self, batch: Batch, noisy: NoisyLatents) -> NoisyLatents:
+        """The target of images under differential output preservation: what the model predicts without the network."""
+        rows = preserved_rows(batch)
+        if not rows:
+            return noisy
+        assert batch.text is not None
+        texts = batch.text.split()
+        text = type(batch.text).stack([texts[row] for row in rows])
+        with self.learner.strength.at(0.0), self.accelerator.autocast():
+            prediction = self.predict(self.denoiser, noisy.rows(rows), text)
+        return noisy.with_targets(dict(zip(rows, prediction, strict=True)))
 
     def step_optimizer(self, loss: Tensor) -> StepNumbers | None:
         self.learner.sum_gradients()
@@ -270,6 +313,14 @@ class NetworkTrainer(CacheFilling):
 
     # ------------------------------------------------------------------ between steps
 
+    def before_training(self) -> None:
+        """Pictures and the loss of the model as it is; and a validation that the state the run goes on from still owes."""
+        if self.progress.step == 0:
+            self.sample_pictures(epoch=0)
+        outcome = self.validation.measure_base_model(self.progress.step, can_switch_off=self.learner.strength.can_change)
+        self.stop_agreed = self.stop_agreed or outcome.given_up
+        self.validate()
+
     def must_stop(self) -> bool:
         """A signal came. Several processes agree by the number that travelled with the losses, so all stop at one step."""
         return bool(self.stop) if self.processes == 1 else self.stop_agreed
@@ -280,56 +331,40 @@ class NetworkTrainer(CacheFilling):
         self.stop_agreed = self.stop_agreed or numbers.stop_wanted
         self.learner.weights.learned(numbers.step - 1, numbers.finite)
         if self.guard.has_diverged(numbers):
-            self.end_diverged_run(numbers.step)
+            self.files.end_diverged_run(self.progress, step=numbers.step)
         if numbers.finite:
             self.average.add(numbers.loss)
         epoch, _ = self.run.length.batches_of_update(max(self.progress.position - 1, 0))
         self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
                            waited_s=self.batches.waited_s)  # fmt: skip
 
-    def check_weights(self) -> None:
-        """Weights that are not finite are never saved. All processes hold the same and decide alike."""
-        if not self.learner.weights.are_finite():
-            self.end_diverged_run(self.progress.step)
-
-    def end_diverged_run(self, step: int) -> None:
-        """Saves the last weights that gave a finite loss, and leaves with an error."""
-        self.learner.weights.restore_good()
-        if not self.learner.weights.are_finite():
-            raise TrainingError(
-                "the network's weights were not finite from the start: look at the --network_weights file or state"
-            )
-        file = self.run.names.last_file()
-        self.write_lora(file)  # save_lora would ask about the weights again
-        self.group.wait()
-        raise TrainingError(
-            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. Try a lower "
-            "--learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, a smaller --max_grad_norm, or with "
-            "--full_fp16 --optimizer_args eps=1e-4"
-        )
-
     def run_due_events(self) -> None:
-        """Samples, LoRA files and states due after this step.
+        """Samples, validation, LoRA files and states due after this step.
 
         States come after all else that this step owes, because a run that goes on from one owes none of it; old files go last.
         """
-        length, saves, names, step = self.run.length, self.run.saves, self.run.names, self.progress.step
-        ended = self.progress.position // length.steps_per_epoch if length.ends_epoch(self.progress.position) else None
+        ended = self.run.length.ended_epoch(self.progress.position)
         self.sample_pictures(epoch=None)
         if ended is not None:
             self.sample_pictures(epoch=ended)
-        due: list[tuple[Path, Path, list[Path]]] = []  # LoRA file, state, what makes way
-        if saves.saves_step(step):
-            due.append((names.step_file(step), names.step_state(step), saves.made_way_for_step(step, names)))
-        if ended is not None and saves.saves_epoch(ended):
-            due.append((names.epoch_file(ended), names.epoch_state(ended), saves.made_way_for_epoch(ended, names)))
-        for file, _, _ in due:
-            self.save_lora(file)
-        for _, state, _ in due:
+        self.validate()
+        due = self.run.saves.due(self.progress.step, ended, self.run.names)
+        for save in due:
+            self.files.save_lora(save.file, self.progress)
+        for save in due:
             if self.options.saving.save_state:
-                self.save_state(state)
-        if self.accelerator.is_main_process:
-            remove_old(*(path for _, _, old in due for path in old))
+                self.save_state(save.state)
+        self.files.remove(*(path for save in due for path in save.makes_way))
+
+    def validate(self) -> None:
+        """The loss on images that are not trained, if it is due and not measured yet; the best network is kept."""
+        if not self.validation.is_due(self.progress):
+            return
+        self.report_pending()  # so that the training average knows of this step
+        outcome = self.validation.validate(self.progress, training_average=self.average.mean)
+        self.stop_agreed = self.stop_agreed or outcome.given_up
+        if outcome.is_best and self.options.validation.save_best:
+            self.files.save_lora(self.run.names.best_file(), self.progress, notes=self.validation.notes())
 
     def finish(self) -> None:
         """The last files. After a signal: a state and the LoRA of this step, and how to go on."""
@@ -338,7 +373,7 @@ class NetworkTrainer(CacheFilling):
         names, saving = self.run.names, self.options.saving
         if self.must_stop() and self.progress.step < self.run.length.total_steps:
             self.stop_early()
-        self.save_lora(names.last_file(), last=True)
+        self.files.save_lora(names.last_file(), self.progress, last=True)
         if saving.save_state or saving.save_state_on_train_end:
             self.save_state(names.last_state())
         self.close_logging()
@@ -353,7 +388,7 @@ class NetworkTrainer(CacheFilling):
     def stop_early(self) -> None:
         names, step = self.run.names, self.progress.step
         self.save_state(names.step_state(step))
-        self.save_lora(names.step_file(step), in_haste=True)
+        self.files.save_lora(names.step_file(step), self.progress, in_haste=True)
         self.group.wait()  # a process that leaves makes the launcher end the others
         self.close_logging()
         self.say(f"stopped after step {step}; to go on: {resume_command(names.step_state(step))}")
@@ -363,31 +398,9 @@ class NetworkTrainer(CacheFilling):
         self.reporter.close()
         self.accelerator.end_training()
 
-    # ------------------------------------------------------------------ files
-
-    def save_lora(self, file: Path, *, last: bool = False, in_haste: bool = False) -> None:
-        """Main process only; optimizers that keep an average of the weights swap it in for the moment.
-
-        ``in_haste``: without waiting for hashes of the model files that are still being computed.
-        """
-        self.check_weights()
-        self.write_lora(file, last=last, wait=not in_haste)
-
-    def write_lora(self, file: Path, *, last: bool = False, wait: bool = True) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        epochs_done = self.progress.position // self.run.length.steps_per_epoch
-        metadata = self.metadata.at(step=self.progress.step, epoch=epochs_done, last=last, wait=wait)
-        with self.learner.evaluating():
-            save_network(self.network, file, dtype=save_dtype(self.options.saving.save_precision), metadata=metadata)
-        self.say(f"saved {file}")
-
     def save_state(self, folder: Path) -> None:
-        """Main process only; the pending numbers are reported first, so that the state knows of every finished step."""
+        """The pending numbers are reported first, so that the state knows of every finished step."""
         self.report_pending()
-        self.check_weights()
-        if not self.accelerator.is_main_process:
-            return
         identity, history = self.run.settings
         description = StateDescription(
             epoch=self.progress.position // self.run.length.steps_per_epoch,
@@ -396,9 +409,9 @@ class NetworkTrainer(CacheFilling):
             identity=identity,
             history=history,
             losses=self.average.values(),
+            validation=self.validation.record,
         )
-        save_state(folder, description, network=self.network.state_dict(), training=self.learner.state())
-        self.say(f"saved the state {folder}")
+        self.files.save_state(folder, description)
 
     # ------------------------------------------------------------------ sample pictures
 

@@ -16,6 +16,7 @@ from library.training.gradients import Gradients
 from library.training.optimizers import create_optimizer, evaluation_weights, load_optimizer_state, optimizer_state
 from library.training.precision import allow_fp16_gradients
 from library.training.schedules import create_schedule
+from library.training.strength import NetworkStrength
 from library.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Learner:
 
     def __init__(self, network: Any, accelerator: Accelerator, options: TrainOptions, *, total_steps: int):
         self.network, self._accelerator = network, accelerator
+        self.strength = NetworkStrength(network)
         self._max_weight_norm = options.network.scale_weight_norms
         groups, self._group_names = networks.optimizer_groups(network, options.optimizer)
         self._optimizer = create_optimizer(groups, options.optimizer).optimizer
@@ -98,10 +100,10 @@ class Learner:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Dropout off, averaged weights in; back to training afterwards."""
+        """Dropout off, averaged weights in, full strength; back to training afterwards."""
         self.network.eval()
         try:
-            with evaluation_weights(self._optimizer):
+            with self.strength.at(1.0), evaluation_weights(self._optimizer):
                 yield
         finally:
             self.network.train()

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -54,6 +54,8 @@ FLAG_DATASET_KEYS = (
     "max_bucket_reso",
     "keep_tokens",
     "flip_aug",
+    "color_aug",
+    "random_crop",
 )
 MODEL_FILES = {"pretrained_model_name_or_path": "sd_model", "vae": "vae"}  # option -> ss_<...>_name, ss_<...>_hash
 HASH_POLL_S = 0.2  # on Windows a wait without an end would hold back Ctrl-C
@@ -87,14 +89,16 @@ class LoraMetadata:
         is_main = os.environ.get("RANK", "0") == "0"  # the one process that saves
         self._hashes = ModelHashes(self._values if is_main and not self._values["no_metadata"] else {})
 
-    def at(self, *, step: int, epoch: int, last: bool = False, wait: bool = True) -> dict[str, str]:
+    def at(
+        self, *, step: int, epoch: int, last: bool = False, wait: bool = True, notes: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """All keys for a file saved now, after ``step`` steps and ``epoch`` whole epochs.
 
         ``last``: the run's final file, which counts an epoch that was begun as well. ``wait`` for the hashes of the model
-        files; without it those that are not ready are left out.
+        files; without it those that are not ready are left out. ``notes``: whole ``ss_*`` keys of this file alone.
         """
         model_keys = {key: value for key, value in self._model.items() if key.startswith("ss_")}
-        keys = {**self._constant, **model_keys, **self._hashes.keys(wait=wait)}
+        keys = {**self._constant, **model_keys, **self._hashes.keys(wait=wait), **(notes or {})}
         epoch = self._run.length.epochs if last else epoch
         keys.update(ss_steps=str(step), ss_epoch=str(epoch), ss_training_finished_at=str(time.time()))
         if self._values["no_metadata"]:
@@ -123,7 +127,7 @@ def _counts(run: CheckedRun) -> dict[str, str]:
     return {
         "ss_num_train_images": str(sum(item.repeats for item in items if not item.subset.is_reg)),
         "ss_num_reg_images": str(sum(item.repeats for item in items if item.subset.is_reg)),
-        "ss_num_validation_images": "0",
+        "ss_num_validation_images": str(len(run.training_set.validation)),
         "ss_num_batches_per_epoch": str(length.batches_per_epoch),
         "ss_num_epochs": str(length.epochs),
         "ss_max_train_steps": str(length.total_steps),
@@ -153,7 +157,9 @@ def _network_args(values: dict[str, Any]) -> dict[str, str]:
 def _dataset_keys(run: CheckedRun, values: dict[str, Any]) -> dict[str, str]:
     items = run.training_set.items
     described = [
-        _dataset(dataset, [i for i in items if i.dataset_index == n]) for n, dataset in enumerate(run.training_set.datasets)
+        _dataset(dataset, [i for i in items if i.dataset_index == n])
+        for n, dataset in enumerate(run.training_set.datasets)
+        if _trained_subsets(dataset)
     ]
     frequency: dict[str, dict[str, int]] = {}
     for one in described:
@@ -166,8 +172,6 @@ def _dataset_keys(run: CheckedRun, values: dict[str, Any]) -> dict[str, str]:
     return {
         **keys,
         **{f"ss_{name}": str(values[name]) for name in FLAG_DATASET_KEYS},
-        "ss_color_aug": "False",
-        "ss_random_crop": "False",
         "ss_reg_dataset_dirs": json.dumps(_folders(items, is_reg=True)),
         "ss_batch_size_per_device": str(batch),
         "ss_total_batch_size": str(batch * run.processes * run.length.accumulation),
@@ -189,16 +193,21 @@ def _dataset(dataset: DatasetSettings, items: list[Item]) -> dict[str, Any]:
         "tag_frequency": _tag_frequency(items),
         "bucket_info": _bucket_info(dataset, items),
         "resize_interpolation": dataset.resize_interpolation,
-        "subsets": [_subset(subset, [i for i in items if i.subset is subset]) for subset in dataset.subsets],
+        "subsets": [_subset(subset, [i for i in items if i.subset is subset]) for subset in _trained_subsets(dataset)],
     }
 
 
-SUBSET_KEYS = ("num_repeats", "flip_aug", "shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator",
-               "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation")  # fmt: skip
+def _trained_subsets(dataset: DatasetSettings) -> list[SubsetSettings]:
+    """Readers take what a file describes for what was trained, so subsets that only validate are left out."""
+    return [subset for subset in dataset.subsets if not subset.is_validation]
+
+
+SUBSET_KEYS = ("num_repeats", "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
+               "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix", "resize_interpolation")  # fmt: skip
 
 
 def _subset(subset: SubsetSettings, items: list[Item]) -> dict[str, Any]:
-    described: dict[str, Any] = {"img_count": len(items), "color_aug": False, "random_crop": False}
+    described: dict[str, Any] = {"img_count": len(items)}
     described.update({name: getattr(subset, name) for name in SUBSET_KEYS})
     if subset.image_dir is not None:
         described["image_dir"] = subset.image_dir.name

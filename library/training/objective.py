@@ -6,8 +6,8 @@ x_t = sigma * noise + (1 - sigma) * x_0, and the denoiser predicts the velocity 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from library.errors import OptionError
 from library.training.losses import elementwise_loss, flow_loss_weights, per_sample_mean
 from library.training.noise import Draws, model_input_noise, training_noise
 from library.training.timesteps import sample_sigmas, sigma_sampler
+from library.training.validation_plan import validation_timesteps
 
 if TYPE_CHECKING:
     from library.options.flow import FlowOptions
@@ -36,6 +37,16 @@ class NoisyLatents:
     target: Tensor  # (B, C, h, w) float32
     loss_weights: Tensor  # (B,) float32, of the weighting scheme
 
+    def rows(self, rows: Sequence[int]) -> NoisyLatents:
+        """Some of the samples. Rows are picked one by one: an index tensor would travel from the host to the device."""
+        picked = {f.name: torch.stack([getattr(self, f.name)[row] for row in rows]) for f in fields(self)}
+        return NoisyLatents(**picked)
+
+    def with_targets(self, targets: Mapping[int, Tensor]) -> NoisyLatents:
+        """Other targets (C, h, w) for some rows."""
+        target = torch.stack([targets.get(row, own).to(own.dtype) for row, own in enumerate(self.target)])
+        return replace(self, target=target)
+
 
 class Objective(Protocol):
     """What training and validation need of a family; the arguments are those of :class:`FlowObjective`."""
@@ -47,6 +58,12 @@ class Objective(Protocol):
     def corrupt_with(self, latents: Tensor, noise: Tensor, sigmas: Tensor, *, input_noise: Tensor | None = None,
                      dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
         """Noise and times given."""
+
+    def validation_timesteps(self) -> tuple[int, ...]:
+        """The fixed timesteps at which validation looks, in the family's own count of 1000."""
+
+    def corrupt_at(self, latents: Tensor, noise: Tensor, timestep: int, *, dtype: torch.dtype = torch.float32) -> NoisyLatents:
+        """Noise given and one of ``validation_timesteps`` for all samples."""
 
     def loss(self, prediction: Tensor, noisy: NoisyLatents, *, sample_weights: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of each sample (B,)."""
@@ -91,9 +108,18 @@ class FlowObjective:
             loss_weights=flow_loss_weights(self.flow.weighting_scheme, sigmas),
         )
 
+    def validation_timesteps(self) -> tuple[int, ...]:
+        """Timesteps in 0..1000, sigma * 1000."""
+        return validation_timesteps(self.flow.min_timestep, self.flow.max_timestep)
+
+    def corrupt_at(self, latents: Tensor, noise: Tensor, timestep: int, *, dtype: torch.dtype = torch.float32) -> NoisyLatents:
+        sigmas = torch.full((latents.shape[0],), timestep / TIMESTEPS, device=latents.device)
+        return self.corrupt_with(latents, noise, sigmas, dtype=dtype)
+
     def loss(self, prediction: Tensor, noisy: NoisyLatents, *, sample_weights: Tensor, mask: Tensor | None = None) -> Tensor:
         """Loss of each sample (B,), float32. ``prediction`` (B, C, h, w), ``sample_weights`` (B,), ``mask`` (B, 1, h, w)."""
         loss = elementwise_loss(prediction, noisy.target, self.loss_options, timesteps=noisy.timesteps)
+        assert mask is None or mask.shape[-2:] == loss.shape[-2:]  # masks are made on the latent grid
         return per_sample_mean(loss, mask) * noisy.loss_weights * sample_weights
 
     def _draw_sigmas(self, draws: Draws, latent_hw: tuple[int, int]) -> Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from library.dataset.cache_size import memory_warning
 from library.dataset.items import DatasetSettings, Item
 from library.training.preflight import CheckedRun
+from library.training.preservation import is_preserved
+from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count
 
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
@@ -33,6 +35,7 @@ def plan_lines(run: CheckedRun, size: NetworkSize) -> list[str]:
     return [
         f"plan for {run.names.last_file()}",
         *_dataset_lines(run),
+        *_validation_lines(run),
         *_step_lines(run),
         *_cache_lines(run),
         *_output_lines(run, size),
@@ -43,8 +46,10 @@ def _dataset_lines(run: CheckedRun) -> Iterator[str]:
     items = run.training_set.items
     for index, dataset in enumerate(run.training_set.datasets):
         mine = [item for item in items if item.dataset_index == index]
-        yield _dataset_line(index, dataset, mine)
-        yield from _bucket_lines(mine)
+        if mine:  # else all of its images validate
+            yield _dataset_line(index, dataset, mine)
+            yield from _bucket_lines(mine)
+            yield from _weight_lines(dataset, mine)
     if run.training_set.skipped:
         yield f"  left out: {len(run.training_set.skipped)} bad images (--skip_bad_images)"
 
@@ -68,6 +73,38 @@ def _bucket_lines(items: list[Item]) -> Iterator[str]:
         yield f"    bucket {width}x{height}: {count} images with repeats"
     if len(counts) > MAX_BUCKET_LINES:
         yield f"    and {len(counts) - MAX_BUCKET_LINES} more buckets"
+
+
+def _weight_lines(dataset: DatasetSettings, items: list[Item]) -> Iterator[str]:
+    """What does not count as plain images do."""
+    masked = sum(item.is_masked for item in items)
+    if masked:
+        yield f"    masks: {masked} of {len(items)} images"
+    weights = Counter(item.subset.loss_weight for item in items)
+    yield from (f"    loss weight {weight:g}: {weights[weight]} images" for weight in sorted(weights) if weight != 1)
+    if dataset.network_multiplier != 1:
+        yield f"    the network is trained at {dataset.network_multiplier:g} times its strength (network_multiplier)"
+    preserved = sum(is_preserved(item.custom_attributes) for item in items)
+    if preserved:
+        yield f"    {preserved} images stay as the model makes them without the network (diff_output_preservation)"
+
+
+def _validation_lines(run: CheckedRun) -> Iterator[str]:
+    items, options = run.training_set.validation, run.options.validation
+    if not items:
+        return
+    masked = sum(item.is_masked for item in items)
+    masks = f" ({masked} with masks)" if masked else ""
+    every = validation_batch_count(run.training_set, None)
+    used = validation_batch_count(run.training_set, options.max_validation_steps)
+    batches = f"{every} batches" if used == every else f"{used} of {every} batches"
+    schedule = ValidationSchedule.of(options)
+    yield (
+        f"  validation: {len(items)} images{masks}, {batches} at {LEVELS} timesteps each, before training and {schedule}: "
+        f"{schedule.times(run.length)} times"
+    )
+    if options.save_best:
+        yield f"    the LoRA with the lowest validation loss is kept in {run.names.best_file()}"
 
 
 def _step_lines(run: CheckedRun) -> Iterator[str]:

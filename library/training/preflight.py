@@ -35,6 +35,7 @@ from library.training.schedule_names import schedule_notices, schedule_problems
 from library.training.state import StateDescription, check_identity, find_state, read_description, state_settings
 from library.training.steps import Progress, RunLength, initial_progress
 from library.training.trackers import tracker_problems
+from library.training.validation_plan import split_text, validation_warnings
 
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
+UNWRITABLE_CACHES = "; give --cache_dir a folder that can be written: all cache files then go there instead of beside the images"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,12 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             f"the state {resume_folder} has done {start.step} steps and the run ends at {length.total_steps}: "
             "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
         )
-    settings = state_settings(options, architecture.name, batches_per_epoch=length.batches_per_epoch)
+    settings = state_settings(
+        options,
+        architecture.name,
+        batches_per_epoch=length.batches_per_epoch,
+        validation_split=split_text(training_set, options),
+    )
     changes: list[str] = []
     if resume_folder is not None and resumed is not None:
         changes = check_identity(resume_folder, resumed, settings)
@@ -141,7 +148,13 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         settings=settings,
         latent_cache=latent_cache,
         text_cache=text_cache,
-        warnings=(*changes, *option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
+        warnings=(
+            *changes,
+            *option_warnings(options),
+            *training_set.warnings,
+            *validation_warnings(options.validation, training_set, length),
+            *prompt_warnings(prompts, architecture),
+        ),
     )
 
 
@@ -173,14 +186,14 @@ def thumbnail_problems(value: str | None) -> list[str]:
     return [f"--metadata_thumbnail {value}: there is no such file; give a picture or a data: URL"]
 
 
-def check_writable(folder: Path, what: str) -> None:
-    """Makes the folder and tries to write into it."""
+def check_writable(folder: Path, what: str, cure: str = "") -> None:
+    """Makes the folder and tries to write into it. ``cure`` ends the message of the OutputError."""
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as error:
-        raise OutputError(f"{what} {folder}: {os_error_text(error)}") from error
+        raise OutputError(f"{what} {folder}: {os_error_text(error)}{cure}") from error
     finally:
         with suppress(OSError):  # where the folder is no folder, the error above says so
             probe.unlink(missing_ok=True)
@@ -248,7 +261,7 @@ def check_disk(training_set: TrainingSet, caches: Sequence[LatentCache | TextCac
     if not needed:
         return
     for folder in cache_folders(training_set, options):
-        check_writable(folder, "the caches cannot be written to")
+        check_writable(folder, "the caches cannot be written to", UNWRITABLE_CACHES)
         place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(place).free
         if needed + DISK_RESERVE_BYTES > free:
@@ -262,7 +275,7 @@ def cache_folders(training_set: TrainingSet, options: Any) -> set[Path]:
     """Where cache files lie: --cache_dir, else beside the images."""
     if options.caches.cache_dir:
         return {Path(options.caches.cache_dir)}
-    return {item.path.parent for item in training_set.items}
+    return {item.path.parent for item in training_set.all_items}
 
 
 def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedRun:

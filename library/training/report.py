@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +57,7 @@ class Report:
         self._bar.set_postfix(loss=f"{numbers.loss:.4f}", average=f"{average:.4f}", refresh=False)
         self._bar.update(numbers.step - self._bar.n)
         if self._accelerator.trackers:
-            self._accelerator.log(self._values(numbers, average, waited_s), step=numbers.step)
+            self.log(self._values(numbers, average, waited_s), numbers.step)
 
     def _values(self, numbers: StepNumbers, average: float, waited_s: float) -> dict[str, float]:
         now = time.perf_counter()
@@ -71,6 +73,19 @@ class Report:
             **numbers.curves,
         }
         return {"loss/current": numbers.loss, **values} if numbers.finite else values
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Other curves than a step's own."""
+        if self._accelerator.trackers:
+            self._accelerator.log(values, step=step)
+
+    @contextmanager
+    def passing_bar(self, what: str, total: int) -> Iterator[Callable[[], object]]:
+        """A second bar, which goes when its work is done. Gives what counts one on."""
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, leave=False, disable=self._bar.disable, dynamic_ncols=True) as bar:
+            yield bar.update
 
     def close(self) -> None:
         self._bar.close()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from library.options.saving import SavingOptions
 
-DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME = "epoch", "at", "last"
+DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME, DEFAULT_BEST_NAME = "epoch", "at", "last", "best"
+BEST_SUFFIX = "-best"
 STATE_SUFFIX = "-state"
 
 
@@ -42,6 +43,10 @@ class OutputNames:
     def last_file(self) -> Path:
         return self.folder / ((self.name or DEFAULT_LAST_NAME) + self.extension)
 
+    def best_file(self) -> Path:
+        """The LoRA with the lowest validation loss so far."""
+        return self.folder / ((f"{self.name}{BEST_SUFFIX}" if self.name else DEFAULT_BEST_NAME) + self.extension)
+
     def epoch_state(self, epoch: int) -> Path:
         return self.folder / (self._epoch_stem(epoch) + STATE_SUFFIX)
 
@@ -51,13 +56,19 @@ class OutputNames:
     def last_state(self) -> Path:
         return self.folder / ((self.name or DEFAULT_LAST_NAME) + STATE_SUFFIX)
 
+    def stems(self) -> list[str]:
+        """What the names of all that this run writes begin with."""
+        return [*self._state_stems(), DEFAULT_BEST_NAME] if not self.name else [self.name]
+
+    def _state_stems(self) -> list[str]:
+        return [self.name] if self.name else [DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME]
+
     def states(self) -> list[Path]:
         """Every state folder of this run's name in the output folder, complete or not."""
-        stems = [self.name] if self.name else [DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME]
         if not self.folder.is_dir():
             return []
         folders = (path for path in self.folder.iterdir() if path.is_dir())
-        return sorted(path for path in folders if any(_is_state_of(path.name, stem) for stem in stems))
+        return sorted(path for path in folders if any(_is_state_of(path.name, stem) for stem in self._state_stems()))
 
 
 def _is_state_of(folder_name: str, stem: str) -> bool:
@@ -66,6 +77,15 @@ def _is_state_of(folder_name: str, stem: str) -> bool:
     middle, _, rest = folder_name[len(stem) :].partition(STATE_SUFFIX)
     counted = middle.removeprefix("-step").removeprefix("-")
     return rest in ("", ".replaced") and (middle == "" or counted.isdigit())
+
+
+@dataclass(frozen=True, slots=True)
+class DueSave:
+    """What is saved at one moment, and the old files and states that make way for it afterwards."""
+
+    file: Path
+    state: Path
+    makes_way: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +114,16 @@ class SaveSchedule:
             keep_step_states=saving.save_last_n_steps_state or saving.save_last_n_steps,
             epochs=epochs,
         )
+
+    def due(self, step: int, ended_epoch: int | None, names: OutputNames) -> list[DueSave]:
+        """What is due after ``step``, which ended ``ended_epoch`` or none."""
+        due: list[DueSave] = []
+        if self.saves_step(step):
+            due.append(DueSave(names.step_file(step), names.step_state(step), tuple(self.made_way_for_step(step, names))))
+        if ended_epoch is not None and self.saves_epoch(ended_epoch):
+            old = tuple(self.made_way_for_epoch(ended_epoch, names))
+            due.append(DueSave(names.epoch_file(ended_epoch), names.epoch_state(ended_epoch), old))
+        return due
 
     def saves_epoch(self, epoch: int) -> bool:
         """The last epoch is only the final file."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from library.files.atomic import REPLACED_MARK, folder_written_atomically, write
 from library.files.safetensors_file import file_fingerprint
 from library.training.optimizer_names import optimizer_source
 from library.training.steps import Progress
+from library.training.validation_plan import NO_SPLIT, ValidationRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,7 @@ class StateDescription:
     identity: dict[str, str]
     history: dict[str, str]
     losses: list[float]
+    validation: ValidationRecord = field(default_factory=ValidationRecord)
 
     def to_json(self, files: Mapping[str, int]) -> str:
         content = {
@@ -54,6 +56,7 @@ class StateDescription:
             "identity": self.identity,
             "history": self.history,
             "losses": self.losses,
+            "validation": asdict(self.validation),
             "files": dict(files),
         }
         return json.dumps(content, indent=1)
@@ -103,6 +106,7 @@ def read_description(folder: Path) -> StateDescription:
             identity=dict(content["identity"]),
             history=dict(content["history"]),
             losses=list(content["losses"]),
+            validation=ValidationRecord(**content.get("validation", {})),  # older states have none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION_FILE} is damaged ({error!r}); choose another state") from error
@@ -152,18 +156,23 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
 # groups whose options change what is trained, and those of their options that do not
 HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "captions", "dataset")
 HISTORY_RUN_OPTIONS = ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16")
-HARMLESS = ("max_data_loader_n_workers", "persistent_data_loader_workers", "skip_bad_images", "optimizer_type", "use_8bit_adam",
-            "use_lion_optimizer")  # fmt: skip
+HARMLESS = ("max_data_loader_n_workers", "persistent_data_loader_workers", "skip_bad_images", "cache_info", "optimizer_type",
+            "use_8bit_adam", "use_lion_optimizer")  # fmt: skip
+VALIDATION_SPLIT = "the validation split"  # with another one, what was trained would validate
+ABSENT = {VALIDATION_SPLIT: NO_SPLIT}  # what an older state means that does not name a setting
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler")
 
 
-def state_settings(options: Any, architecture: str, *, batches_per_epoch: int) -> tuple[dict[str, str], dict[str, str]]:
+def state_settings(
+    options: Any, architecture: str, *, batches_per_epoch: int, validation_split: str = NO_SPLIT
+) -> tuple[dict[str, str], dict[str, str]]:
     """(identity, history): settings without which a state cannot go on, and those that should stay for the result of an
     uninterrupted run; flag -> value as text. Options that an architecture does not have are left out.
     """
     names = ("network_module", "network_dim", "network_alpha", "network_args")
     identity = {f"--{name}": str(getattr(options.network, name)) for name in names}
     identity.update({"--optimizer_type": optimizer_source(options.optimizer).path, "the architecture": architecture})
+    identity[VALIDATION_SPLIT] = validation_split
     groups = [getattr(options, name) for name in HISTORY_GROUPS if hasattr(options, name)]
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
     values.update({name: getattr(options.run, name) for name in HISTORY_RUN_OPTIONS})
@@ -178,10 +187,10 @@ def check_identity(folder: Path, saved: StateDescription, settings: tuple[dict[s
     """Raises OptionError when the state belongs to other settings; returns lines about changes that are allowed."""
     identity, history = settings
     problems = [
-        f"the state {folder} was saved with {flag} {saved.identity.get(flag)}, but this run has {value}: "
+        f"the state {folder} was saved with {flag} {saved.identity.get(flag, ABSENT.get(flag))}, but this run has {value}: "
         "give the old value, or start a new run with --network_weights"
         for flag, value in identity.items()
-        if saved.identity.get(flag) != value
+        if saved.identity.get(flag, ABSENT.get(flag)) != value
     ]
     if problems:
         raise OptionError(*problems)

@@ -42,9 +42,10 @@ class RunLength:
         first = update * self.accumulation
         return epoch + 1, range(first, min(first + self.accumulation, self.batches_per_epoch))
 
-    def ends_epoch(self, position: int) -> bool:
-        """True when ``position`` updates of data are whole epochs."""
-        return position % self.steps_per_epoch == 0
+    def ended_epoch(self, position: int) -> int | None:
+        """The epoch (1-based) whose last update was the one before ``position``; None in its middle and before the first."""
+        epochs, rest = divmod(position, self.steps_per_epoch)
+        return epochs if epochs and not rest else None
 
     def micro_step(self, epoch: int, batch_index: int) -> int:
         """Number of a micro-batch counted over the whole run, from 0: what its noise is drawn for."""

@@ -1,0 +1,103 @@
+"""The LoRA files and states of a run: who writes them, and what is never written."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from library.errors import TrainingError
+from library.files.atomic import TEMPORARY_MARK
+from library.files.left_overs import remove_left_overs
+from library.training.learner import Learner
+from library.training.metadata import LoraMetadata
+from library.training.preflight import CheckedRun
+from library.training.processes import HostGroup
+from library.training.saving import remove_old, save_dtype, save_network
+from library.training.saving_names import OutputNames
+from library.training.state import StateDescription, remove_replaced_states, save_state
+from library.training.steps import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Called by all processes alike; the main one writes. Weights that are not finite are never saved."""
+
+    run: CheckedRun
+    learner: Learner
+    metadata: LoraMetadata
+    group: HostGroup
+    is_main: bool
+
+    def save_lora(
+        self,
+        file: Path,
+        progress: Progress,
+        *,
+        last: bool = False,
+        in_haste: bool = False,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Optimizers that keep an average of the weights swap it in for the moment.
+
+        ``last``: the run's final file. ``in_haste``: without waiting for hashes of the model files that are still being
+        computed. ``notes``: further metadata, as whole ``ss_*`` keys.
+        """
+        self._check_weights(progress)
+        self._write_lora(file, progress, last=last, wait=not in_haste, notes=notes)
+
+    def save_state(self, folder: Path, description: StateDescription) -> None:
+        self._check_weights(description.progress)
+        if self.is_main:
+            save_state(folder, description, network=self.learner.network.state_dict(), training=self.learner.state())
+            logger.info("saved the state %s", folder)
+
+    def remove(self, *old: Path) -> None:
+        """Files and states that made way for newer ones, which are in place by now."""
+        if self.is_main:
+            remove_old(*old)
+
+    def end_diverged_run(self, progress: Progress, *, step: int) -> NoReturn:
+        """Saves the last weights that gave a finite loss, and leaves with an error. ``step``: the last that was not finite."""
+        self.learner.weights.restore_good()
+        if not self.learner.weights.are_finite():
+            raise TrainingError(
+                "the network's weights were not finite from the start: look at the --network_weights file or state"
+            )
+        file = self.run.names.last_file()
+        self._write_lora(file, progress)  # save_lora would ask about the weights again
+        self.group.wait()
+        raise TrainingError(
+            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. Try a lower "
+            "--learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, a smaller --max_grad_norm, or with "
+            "--full_fp16 --optimizer_args eps=1e-4"
+        )
+
+    def _check_weights(self, progress: Progress) -> None:
+        """All processes hold the same weights and decide alike."""
+        if not self.learner.weights.are_finite():
+            self.end_diverged_run(progress, step=progress.step)
+
+    def _write_lora(
+        self, file: Path, progress: Progress, *, last: bool = False, wait: bool = True, notes: Mapping[str, str] | None = None
+    ) -> None:
+        if not self.is_main:
+            return
+        epochs_done = progress.position // self.run.length.steps_per_epoch
+        metadata = self.metadata.at(step=progress.step, epoch=epochs_done, last=last, wait=wait, notes=notes)
+        with self.learner.evaluating():
+            dtype = save_dtype(self.run.options.saving.save_precision)
+            save_network(self.learner.network, file, dtype=dtype, metadata=metadata)
+        logger.info("saved %s", file)
+
+
+def remove_left_over_files(names: OutputNames) -> None:
+    """Temporary files and states of an earlier run of this name that was killed while saving."""
+    remove_replaced_states(names.states())
+    for stem in names.stems():
+        remove_left_overs([names.folder], f"{glob.escape(stem)}*{TEMPORARY_MARK}*")

@@ -1,0 +1,115 @@
+"""When a run validates, at which timesteps, and what it remembers of it. Pure; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.dataset.items import TrainingSet
+from library.dataset.order import items_by_bucket
+from library.options.validation import ValidationOptions
+from library.training.steps import RunLength
+
+LEVELS = 4  # noise levels at which each image is shown
+HIGHEST_TIMESTEP = 1000
+
+
+def validation_timesteps(low: int | None, high: int | None) -> tuple[int, ...]:
+    """Timesteps spread evenly inside [``low``, ``high``], which stand for 0 and 1000 where they are None.
+
+    The inner ones of six, rounded down, as in the reference: 200, 400, 600, 800. A range of less than five has fewer.
+    """
+    first = low or 0
+    width = (HIGHEST_TIMESTEP if high is None else high) - first
+    return tuple(dict.fromkeys(first + width * n // (LEVELS + 1) for n in range(1, LEVELS + 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationSchedule:
+    """After which steps and epochs a run validates; None: never by steps."""
+
+    every_n_steps: int | None
+    every_n_epochs: int
+
+    @classmethod
+    def of(cls, options: ValidationOptions) -> ValidationSchedule:
+        return cls(options.validate_every_n_steps, options.validate_every_n_epochs or 1)
+
+    def __str__(self) -> str:
+        """For people: "after every epoch and every 100 steps"."""
+        epochs = "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
+        steps = "" if self.every_n_steps is None else f" and every {self.every_n_steps} steps"
+        return f"after {epochs}{steps}"
+
+    def due(self, step: int, ended_epoch: int | None) -> tuple[str, ...]:
+        """The names of the curves that get a point after ``step``: "step", "epoch", both or none."""
+        by_step = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
+        by_epoch = ended_epoch is not None and ended_epoch % self.every_n_epochs == 0
+        return (("step",) if by_step else ()) + (("epoch",) if by_epoch else ())
+
+    def times(self, length: RunLength) -> int:
+        """How many validations a whole run has, apart from the base model's."""
+        steps = set(range(self.every_n_steps, length.total_steps + 1, self.every_n_steps)) if self.every_n_steps else set()
+        epochs = range(self.every_n_epochs, length.total_steps // length.steps_per_epoch + 1, self.every_n_epochs)
+        return len(steps | {epoch * length.steps_per_epoch for epoch in epochs})
+
+
+def validation_batch_count(training_set: TrainingSet, limit: int | None) -> int:
+    """Batches of one validation over all processes; ``limit`` is --max_validation_steps."""
+    buckets = items_by_bucket(training_set.validation).items()
+    count = sum(-(-len(items) // training_set.datasets[dataset].batch_size) for (dataset, _), items in buckets)
+    return count if limit is None else min(count, limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationRecord:
+    """What a run remembers of its validations; a part of its states. None: not known yet.
+
+    ``measured`` names images, noise and kind of loss: losses of different ones cannot be compared. ``finished_step`` is the
+    step after which the last validation ran to its end, which tells a resumed run whether one is still owed.
+    """
+
+    measured: str = ""
+    baseline: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    finished_step: int | None = None
+
+
+def validation_warnings(options: ValidationOptions, training_set: TrainingSet, length: RunLength) -> Iterator[str]:
+    """Validation that was asked for and does not take place."""
+    given = [name for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "save_best")
+             if getattr(options, name)]  # fmt: skip
+    if not training_set.validation:
+        if given:
+            flags = ", ".join(f"--{name}" for name in given)
+            verb = "does" if len(given) == 1 else "do"
+            yield f"{flags} {verb} nothing without validation images: give --validation_split, or mark a subset with is_validation"
+    elif ValidationSchedule.of(options).times(length) == 0:
+        yield (
+            f"the run ends after {length.total_steps} steps, before its first validation (an epoch has {length.steps_per_epoch} "
+            "steps): give --validate_every_n_steps, or train longer"
+        )
+
+
+def noise_seed(options: Any) -> int:
+    """Of the noise on validation images, and of the choice of images where a dataset sets no validation_seed.
+
+    Never the random seed of a run without --seed: validations of two runs should be comparable.
+    """
+    seeds = (options.validation.validation_seed, options.run.seed, 0)
+    return next(seed for seed in seeds if seed is not None)
+
+
+NO_SPLIT = "none"  # what a state says that was saved before there was validation
+
+
+def split_text(training_set: TrainingSet, options: Any) -> str:
+    """The shares of images that validate, and the seeds that chose them, for a state: what a resumed run must not change."""
+    parts = []
+    for number, dataset in enumerate(training_set.datasets, start=1):
+        seed = noise_seed(options) if dataset.validation_seed is None else dataset.validation_seed
+        if dataset.validation_split:
+            parts.append(f"{dataset.validation_split:g} of dataset {number} by seed {seed}")
+    return ", ".join(parts) or NO_SPLIT
