@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from library.dataset.items import DatasetSettings
+from library.dataset.items import DatasetSettings, Item
 from library.errors import DatasetError
 
 Size = tuple[int, int]
@@ -18,11 +18,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Resize to ``resized_wh``, then cut ``bucket_wh`` out of it at ``crop_left_top`` (the centre)."""
+    """Resize to ``resized_wh``, then cut ``bucket_wh`` out of it at ``crop_left_top``."""
 
     bucket_wh: Size
     resized_wh: Size
     crop_left_top: tuple[int, int]
+
+    @staticmethod
+    def of(item: Item) -> Placement:
+        """The item's own: the crop of cached latents, and of every showing that is not cropped at random."""
+        return Placement(item.bucket_wh, item.resized_wh, item.crop_left_top)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Item:
     bucket_wh: tuple[int, int]
     resized_wh: tuple[int, int]  # covers the bucket
     crop_left_top: tuple[int, int]  # of the bucket inside the resized image, unless a showing is cropped at random
+    is_bucketed: bool = True  # its dataset has buckets; without them a random crop is cut from the full-size image
 
     @property
     def is_masked(self) -> bool:

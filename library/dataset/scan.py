@@ -237,16 +237,16 @@ def _items(datasets: tuple[DatasetSettings, ...], placed: list[tuple[Found, Size
     for entry in placed:
         by_dataset[entry[0].dataset_index].append(entry)
     items: list[Item] = []
-    for index in range(len(datasets)):
+    for index, dataset in enumerate(datasets):
         entries = by_dataset[index]
         repeats = regularised_repeats([image for image, _, _ in entries])
         for (image, size, placement), count in zip(entries, repeats, strict=True):
             if count > 0:
-                items.append(_item(len(items), image, size, placement, repeats=count))
+                items.append(_item(len(items), image, size, placement, repeats=count, is_bucketed=dataset.enable_bucket))
     return items
 
 
-def _item(index: int, image: Found, size: Size, placement: Placement, *, repeats: int) -> Item:
+def _item(index: int, image: Found, size: Size, placement: Placement, *, repeats: int, is_bucketed: bool) -> Item:
     return Item(
         index=index,
         key=image.key,
@@ -260,6 +260,7 @@ def _item(index: int, image: Found, size: Size, placement: Placement, *, repeats
         bucket_wh=placement.bucket_wh,
         resized_wh=placement.resized_wh,
         crop_left_top=placement.crop_left_top,
+        is_bucketed=is_bucketed,
     )
 
 
