@@ -120,7 +120,7 @@ def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> tuple[Image
 
 
 def _halved(image: Image.Image, true_wh: tuple[float, float], goal_wh: Size) -> Image.Image:
-    """Shrunk by the largest power of two that leaves both sides at least as long as ``goal_wh``.
+    """Shrunk by the largest power of two that leaves both sides at least as long as ``goal_wh``; enlarged ones stay as they are.
 
     It is the rule by which a JPEG decoder shrinks, and costs a quarter of what averaging over odd windows does. ``true_wh``: what
     the image really covers, in its own pixels; a last row or column can stand for a part of a pixel only.
@@ -130,8 +130,8 @@ def _halved(image: Image.Image, true_wh: tuple[float, float], goal_wh: Size) -> 
         factor = 1 << (times.bit_length() - 1)
         image = image.reduce(factor)
         true_wh = (true_wh[0] / factor, true_wh[1] / factor)
-    # less than half a pixel goes, and the picture is not stretched by more than that
-    kept_wh = (max(int(true_wh[0] + 0.5), goal_wh[0]), max(int(true_wh[1] + 0.5), goal_wh[1]))
+    # Rounded, at most half a pixel too much or too little is taken for picture. Never too few: true_wh is no less than goal_wh.
+    kept_wh = (int(true_wh[0] + 0.5), int(true_wh[1] + 0.5))
     return image if kept_wh == image.size else image.crop((0, 0, *kept_wh))
 
 
