@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from library.dataset.items import Item, SubsetSettings
-from library.randomness import python_random
+from library.randomness import python_random, uniform
 
 WILDCARD = re.compile(r"\{([^}]+)\}")  # {a|b|c}, one level deep
 # Stand-ins for the escaped braces {{ and }} while wildcards are expanded: lone surrogates, which no UTF-8 text can hold.
@@ -75,7 +75,7 @@ def is_dropped(item: Item, *, seed: int, epoch: int, occurrence: int) -> bool:
     if every > 0 and epoch % every == 0:
         return True
     rate = item.subset.caption_dropout_rate
-    return rate >= 1 or (rate > 0 and python_random("caption dropout", seed, item.key, occurrence).random() < rate)
+    return rate >= 1 or (rate > 0 and uniform("caption dropout", seed, item.key, occurrence) < rate)
 
 
 def is_random(subset: SubsetSettings) -> bool:

@@ -14,7 +14,7 @@ from itertools import repeat
 from typing import overload
 
 from library.dataset.items import Item, TrainingSet
-from library.randomness import python_random
+from library.randomness import python_random, uniform
 
 Entry = tuple[int, int]  # (position in TrainingSet.items, occurrence: 0, 1, 2 ... over the run)
 Bucket = tuple[int, tuple[int, int]]  # (dataset, (width, height)): the images that can share a batch
@@ -128,7 +128,7 @@ def rank_positions(size: int, *, rank: int, processes: int) -> range:
 
 def is_flipped(item: Item, *, seed: int, epoch: int, occurrence: int) -> bool:
     """Whether this showing is mirrored: half of them where flip_aug is on."""
-    return item.subset.flip_aug and python_random("flip", seed, item.key, epoch, occurrence).random() < 0.5
+    return item.subset.flip_aug and uniform("flip", seed, item.key, epoch, occurrence) < 0.5
 
 
 def items_by_bucket(items: Iterable[Item]) -> dict[Bucket, list[Item]]:

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from library.randomness import derive_seed, seed_default_generators
+from library.randomness import derive_seed, seed_default_generators, uniform
 
 
 def test_every_part_its_order_and_its_type_count():
@@ -29,3 +29,10 @@ def test_seeding_for_a_step_draws_what_manual_seed_draws():
     expected = torch.rand(3)
     seed_default_generators(5, torch.device("cpu"))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_uniform_numbers_are_spread_evenly_below_one():
+    numbers = [uniform("test", number) for number in range(4000)]
+    assert all(0 <= number < 1 for number in numbers)
+    assert all(900 < sum(low <= number < low + 0.25 for number in numbers) < 1100 for low in (0, 0.25, 0.5, 0.75))
+    assert uniform("test", 3) == numbers[3]

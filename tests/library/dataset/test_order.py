@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from library.dataset.captions import caption_for
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
-from library.dataset.order import batches_per_epoch, epoch_batches, is_flipped, rank_positions
+from library.dataset.order import OrderSource, batches_per_epoch, epoch_batches, is_flipped, rank_positions, validation_batches
 
 ROOT = Path(__file__).parents[3]
 
@@ -111,6 +112,72 @@ def test_half_of_the_showings_are_flipped():
     item = training_set().items[0]
     flipped = [is_flipped(item, seed=1, epoch=1, occurrence=occurrence) for occurrence in range(1000)]
     assert 430 < sum(flipped) < 570
+
+
+def test_an_order_can_be_read_like_a_list():
+    order = epoch_batches(training_set(), seed=1, epoch=2, processes=1)
+    batches = list(order)
+    assert len(order) == len(batches)
+    assert (order[0], order[-1], order[2:5]) == (batches[0], batches[-1], batches[2:5])
+    with pytest.raises(IndexError):
+        order[len(order)]
+
+
+def test_epochs_can_be_asked_for_in_any_order():
+    source = OrderSource(training_set(), seed=1, processes=2)
+    for epoch in (3, 1, 2, 3):
+        assert source.epoch(epoch) == epoch_batches(training_set(), seed=1, epoch=epoch, processes=2)
+
+
+def test_the_order_of_a_big_set_is_quick_and_small():
+    """100,000 images in 40 buckets; the limits are many times what it takes."""
+    sizes = [(64 * width, 64 * (41 - width)) for width in range(1, 41)]
+    example = training_set().items[0]
+    items = tuple(replace(example, index=index, bucket_wh=sizes[index % 40]) for index in range(100_000))
+    source = OrderSource(replace(training_set(), items=items), seed=1, processes=1)
+    started = time.perf_counter()
+    order = source.epoch(1)
+    assert time.perf_counter() - started < 3
+    held = sum(sys.getsizeof(numbers) for numbers in (order.positions, order.occurrences, order.starts, order.ends))
+    assert held < 20 * len(items)  # bytes
+
+
+def with_validation(counts: tuple[int, ...] = (7, 5)) -> TrainingSet:
+    """The set above and ``counts`` validation images in two buckets of dataset 0 (batch 2)."""
+    data = training_set()
+    first = len(data.items)
+    buckets = [bucket for bucket, count in zip([(64, 64), (32, 128)], counts, strict=True) for _ in range(count)]
+    validation = [
+        replace(data.items[0], index=first + number, key=f"0:1:{number}.png", bucket_wh=bucket, repeats=1)
+        for number, bucket in enumerate(buckets)
+    ]
+    return replace(data, validation=tuple(validation))
+
+
+def test_validation_shows_each_image_once_in_batches_of_one_bucket():
+    data = with_validation()
+    batches = validation_batches(data, seed=4)
+    assert sorted(position for batch in batches for position in batch) == list(range(12))
+    assert sorted(len(batch) for batch in batches) == [1, 1, 2, 2, 2, 2, 2]
+    for batch in batches:
+        assert len({data.validation[position].bucket_wh for position in batch}) == 1
+    assert validation_batches(training_set(), seed=4) == []
+
+
+def test_the_order_of_validation_depends_on_the_seed_alone_and_mixes_buckets():
+    data = with_validation((60, 60))
+    batches = validation_batches(data, seed=4)
+    assert batches == validation_batches(data, seed=4)
+    assert batches != validation_batches(data, seed=5)
+    wide = [data.validation[batch[0]].bucket_wh == (64, 64) for batch in batches[:20]]
+    assert 5 <= sum(wide) <= 15
+    assert max(position for batch in batches[:10] for position in batch if position < 60) > 20  # not the first by name
+
+
+def test_validation_images_are_not_in_the_order_of_training():
+    data = with_validation()
+    assert epoch_batches(data, seed=1, epoch=1, processes=1) == epoch_batches(training_set(), seed=1, epoch=1, processes=1)
+    assert batches_per_epoch(data, processes=1) == batches_per_epoch(training_set(), processes=1)
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
