@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from library.dataset.conditioning import Conditioning
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+MOVED = ("pixels", "latents", "mask", "text", "loss_weights", "original_wh", "crop_left_top")  # to the device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,26 +28,28 @@ class Batch:
 
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1]; None when latents come from the cache
     latents: Tensor | None  # (B, C, h, w) scaled latents (what the denoiser sees); None when they are encoded each step
+    mask: Tensor | None  # (B, 1, h, w) float32 in [0, 1]: how much each place counts in the loss; None = all fully
     text: Conditioning | None  # cached encoder output; None when the encoder runs every step
     captions: tuple[str, ...]  # as the encoder gets them, after shuffling and dropout
     loss_weights: Tensor  # (B,) float32, 1.0 = counts fully
+    original_wh: Tensor  # (B, 2) int64, pixels of the upright image file
+    crop_left_top: Tensor  # (B, 2) int64, pixels cut off the resized image, counted in the mirrored one where it is mirrored
+    target_wh: tuple[int, int]  # pixels of the bucket
+    network_multiplier: float  # strength of the network for these images
+    custom_attributes: tuple[Mapping[str, object], ...]  # of each image
     positions: tuple[int, ...]
     global_size: int
     item_keys: tuple[str, ...]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        def move(value):
-            return None if value is None else value.to(device, non_blocking=non_blocking)
-
-        return replace(self, pixels=move(self.pixels), latents=move(self.latents), text=move(self.text),
-                       loss_weights=move(self.loss_weights))  # fmt: skip
+        return self._with_tensors(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        def pin(value):
-            return None if value is None else value.pin_memory()
+        return self._with_tensors(lambda value: value.pin_memory())
 
-        return replace(self, pixels=pin(self.pixels), latents=pin(self.latents), text=pin(self.text),
-                       loss_weights=pin(self.loss_weights))  # fmt: skip
+    def _with_tensors(self, change: Callable[[Any], Any]) -> Batch:
+        present = ((name, getattr(self, name)) for name in MOVED)
+        return replace(self, **{name: change(value) for name, value in present if value is not None})
 
 
 def normalized_pixels(pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,43 +1,45 @@
-"""From the order of an epoch to micro-batches, made ahead of time in threads."""
+"""From the order of an epoch to micro-batches, made ahead of time in threads; and the fixed batches of validation."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from library.dataset.batch import Batch, normalized_pixels
-from library.dataset.captions import caption_for, is_dropped, variant_for
-from library.dataset.conditioning import Conditioning
-from library.dataset.images import load_pixels
-from library.dataset.items import Item, TrainingSet
+from library.dataset.batch import Batch
+from library.dataset.batch_maker import BatchMaker
+from library.dataset.captions import Moment
+from library.dataset.items import TrainingSet
 from library.dataset.latent_cache import LatentCache
-from library.dataset.order import Entry, epoch_batches, is_flipped, rank_positions
+from library.dataset.order import Entry, EpochOrder, OrderSource, rank_positions, validation_batches
 from library.dataset.prefetch import Prefetch, prefetch
-from library.dataset.text_cache import EMPTY, TextCache
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from library.dataset.showing import FixedShowing, TrainingShowing, When
+from library.dataset.text_cache import TextCache
 
 BATCHES_PER_WORKER = 2  # made ahead of the one in use
-KEPT_EPOCHS = 2  # at an epoch's end the threads work on the next one already
-
-Place = tuple[int, int]  # (epoch, 1-based; number of the global batch in it, 0-based)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Showing:
-    """One image as one batch shows it."""
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """How batches become steps: an optimizer step takes ``accumulation`` consecutive batches of one epoch (the last one of an
+    epoch may take fewer), and the run has ``total_steps`` of them."""
 
-    item: Item
-    seed: int
-    epoch: int
-    occurrence: int
+    accumulation: int
+    total_steps: int
 
-    @property
-    def when(self) -> dict[str, int]:
-        return {"seed": self.seed, "epoch": self.epoch, "occurrence": self.occurrence}
+    def moment(self, epoch: int, number: int, *, batches_per_epoch: int) -> Moment:
+        """When global batch ``number`` (from 0) of ``epoch`` (from 1) is trained."""
+        steps_per_epoch = -(-batches_per_epoch // self.accumulation)
+        return Moment((epoch - 1) * steps_per_epoch + number // self.accumulation, self.total_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One global batch: what it holds and where in the run it is."""
+
+    epoch: int  # 1-based
+    number: int  # in its epoch, from 0
+    entries: tuple[Entry, ...]
+    moment: Moment | None
 
 
 @dataclass(eq=False)
@@ -55,13 +57,22 @@ class BatchSource:
     latent_cache: LatentCache | None = field(default=None, kw_only=True)  # None: batches carry pixels
     text_cache: TextCache | None = field(default=None, kw_only=True)  # None: batches carry captions only
     prior_loss_weight: float = field(default=1.0, kw_only=True)
+    clock: Clock | None = field(default=None, kw_only=True)  # None: token warm-up is over
     pin_memory: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-        self._orders: dict[int, Sequence[tuple[Entry, ...]]] = {}
+        if not self.training_set.items:
+            raise ValueError("there is nothing to train")  # the scan has refused such a set
+        self._orders = OrderSource(self.training_set, seed=self.seed, processes=self.processes)
+        self._last_order: tuple[int, EpochOrder] | None = None
+        self._maker = BatchMaker(
+            datasets=self.training_set.datasets,
+            latent_cache=self.latent_cache,
+            text_cache=self.text_cache,
+            pin_memory=self.pin_memory,
+        )
 
-    def batches(self, start_epoch: int, start_index: int, *, workers: int) -> Prefetch[Place, tuple[int, int, Batch | None]]:
+    def batches(self, start_epoch: int, start_index: int, *, workers: int) -> Prefetch[_Place, tuple[int, int, Batch | None]]:
         """Endless (epoch, number, micro-batch) from there on, epoch after epoch, made ahead by ``workers`` threads.
 
         With 0 workers each is made on demand. Close it when done. Its ``waited_s`` is the time that training has waited for data.
@@ -72,70 +83,79 @@ class BatchSource:
 
     def micro_batch(self, epoch: int, index: int) -> Batch | None:
         """This process' share of global batch ``index`` of ``epoch`` (1-based); None when the batch has too few images for it."""
-        import torch
+        return self._batch(self._place(epoch, index, self._order(epoch)))
 
-        entries = self._order(epoch)[index]
-        positions = tuple(rank_positions(len(entries), rank=self.rank, processes=self.processes))
+    def _numbered(self, place: _Place) -> tuple[int, int, Batch | None]:
+        return place.epoch, place.number, self._batch(place)
+
+    def _batch(self, place: _Place) -> Batch | None:
+        size = len(place.entries)
+        positions = tuple(rank_positions(size, rank=self.rank, processes=self.processes))
         if not positions:
             return None
-        showings = [self._showing(epoch, entries[position]) for position in positions]
-        captions, text = self._text(showings)
-        weights = [self.prior_loss_weight if showing.item.subset.is_reg else 1.0 for showing in showings]
-        batch = Batch(
-            pixels=self._pixels(showings) if self.latent_cache is None else None,
-            latents=None if self.latent_cache is None else self._latents(self.latent_cache, showings),
-            text=text,
-            captions=captions,
-            loss_weights=torch.tensor(weights, dtype=torch.float32),
-            positions=positions,
-            global_size=len(entries),
-            item_keys=tuple(showing.item.key for showing in showings),
+        showings = [self._showing(place, place.entries[position]) for position in positions]
+        return self._maker.batch(showings, positions=positions, global_size=size)
+
+    def _showing(self, place: _Place, entry: Entry) -> TrainingShowing:
+        position, occurrence = entry
+        return TrainingShowing(
+            item=self.training_set.items[position],
+            when=When(seed=self.seed, epoch=place.epoch, occurrence=occurrence),
+            moment=place.moment,
+            prior_loss_weight=self.prior_loss_weight,
         )
-        return batch.pin_memory() if self.pin_memory else batch
 
-    def _numbered(self, place: Place) -> tuple[int, int, Batch | None]:
-        return (*place, self.micro_batch(*place))
-
-    def _places(self, epoch: int, index: int) -> Iterator[Place]:
+    def _places(self, epoch: int, index: int) -> Iterator[_Place]:
+        """The threads get what their batch holds along with its number: none of them needs an epoch's order."""
         while True:
-            for number in range(index, len(self._order(epoch))):
-                yield epoch, number
+            order = self._orders.epoch(epoch)
+            for number in range(index, len(order)):
+                yield self._place(epoch, number, order)
             epoch, index = epoch + 1, 0
 
-    def _order(self, epoch: int) -> Sequence[tuple[Entry, ...]]:
-        with self._lock:
-            if epoch not in self._orders:
-                self._orders[epoch] = epoch_batches(self.training_set, seed=self.seed, epoch=epoch, processes=self.processes)
-                for old in sorted(self._orders)[:-KEPT_EPOCHS]:
-                    if old != epoch:
-                        del self._orders[old]
-            return self._orders[epoch]
+    def _place(self, epoch: int, number: int, order: EpochOrder) -> _Place:
+        moment = None if self.clock is None else self.clock.moment(epoch, number, batches_per_epoch=len(order))
+        return _Place(epoch, number, order[number], moment)
 
-    def _showing(self, epoch: int, entry: Entry) -> _Showing:
-        position, occurrence = entry
-        return _Showing(item=self.training_set.items[position], seed=self.seed, epoch=epoch, occurrence=occurrence)
+    def _order(self, epoch: int) -> EpochOrder:
+        last = self._last_order
+        if last is None or last[0] != epoch:
+            last = self._last_order = (epoch, self._orders.epoch(epoch))
+        return last[1]
 
-    def _pixels(self, showings: Sequence[_Showing]) -> Tensor:
-        import torch
 
-        pictures = [load_pixels(showing.item, flipped=is_flipped(showing.item, **showing.when)) for showing in showings]
-        return torch.from_numpy(normalized_pixels(pictures))  # (B, 3, H, W)
+class ValidationBatches:
+    """The fixed batches of a training set's validation images: each image once, without flips, dropout or any other chance.
 
-    def _latents(self, cache: LatentCache, showings: Sequence[_Showing]) -> Tensor:
-        import torch
+    A batch has up to batch_size images of one bucket of one dataset. The order is shuffled and depends on ``seed`` alone, so
+    that ``limit`` batches are a fair sample; None: all of them. Safe in threads.
+    """
 
-        parts = [cache.load(showing.item, flipped=is_flipped(showing.item, **showing.when)) for showing in showings]
-        return torch.stack(parts)  # (B, C, h, w)
+    def __init__(  # noqa: PLR0913  # the trainer's one call
+        self,
+        training_set: TrainingSet,
+        *,
+        latent_cache: LatentCache | None,
+        text_cache: TextCache | None,
+        seed: int,
+        limit: int | None = None,
+        pin_memory: bool = False,
+    ):
+        self._items = training_set.validation
+        self._batches = validation_batches(training_set, seed=seed)[:limit]
+        self._maker = BatchMaker(
+            datasets=training_set.datasets, latent_cache=latent_cache, text_cache=text_cache, pin_memory=pin_memory
+        )
 
-    def _text(self, showings: Sequence[_Showing]) -> tuple[tuple[str, ...], Conditioning | None]:
-        """The captions as the encoder gets them or got them, and what it made of them if that is cached."""
-        if self.text_cache is None:
-            return tuple(caption_for(showing.item, **showing.when) for showing in showings), None
-        captions, parts = zip(*(self._cached_text(self.text_cache, showing) for showing in showings), strict=True)
-        return captions, type(parts[0]).stack(parts)
+    def __len__(self) -> int:
+        return len(self._batches)
 
-    def _cached_text(self, cache: TextCache, showing: _Showing) -> tuple[str, Conditioning]:
-        if is_dropped(showing.item, **showing.when):
-            return EMPTY, cache.load_text(EMPTY)
-        variant = variant_for(showing.item, **showing.when, variants=cache.variants)
-        return cache.text_of(showing.item, variant), cache.load(showing.item, variant)
+    def batch(self, number: int) -> Batch:
+        """Batch ``number``, from 0."""
+        showings = [FixedShowing(item=self._items[position]) for position in self._batches[number]]
+        return self._maker.batch(showings, positions=tuple(range(len(showings))), global_size=len(showings))
+
+    def batches(self, *, workers: int, rank: int = 0, processes: int = 1) -> Prefetch[int, Batch]:
+        """Every ``processes``-th batch from ``rank`` on, made ahead by ``workers`` threads. Close it when stopping early."""
+        numbers = range(rank, len(self), processes)
+        return prefetch(self.batch, numbers, workers=workers, depth=workers * BATCHES_PER_WORKER)

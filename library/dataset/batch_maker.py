@@ -1,0 +1,124 @@
+"""From showings to a Batch: pixels or latents, masks, captions or their conditioning, sizes and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from library.dataset.augment import told_crop
+from library.dataset.batch import Batch, normalized_pixels
+from library.dataset.buckets import Placement
+from library.dataset.conditioning import Conditioning
+from library.dataset.images import Picture, load_picture
+from library.dataset.items import DatasetSettings
+from library.dataset.latent_cache import LatentCache
+from library.dataset.showing import Showing
+from library.dataset.text_cache import EMPTY, TextCache
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchMaker:
+    """Makes batches out of showings of one bucket of one dataset. Safe in threads."""
+
+    datasets: Sequence[DatasetSettings]
+    latent_cache: LatentCache | None  # None: batches carry pixels
+    text_cache: TextCache | None  # None: batches carry captions only
+    pin_memory: bool = False
+
+    def batch(self, showings: Sequence[Showing], *, positions: tuple[int, ...], global_size: int) -> Batch:
+        """``positions``: where the showings lie in the global batch of ``global_size`` images.
+
+        Raises DatasetError naming the file for an image or cache file that cannot be read any more.
+        """
+        import torch
+
+        first = showings[0].item
+        pixels, latents, masks = self._pictures(showings)
+        captions, text = self._texts(showings)
+        batch = Batch(
+            pixels=pixels,
+            latents=latents,
+            mask=stacked_masks(masks),
+            text=text,
+            captions=captions,
+            loss_weights=torch.tensor([showing.loss_weight for showing in showings], dtype=torch.float32),
+            original_wh=torch.tensor([showing.item.size_wh for showing in showings]),  # (B, 2)
+            crop_left_top=torch.tensor([self._told_crop(showing) for showing in showings]),  # (B, 2)
+            target_wh=first.bucket_wh,
+            network_multiplier=self.datasets[first.dataset_index].network_multiplier,
+            custom_attributes=tuple(showing.item.custom_attributes for showing in showings),
+            positions=positions,
+            global_size=global_size,
+            item_keys=tuple(showing.item.key for showing in showings),
+        )
+        return batch.pin_memory() if self.pin_memory else batch
+
+    def _pictures(self, showings: Sequence[Showing]) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Pixels (B, 3, H, W) or latents (B, C, h, w), and the mask (h, w) of each image that has one."""
+        import torch
+
+        if self.latent_cache is not None:
+            latents, masks = zip(*_each(showings, self._cached_picture), strict=True)
+            return None, torch.stack(latents), list(masks)
+        pictures = _each(showings, _live_picture)
+        pixels = torch.from_numpy(normalized_pixels([picture.pixels for picture in pictures]))  # (B, 3, H, W)
+        return pixels, None, [None if picture.mask is None else torch.from_numpy(picture.mask) for picture in pictures]
+
+    def _cached_picture(self, showing: Showing) -> tuple[Tensor, Tensor | None]:
+        cache, item, flipped = self.latent_cache, showing.item, showing.is_flipped
+        assert cache is not None
+        return cache.load(item, flipped=flipped), cache.load_mask(item, flipped=flipped) if item.is_masked else None
+
+    def _told_crop(self, showing: Showing) -> tuple[int, int]:
+        """Of the crop that was made: cached latents are never cropped at random."""
+        placement = showing.placement if self.latent_cache is None else Placement.of(showing.item)
+        return told_crop(placement, flipped=showing.is_flipped)
+
+    def _texts(self, showings: Sequence[Showing]) -> tuple[tuple[str, ...], Conditioning | None]:
+        """The captions as the encoder gets them or got them, and what it made of them if that is cached."""
+        if self.text_cache is None:
+            return tuple(showing.caption for showing in showings), None
+        captions, parts = zip(*_each(showings, self._cached_text), strict=True)
+        return captions, type(parts[0]).stack(parts)
+
+    def _cached_text(self, showing: Showing) -> tuple[str, Conditioning]:
+        cache = self.text_cache
+        assert cache is not None
+        if showing.is_caption_dropped:
+            return EMPTY, cache.load_text(EMPTY)
+        variant = showing.variant(cache.variants)
+        return cache.text_of(showing.item, variant), cache.load(showing.item, variant)
+
+
+def stacked_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """B masks (h, w) -> (B, 1, h, w) float32, with ones where an image has none; None where none has one."""
+    import torch
+
+    first = next((mask for mask in masks if mask is not None), None)
+    if first is None:
+        return None
+    return torch.stack([torch.ones_like(first) if mask is None else mask for mask in masks])[:, None].float()
+
+
+def _live_picture(showing: Showing) -> Picture:
+    return load_picture(showing.item, placement=showing.placement, colours=showing.colours, flipped=showing.is_flipped)
+
+
+def _each(showings: Sequence[Showing], make: Callable[[Showing], Part]) -> list[Part]:
+    """``make`` of each. What goes wrong names the image, also where it is no mistake of the user's."""
+    parts = []
+    for showing in showings:
+        try:
+            parts.append(make(showing))
+        except UserError:
+            raise  # names its file
+        except Exception as error:
+            raise RuntimeError(f"{showing.item.path} could not be made ready for training: {error}") from error
+    return parts
