@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.anima.layout import DenoiserLayout, read_denoiser_layout
 from library.anima.text_layout import TextEncoderLayout, read_text_encoder_layout
@@ -16,6 +16,9 @@ from library.dataset.token_use import TokenCounter, TokenUse
 from library.errors import CheckpointError, ProblemList
 from library.files.safetensors_file import file_fingerprint
 from library.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from library.anima.reference_caches import AnimaReferenceFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,11 @@ class AnimaArchitecture:
             )
 
         return count
+
+    def reference_format(self, layouts: AnimaLayouts, options: Any) -> AnimaReferenceFormat:
+        from library.anima.reference_caches import AnimaReferenceFormat
+
+        return AnimaReferenceFormat(layouts.tokenizers, layouts.text.config.width if layouts.text is not None else None)
 
 
 def tokenizer_files(options: Any) -> TokenizerFiles:

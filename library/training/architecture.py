@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentRecipe
+    from library.dataset.reference_caches import ReferenceFormat
     from library.dataset.text_cache import TextRecipe
     from library.dataset.token_use import TokenCounter
 
@@ -36,3 +37,6 @@ class Architecture(Protocol):
 
         Loading the tokenizers takes most of a second. Raises CheckpointError for a tokenizer that cannot be read.
         """
+
+    def reference_format(self, layouts: Any, options: Any) -> ReferenceFormat:
+        """What the caches of kohya-ss/sd-scripts for this architecture mean (--import_reference_caches)."""

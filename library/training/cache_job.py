@@ -29,6 +29,7 @@ from library.training.preflight import (
 from library.training.steps import RunLength
 
 if TYPE_CHECKING:
+    from library.dataset.cache_file import CacheState
     from library.dataset.latent_cache import LatentCache
     from library.dataset.text_cache import TextCache
     from library.training.caching import CacheFilling
@@ -55,7 +56,7 @@ def checked_job(read: Callable[[], Any], architecture: Architecture, part: str) 
             logger.info("%s", line)
         for warning in data.warnings:
             logger.warning("warning: %s", warning)
-        if options.run.dry_run:
+        if options.run.dry_run or is_done(data, part):
             raise SystemExit
         gc.disable()  # see preflight.checked_run
         return data
@@ -110,6 +111,24 @@ def job_cache(data: CheckedData) -> LatentCache | TextCache:
     return cache
 
 
+def is_done(data: CheckedData, part: str) -> bool:
+    """Nothing is missing: said, and torch need not be imported. Several processes ask each other in ``fill`` instead, since one
+    may look when another has already begun."""
+    cache = job_cache(data)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not cache.state().is_complete:
+        return False
+    if data.latent_cache is not None:
+        data.latent_cache.state(refresh=True)
+    say_done(cache.state(), part)
+    return True
+
+
+def say_done(before: CacheState, part: str) -> None:
+    made = before.total - before.valid
+    now = f"{made:,} of them made now" if made else "nothing was missing"
+    logger.info("%s", f"all {before.total:,} {NAMES[part]} are on disk, {now}; train with {IMPLIED[part]}")
+
+
 def fill(trainer_class: Callable[[CheckedData], CacheFilling], data: CheckedData, part: str) -> None:
     """Makes what the cache lacks, with as many processes as were started, and ends the tool with one message for what a user can
     mend."""
@@ -134,7 +153,5 @@ def _fill(filling: CacheFilling, data: CheckedData, part: str) -> None:
     filling.start_accelerator()
     filling.fill_caches()
     filling.group.wait()
-    made = before.total - before.valid
-    now = f"{made:,} of them made now" if made else "nothing was missing"
-    logger.info("%s", f"all {before.total:,} {NAMES[part]} are on disk, {now}; train with {IMPLIED[part]}")
+    say_done(before, part)
     filling.accelerator.end_training()
