@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.dataset.items import Item
 from library.dataset.page_cards import KINDS, CardMaker, kinds_of_items, times
-from library.dataset.page_facts import BucketFacts, Facts
+from library.dataset.page_facts import BucketFacts, Facts, counted
 from library.dataset.page_html import Content, Html, element, joined
 from library.dataset.page_pictures import SmallPictures
 from library.dataset.page_sections import (
@@ -80,11 +80,10 @@ def _header(content: PageContent) -> Html:
     showings = content.showings
     lead = f"{content.architecture} \u00b7 seed {showings.seed} \u00b7 {showings.epochs:,} epochs, {showings.total_steps:,} steps"
     tiles = [_tile(name, value) for name, value in _counts(content.facts, showings)]
-    tiles += [_tile(name, value, anchor=anchor) for name, value, anchor in _alerts(content.facts) if value]
+    alerts = [_tile(name, value, anchor=anchor) for name, value, anchor in _alerts(content.facts) if value]
     notes = [element("p", note, class_="note") for note in content.notes]
-    return element(
-        "header", element("h1", content.title), element("p", lead, class_="lead"), element("dl", tiles, class_="tiles"), notes
-    )
+    rows = [element("dl", row, class_="tiles") for row in (tiles, alerts) if row]
+    return element("header", element("h1", content.title), element("p", lead, class_="lead"), rows, notes)
 
 
 def _counts(facts: Facts, showings: Showings) -> Iterator[tuple[str, int]]:
@@ -108,8 +107,8 @@ def _counts(facts: Facts, showings: Showings) -> Iterator[tuple[str, int]]:
 def _alerts(facts: Facts) -> Iterator[tuple[str, int, str]]:
     yield "enlarged", len(facts.enlarged), "checks"
     yield "much cropped", len(facts.cropped), "checks"
-    yield "groups of duplicates", len(facts.duplicates), "checks"
-    yield "captions cut", len({cut.item.index for cut in facts.cut}), "captions"
+    yield "duplicates", sum(len(group.items) - 1 for group in facts.duplicates), "checks"
+    yield "captions cut", len(facts.cut), "captions"
     yield "without caption", len(facts.without_caption), "captions"
     yield "left out", len(facts.skipped), "warnings"
 
@@ -144,9 +143,8 @@ def _pictures_section(content: PageContent) -> Html:
 def _bucket(bucket: BucketFacts, pictures: Mapping[int, SmallPictures], maker: CardMaker) -> Html:
     items: list[Item] = [*bucket.items, *bucket.validation]
     cards = [maker.card(item, pictures[item.index]) for item in items if item.index in pictures]
-    note = (
-        f"{len(cards):,} of {len(items):,} images shown \u00b7 {bucket.showings:,} with repeats \u00b7 {bucket.batches:,} batches"
-    )
+    batches = counted(bucket.batches, "batch", "batches")
+    note = f"{len(cards):,} of {counted(len(items), 'image')} shown \u00b7 {bucket.showings:,} with repeats \u00b7 {batches}"
     return element(
         "details",
         element("summary", times(bucket.bucket_wh), element("small", note)),

@@ -86,11 +86,16 @@ class DatasetFacts:
 
 @dataclass(frozen=True, slots=True)
 class CutCaption:
-    """A caption that one of the encoders does not see to its end."""
+    """A caption that some encoder does not see to its end. ``uses``: of those encoders."""
 
     item: Item
     text: str
-    use: TokenUse
+    uses: tuple[TokenUse, ...]
+
+    @property
+    def lost(self) -> str:
+        """What at least one encoder does not see."""
+        return self.text[min(use.cut_at for use in self.uses if use.cut_at is not None) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,11 @@ class Facts:
     @property
     def images(self) -> int:
         return sum(len(dataset.items) + len(dataset.validation) for dataset in self.datasets)
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """``"1 image"``, ``"1,200 images"``."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def scale(item: Item) -> float:
@@ -243,10 +253,11 @@ def _text_lengths(
             uses = known[text] = count_tokens(text)
         for use in uses:
             facts.setdefault(use.encoder, EncoderFacts(use.encoder, use.limit, Counter())).lengths[use.tokens] += 1
-        cut += [CutCaption(item, text, use) for use in uses if use.cut_at is not None]
+        if cutting := tuple(use for use in uses if use.cut_at is not None):
+            cut.append(CutCaption(item, text, cutting))
         if progress is not None:
             progress(done, len(items))
-    cut.sort(key=lambda one: (one.use.limit - one.use.tokens, one.item.index))
+    cut.sort(key=lambda one: (-len(one.lost), one.item.index))
     return tuple(facts.values()), tuple(cut)
 
 

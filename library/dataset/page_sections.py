@@ -8,11 +8,14 @@ from dataclasses import fields
 
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.dataset.page_cards import card_id, percent, times
-from library.dataset.page_facts import LARGE_CROP, DatasetFacts, Duplicates, EncoderFacts, Facts, cut_away, scale
+from library.dataset.page_facts import LARGE_CROP, DatasetFacts, Duplicates, EncoderFacts, Facts, counted, cut_away, scale
 from library.dataset.page_html import Content, Html, element, joined
+from library.dataset.token_use import TokenUse
 
 ROWS = 100  # of a list of images
 TAGS = 200  # of one dataset
+LOST_SHOWN = 120  # characters of what is cut off a caption
+IMAGE = ("image", "dataset")  # heads of what _image gives
 COLUMNS = 32  # of a histogram of lengths
 WARNINGS_OPEN = 8  # more are folded
 
@@ -33,8 +36,8 @@ def section(anchor: str, title: str, *content: Content, note: str | None = None)
     return element("section", heading, *content, id=anchor)
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Content]], *, numbers: Collection[str] = ()) -> Html:
-    """``numbers``: the heads of columns that are set flush right. A wide table scrolls inside its place."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[Content]], *, numbers: Collection[str] = (), tall: bool = False) -> Html:
+    """``numbers``: the heads of columns that are set flush right. A wide table scrolls in its place, a ``tall`` one down too."""
     right = [head in numbers for head in heads]
     top = element("tr", [element("th", head, scope="col", class_="number" if is_number else None)
                          for head, is_number in zip(heads, right, strict=True)])  # fmt: skip
@@ -45,7 +48,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Content]], *, numbers: C
         )
         for row in rows
     ]
-    return element("div", element("table", element("thead", top), element("tbody", body)), class_="scroll", tabindex="0")
+    return element(
+        "div",
+        element("table", element("thead", top), element("tbody", body)),
+        class_="scroll tall" if tall else "scroll",
+        tabindex="0",
+    )
 
 
 def bar(share: float, *, words: str = "") -> Html:
@@ -74,10 +82,10 @@ def datasets_section(facts: Facts) -> Html:
 def buckets_section(facts: Facts) -> Html:
     parts = []
     for dataset in facts.datasets:
-        words = f"{len(dataset.buckets):,} buckets, {dataset.batches:,} batches an epoch"
+        words = f"{counted(len(dataset.buckets), 'bucket')}, {counted(dataset.batches, 'batch', 'batches')} an epoch"
         if dataset.incomplete:
             share = percent(dataset.incomplete / dataset.batches)
-            words += f"; {dataset.incomplete:,} of them ({share}) hold fewer images than a batch should"
+            words += f"; {dataset.incomplete:,} of them ({share}) not full"
         parts += [_heading(facts, dataset, words), _bucket_table(dataset)]
     return section("buckets", "Buckets", parts)
 
@@ -85,18 +93,8 @@ def buckets_section(facts: Facts) -> Html:
 def captions_section(facts: Facts, shown: Collection[int]) -> Html:
     parts: list[Content] = [element("div", [_lengths(encoder) for encoder in facts.encoders], class_="columns-2")]
     if facts.cut:
-        rows = [
-            [
-                _link(cut.item, shown),
-                cut.use.encoder,
-                f"{cut.use.tokens:,}",
-                f"{cut.use.limit:,}",
-                _lost(cut.text, cut.use.cut_at),
-            ]
-            for cut in facts.cut[:ROWS]
-        ]
-        heads = ("image", "encoder", "tokens", "limit", "what is lost")
-        parts.append(_listed("Cut captions", len(facts.cut), table(heads, rows, numbers=("tokens", "limit"))))
+        rows = [[*_image(cut.item, shown), _over(cut.uses), _start(cut.lost)] for cut in facts.cut[:ROWS]]
+        parts.append(_listed("Cut captions", len(facts.cut), table((*IMAGE, "tokens", "what is lost"), rows, tall=True)))
     if facts.without_caption:
         parts.append(_listed("Images without a caption", len(facts.without_caption), _names(facts.without_caption, shown)))
     if facts.with_class_tokens:
@@ -107,8 +105,8 @@ def captions_section(facts: Facts, shown: Collection[int]) -> Html:
 
 def checks_section(facts: Facts, shown: Collection[int]) -> Html:
     """Duplicates, enlarged and much cropped images."""
-    parts = [_duplicates(facts.duplicates, shown), _enlarged(facts.enlarged, shown), _cropped(facts.cropped, shown)]
-    return section("checks", "Images to look at", parts)
+    sizes = [element("div", part) for part in (_enlarged(facts.enlarged, shown), _cropped(facts.cropped, shown))]
+    return section("checks", "Images to look at", _duplicates(facts.duplicates, shown), element("div", sizes, class_="columns-2"))
 
 
 def tags_section(facts: Facts) -> Html:
@@ -116,8 +114,8 @@ def tags_section(facts: Facts) -> Html:
 
 
 def _heading(facts: Facts, dataset: DatasetFacts, words: str) -> Html:
-    name = f"dataset {dataset.index + 1}" if len(facts.datasets) > 1 else None
-    return joined([element("h3", name) if name else None, element("p", words, class_="note")])
+    name = element("h3", f"Dataset {dataset.index + 1}") if len(facts.datasets) > 1 else None
+    return joined([name, element("p", words, class_="note")])
 
 
 def _dataset(dataset: DatasetFacts) -> Html:
@@ -136,7 +134,7 @@ def _dataset_facts(dataset: DatasetFacts) -> Iterator[str]:
     settings = dataset.settings
     yield f"resolution {times(settings.resolution_wh)}"
     yield f"{settings.batch_size} per batch"
-    yield f"{dataset.batches:,} batches an epoch"
+    yield f"{counted(dataset.batches, 'batch', 'batches')} an epoch"
     yield _bucket_words(settings)
     if settings.network_multiplier != 1:
         yield f"network strength {settings.network_multiplier:g}"
@@ -167,7 +165,7 @@ def _subset_number(item: Item) -> int:
 
 
 def _subset_facts(subset: SubsetSettings) -> Iterator[str]:
-    yield f"{subset.num_repeats} repeats" if subset.num_repeats != 1 else "1 repeat"
+    yield counted(subset.num_repeats, "repeat")
     if subset.is_reg:
         yield "regularisation"
     if subset.is_validation:
@@ -195,10 +193,10 @@ def _bucket_table(dataset: DatasetFacts) -> Html:
                 bar(bucket.showings / most, words=f"{amount} with repeats"),
                 f"{bucket.batches:,}",
                 element("span", last if bucket.batches else "", class_="over" if bucket.is_incomplete else None),
-                f"{len(bucket.validation):,}" if bucket.validation else "",
+                *([f"{len(bucket.validation):,}"] if dataset.validation else []),
             ]
         )
-    heads = ("bucket", "images", "with repeats", "", "batches", "last batch", "validation")
+    heads = ["bucket", "images", "with repeats", "", "batches", "last batch", *(["validation"] if dataset.validation else [])]
     return table(heads, rows, numbers=("images", "with repeats", "batches", "validation"))
 
 
@@ -216,7 +214,7 @@ def _lengths(encoder: EncoderFacts) -> Html:
         count, start = counts.get(number, 0), number * width
         words = f"{start + 1 if number else 0} to {start + width} tokens: {count:,} images"
         over = "over" if start >= encoder.limit else None
-        height = f"height:{count / highest * 100:.1f}%" if count else "height:0"
+        height = f"height:{count / highest * 100:.1f}%" if count else None
         columns.append(element("span", style=height, class_=over, title=words))
     marked = last > encoder.limit
     limit = element(
@@ -241,9 +239,13 @@ def _columns(encoder: EncoderFacts) -> tuple[int, Counter[int]]:
     return width, counts
 
 
-def _lost(text: str, cut_at: int | None) -> Html:
-    part = text[cut_at:] if cut_at is not None else ""
-    return element("span", "\u2026", part[:120] + ("\u2026" if len(part) > 120 else ""), dir="auto", class_="lost")
+def _over(uses: Sequence[TokenUse]) -> str:
+    return ", ".join(f"{use.encoder} {use.tokens:,} of {use.limit:,}" for use in uses)
+
+
+def _start(lost: str) -> Html:
+    text = lost[:LOST_SHOWN] + ("\u2026" if len(lost) > LOST_SHOWN else "")
+    return element("span", "\u2026", text, dir="auto", class_="lost")
 
 
 def _duplicates(groups: Sequence[Duplicates], shown: Collection[int]) -> Html:
@@ -254,34 +256,31 @@ def _duplicates(groups: Sequence[Duplicates], shown: Collection[int]) -> Html:
         notes = ["trained and used for validation"] if group.leak else []
         notes += ["captions differ"] if group.captions_differ else []
         names = [element("li", _link(item, shown, with_folder=True)) for item in group.items]
-        rows.append(
-            [f"{len(group.items)}", element("ul", names, class_="plain"), element("span", ", ".join(notes), class_="over")]
-        )
-    return _listed("Duplicates: files with the same bytes", len(groups), table(("files", "names", ""), rows, numbers=("files",)))
+        rows.append([element("ul", names, class_="plain"), element("span", ", ".join(notes), class_="over")])
+    return _listed("Duplicates: files with the same bytes", len(groups), table(("files", ""), rows, tall=True))
 
 
 def _enlarged(items: Sequence[Item], shown: Collection[int]) -> Html:
     if not items:
         return _none("Enlarged", "no image is smaller than its bucket")
-    rows = [[_link(i, shown), times(i.size_wh), times(i.resized_wh), f"{scale(i):.2f}\u00d7"] for i in items[:ROWS]]
-    return _listed(
-        "Enlarged to fill their bucket", len(items), table(("image", "file", "resized", "factor"), rows, numbers=("factor",))
-    )
+    rows = [[*_image(i, shown), times(i.size_wh), times(i.resized_wh), f"{scale(i):.2f}\u00d7"] for i in items[:ROWS]]
+    heads = (*IMAGE, "file", "resized", "factor")
+    return _listed("Enlarged to fill their bucket", len(items), table(heads, rows, numbers=("factor",), tall=True))
 
 
 def _cropped(items: Sequence[Item], shown: Collection[int]) -> Html:
     if not items:
         return _none("Much cropped", f"no image loses more than {percent(LARGE_CROP)} of its area")
-    rows = [[_link(i, shown), times(i.resized_wh), times(i.bucket_wh), percent(cut_away(i))] for i in items[:ROWS]]
-    heads = ("image", "resized", "bucket", "cut away")
+    rows = [[*_image(i, shown), times(i.resized_wh), times(i.bucket_wh), percent(cut_away(i))] for i in items[:ROWS]]
+    heads = (*IMAGE, "resized", "bucket", "cut away")
     title = f"Cropped by more than {percent(LARGE_CROP)} of their area"
-    return _listed(title, len(items), table(heads, rows, numbers=("cut away",)))
+    return _listed(title, len(items), table(heads, rows, numbers=("cut away",), tall=True))
 
 
 def _tag_table(facts: Facts, dataset: DatasetFacts) -> Html:
     images = len(dataset.items) or 1
     common = sorted(dataset.tags.items(), key=lambda entry: (-entry[1], entry[0]))[:TAGS]
-    words = f"{len(dataset.tags):,} different tags"
+    words = counted(len(dataset.tags), "different tag")
     if len(dataset.tags) > TAGS:
         words += f"; the {TAGS} most frequent are shown"
     rows = [
@@ -289,16 +288,20 @@ def _tag_table(facts: Facts, dataset: DatasetFacts) -> Html:
         for tag, count in common
     ]
     box = element("input", type="search", placeholder="filter tags", aria_label="filter tags", data_filters="rows", hidden=True)
-    frequency = table(("tag", "images", "share", ""), rows, numbers=("images", "share"))
+    frequency = table(("tag", "images", "share", ""), rows, numbers=("images", "share"), tall=True)
     return element("div", _heading(facts, dataset, words), box, frequency, class_="tags")
+
+
+def _image(item: Item, shown: Collection[int]) -> tuple[Html, int]:
+    return _link(item, shown), item.dataset_index + 1
 
 
 def _link(item: Item, shown: Collection[int], *, with_folder: bool = False) -> Html:
     name = f"{item.path.parent.name}/{item.path.name}" if with_folder else item.path.name
     text = element("bdi", name)
     if item.index in shown:
-        return element("a", text, href=f"#{card_id(item)}", title=item.path)
-    return element("span", text, title=item.path)
+        return element("a", text, href=f"#{card_id(item)}", title=item.path, class_="file")
+    return element("span", text, title=item.path, class_="file")
 
 
 def _names(items: Sequence[Item], shown: Collection[int]) -> Html:

@@ -6,40 +6,43 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from library.dataset.items import Item, TrainingSet
-from library.dataset.page_facts import DatasetFacts, Facts, cut_away, scale
+from library.dataset.page_facts import DatasetFacts, Facts, counted, cut_away, scale
 from library.dataset.page_showings import CaptionExample, Showings
 from library.dataset.token_use import TokenCounter, TokenUse
 
 BUCKETS_TOLD = 6
 NAMES_TOLD = 3
+NAME_CHARACTERS = 40  # longer file names lose their middle
 LOST_TOLD = 120  # characters
 
 
-def fact_lines(facts: Facts) -> Iterator[str]:
+def fact_lines(facts: Facts, showings: Showings) -> Iterator[str]:
     """A few lines for each dataset, then what is true of all of them; one fact a line, with its numbers."""
     for dataset in facts.datasets:
         yield from _dataset_lines(dataset)
+    epochs = f"{showings.steps_per_epoch:,} steps an epoch, {counted(showings.epochs, 'epoch')}"
+    yield f"{epochs}, {showings.total_steps:,} steps in all"
     for encoder in facts.encoders:
-        cut = f", {_count(encoder.over, 'caption')} longer than that and cut" if encoder.over else ""
+        cut = f", {counted(encoder.over, 'caption')} longer than that and cut" if encoder.over else ""
         yield f"{encoder.encoder}: at most {encoder.longest:,} tokens of {encoder.limit:,}{cut}"
     if facts.cut:
         yield f"  cut: {_names([cut.item for cut in facts.cut])}"
     if facts.enlarged:
-        most = f"{_count(len(facts.enlarged), 'image')}, at most {scale(facts.enlarged[0]):.2f}x"
+        most = f"{counted(len(facts.enlarged), 'image')}, at most {scale(facts.enlarged[0]):.2f}x"
         yield f"enlarged: {most}: {_names(facts.enlarged)}"
     if facts.cropped:
         yield (
-            f"much cropped: {_count(len(facts.cropped), 'image')}, at most {cut_away(facts.cropped[0]):.0%} of the area: "
+            f"much cropped: {counted(len(facts.cropped), 'image')}, at most {cut_away(facts.cropped[0]):.0%} of the area: "
             f"{_names(facts.cropped)}"
         )
     yield from _duplicate_lines(facts)
     if facts.without_caption:
-        yield f"without a caption: {_count(len(facts.without_caption), 'image')}: {_names(facts.without_caption)}"
+        yield f"without a caption: {counted(len(facts.without_caption), 'image')}: {_names(facts.without_caption)}"
     if facts.with_class_tokens:
-        words = _count(len(facts.with_class_tokens), "image")
+        words = counted(len(facts.with_class_tokens), "image")
         yield f"no caption of their own, the class tokens stand in: {words}: {_names(facts.with_class_tokens)}"
     if facts.skipped:
-        yield f"left out (--skip_bad_images): {_count(len(facts.skipped), 'bad image or caption', 'bad images or captions')}"
+        yield f"left out (--skip_bad_images): {counted(len(facts.skipped), 'bad image or caption', 'bad images or captions')}"
 
 
 def caption_lines(training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter, *, images: int) -> Iterator[str]:
@@ -72,28 +75,28 @@ def _dataset_lines(dataset: DatasetFacts) -> Iterator[str]:
     width, height = settings.resolution_wh
     yield f"dataset {dataset.index + 1} ({visible(settings.place)}): {width}x{height} px, {settings.batch_size} per batch"
     training, regular = dataset.training, dataset.regularisation
-    counts = [f"{_count(len(training), 'image')}, {sum(i.repeats for i in training):,} with repeats"]
+    counts = [f"{counted(len(training), 'image')}, {sum(i.repeats for i in training):,} with repeats"]
     if regular:
         counts.append(f"{len(regular):,} for regularisation, {sum(i.repeats for i in regular):,} with repeats")
     counts += [f"{len(dataset.validation):,} for validation"] if dataset.validation else []
     counts += [f"{dataset.masked:,} masked"] if dataset.masked else []
     yield f"  {'; '.join(counts)}"
-    batches = f"{_count(dataset.batches, 'batch', 'batches')} an epoch"
+    batches = f"{counted(dataset.batches, 'batch', 'batches')} an epoch"
     yield f"  {batches}" + (f", {dataset.incomplete:,} of them not full" if dataset.incomplete else "")
     told = sorted(dataset.buckets, key=lambda bucket: -bucket.showings)[:BUCKETS_TOLD]
     sizes = ", ".join(f"{bucket.bucket_wh[0]}x{bucket.bucket_wh[1]} ({bucket.showings:,})" for bucket in told)
     rest = f" and {len(dataset.buckets) - BUCKETS_TOLD:,} more" if len(dataset.buckets) > BUCKETS_TOLD else ""
-    yield f"  {_count(len(dataset.buckets), 'bucket')}: {sizes}{rest}"
+    yield f"  {counted(len(dataset.buckets), 'bucket')}: {sizes}{rest}"
 
 
 def _duplicate_lines(facts: Facts) -> Iterator[str]:
     if not facts.duplicates:
         return
     names = _names(facts.duplicates[0].items)
-    yield f"duplicates: {_count(len(facts.duplicates), 'group')} of files with the same bytes, such as {names}"
+    yield f"duplicates: {counted(len(facts.duplicates), 'group')} of files with the same bytes, such as {names}"
     leaks = [group for group in facts.duplicates if group.leak]
     if leaks:
-        yield f"  trained and used for validation: {_count(len(leaks), 'group')}, such as {_names(leaks[0].items)}"
+        yield f"  trained and used for validation: {counted(len(leaks), 'group')}, such as {_names(leaks[0].items)}"
 
 
 def _by_subset(training_set: TrainingSet, showings: Showings) -> dict[tuple[int, int, bool], list[Item]]:
@@ -137,9 +140,10 @@ def _lost(text: str, use: TokenUse) -> str:
 
 def _names(items: Sequence[Item]) -> str:
     unique = list(dict.fromkeys(item.path for item in items))
-    names = ", ".join(visible(path.name) for path in unique[:NAMES_TOLD])
+    names = ", ".join(_short(visible(path.name)) for path in unique[:NAMES_TOLD])
     return names + (" ..." if len(unique) > NAMES_TOLD else "")
 
 
-def _count(number: int, singular: str, plural: str | None = None) -> str:
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+def _short(name: str) -> str:
+    """A long name without its middle."""
+    return name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS // 2]}...{name[-NAME_CHARACTERS // 2 :]}"

@@ -106,7 +106,7 @@ def _debug_dataset(
         notes=tuple(_notes(options, showings)),
     )
     size = write_page(path, content)
-    _say([*fact_lines(facts), *(f"warning: {visible(warning)}" for warning in warnings)])
+    _say([*fact_lines(facts, showings), *(f"warning: {visible(warning)}" for warning in warnings)])
     _say([f"page: {path} ({size / MIB:.1f} MiB, {len(items):,} of {facts.images:,} images shown)"])
 
 
