@@ -6,23 +6,25 @@ All problems are collected and raised together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.dataset import schema
+from library.dataset import rules, schema
 from library.dataset.buckets import bucket_problems
 from library.dataset.dataset_file import find_path, missing_path_problem, read_dataset_file
 from library.dataset.folders import layout_problem, named_folders
 from library.dataset.items import DatasetSettings, SubsetSettings
-from library.errors import DatasetError
+from library.dataset.rules import PlacedDataset, PlacedSubset
+from library.errors import DatasetError, did_you_mean
 
 if TYPE_CHECKING:
     from library.options.dataset import DatasetOptions
     from library.options.train import TrainOptions
 
 Values = dict[str, object]  # key -> value as the program uses it
+PATH_KEYS = {"image_dir": True, "metadata_file": False, "conditioning_data_dir": True}  # name -> whether it names a folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +41,28 @@ class Source:
         return self.subset_names[number - 1] if self.subset_names else f"{dataset_place}, subset {number}"
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The valid values of one table, and its name for messages; None is the command line."""
+
+    values: Values
+    place: str | None
+
+    def spot(self, key: schema.Key) -> str:
+        """Where the value of a key stands: "my.toml, [general]: flip_aug", or "--flip_aug"."""
+        return f"--{key.flag}" if self.place is None else f"{self.place}: {key.name}"
+
+
 @dataclass(slots=True)
 class Reader:
     """Gathers problems while the settings of one source are put together."""
 
     source: Source
     bucket_step: int
-    flags: Values  # by key
-    general: Values = field(default_factory=dict)
+    flags: Table
+    general: Table = field(default_factory=lambda: Table({}, ""))
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_datasets(options: TrainOptions, *, bucket_step: int) -> tuple[DatasetSettings, ...]:
@@ -57,13 +72,22 @@ def read_datasets(options: TrainOptions, *, bucket_step: int) -> tuple[DatasetSe
     """
     source = _source(options.dataset)
     flags, problems = _flag_values(options)
-    reader = Reader(source=source, bucket_step=bucket_step, flags=flags, problems=problems)
+    reader = Reader(
+        source=source, bucket_step=bucket_step, flags=Table(flags, None), problems=problems, warnings=[*source.warnings]
+    )
     reader.general = _read_general(reader)
-    datasets = [_read_dataset(reader, number, table) for number, table in enumerate(_dataset_tables(reader), start=1)]
+    tables = enumerate(_dataset_tables(reader), start=1)
+    datasets = [dataset for number, table in tables if (dataset := _read_dataset(reader, number, table)) is not None]
+    reader.warnings += _idle_keys(reader.general, [subset for dataset in datasets for subset in dataset.subsets])
+    complete = not reader.problems
+    reader.problems += rules.clashes(datasets, options)
+    if complete:
+        reader.problems += rules.gaps(datasets, options)
     if reader.problems:
         raise DatasetError(*reader.problems)
-    read = [dataset for dataset in datasets if dataset is not None]
-    return (replace(read[0], warnings=(*source.warnings, *read[0].warnings)), *read[1:])
+    reader.warnings += rules.notices(datasets, options)
+    first, *others = (_without_unused_alpha(dataset.settings) for dataset in datasets)
+    return (replace(first, warnings=tuple(reader.warnings)), *others)
 
 
 def _source(options: DatasetOptions) -> Source:
@@ -74,6 +98,8 @@ def _source(options: DatasetOptions) -> Source:
         subset = {"metadata_file": str(options.in_json)}
         if options.train_data_dir:
             subset["image_dir"] = str(options.train_data_dir)
+        if options.conditioning_data_dir:
+            subset["conditioning_data_dir"] = str(options.conditioning_data_dir)
         name = f"--in_json {options.in_json}"
         return Source(name=name, document={"datasets": [{"subsets": [subset]}]}, subset_names=(name,))
     if options.train_data_dir:
@@ -83,6 +109,7 @@ def _source(options: DatasetOptions) -> Source:
 
 def _named_folder_source(options: DatasetOptions) -> Source:
     subsets, names, problems, warnings = [], [], [], []
+    masks = Path(options.conditioning_data_dir).expanduser() if options.conditioning_data_dir else None
     for flag, given, is_reg in (
         ("--train_data_dir", options.train_data_dir, False),
         ("--reg_data_dir", options.reg_data_dir, True),
@@ -100,13 +127,21 @@ def _named_folder_source(options: DatasetOptions) -> Source:
         elif ignored:
             warnings.append(f"{flag} {parent}: sub-folders not named N_name are left out: {', '.join(ignored)}")
         for folder in folders:
-            subsets.append({"image_dir": str(folder.path), "num_repeats": folder.repeats, "class_tokens": folder.class_tokens,
-                            "is_reg": is_reg})  # fmt: skip
+            subset = {"image_dir": str(folder.path), "num_repeats": folder.repeats, "class_tokens": folder.class_tokens}
+            own = {"is_reg": True} if is_reg else {"conditioning_data_dir": _mask_folder(masks, folder.path)}
+            subsets.append({**subset, **own})
             names.append(f"{flag}, folder {folder.path.name}")
+    if masks and (problem := missing_path_problem(masks, folder=True)):
+        problems.append(f"--conditioning_data_dir: {problem}")
     if problems:
         raise DatasetError(*problems)
     document = {"datasets": [{"subsets": subsets}]}
     return Source(name="--train_data_dir", document=document, subset_names=tuple(names), warnings=tuple(warnings))
+
+
+def _mask_folder(masks: Path | None, images: Path) -> str | None:
+    """The masks of one image folder: in the folder of the same name inside ``masks``, or directly in ``masks``."""
+    return None if masks is None else str(masks / images.name if (masks / images.name).is_dir() else masks)
 
 
 def _flag_values(options: TrainOptions) -> tuple[Values, list[str]]:
@@ -127,7 +162,7 @@ def _flag_values(options: TrainOptions) -> tuple[Values, list[str]]:
     return values, problems
 
 
-def _read_general(reader: Reader) -> Values:
+def _read_general(reader: Reader) -> Table:
     document, name = reader.source.document, reader.source.name
     for key in document:
         if key in ("general", "datasets"):
@@ -136,15 +171,13 @@ def _read_general(reader: Reader) -> Values:
         if known is not None:
             reader.problems.append(f"{name}: {key} stands outside of the tables: it belongs in {' or '.join(known.levels)}")
         else:
-            near = schema.did_you_mean(key, ["general", "datasets"])
+            near = did_you_mean(key, ["general", "datasets"])
             reader.problems.append(f"{name}: {key} is not a table of a dataset file, which has [general] and [[datasets]]{near}")
     general = document.get("general")
-    if general is None:
-        return {}
-    if not isinstance(general, dict):
+    if general is not None and not isinstance(general, dict):
         reader.problems.append(f"{name}: general must be one table, [general]")
-        return {}
-    return _read_table(reader, general, schema.GENERAL, f"{name}, [general]")
+        general = None
+    return _read_table(reader, general or {}, schema.GENERAL, f"{name}, [general]")
 
 
 def _dataset_tables(reader: Reader) -> list[object]:
@@ -158,108 +191,143 @@ def _dataset_tables(reader: Reader) -> list[object]:
     return []
 
 
-def _read_dataset(reader: Reader, number: int, table: object) -> DatasetSettings | None:
+def _read_dataset(reader: Reader, number: int, table: object) -> PlacedDataset | None:
     """None where something is missing without which no settings can be made; the reason is in ``reader.problems``."""
     place = reader.source.name if reader.source.subset_names else f"{reader.source.name}, [[datasets]] {number}"
     if not isinstance(table, dict):
         reader.problems.append(f"{place} must be a table")
         return None
     own = _read_table(reader, table, schema.DATASETS, place, also_known=("subsets",))
-    warnings: list[str] = []
-    subsets = _read_subsets(reader, table.get("subsets"), own, place, warnings)
-    values = _resolved(schema.dataset_keys(), own, reader.general, reader.flags)
+    subsets = _read_subsets(reader, table.get("subsets"), own)
+    values, spots = _resolved(schema.dataset_keys(), own, reader.general, reader.flags)
     resolution_wh = values.pop("resolution")
     if resolution_wh is None:
-        given_wrongly = "resolution" in table or any(": resolution is" in problem for problem in reader.problems)
+        given_wrongly = table.get("resolution") is not None or any(": resolution is" in problem for problem in reader.problems)
         if not given_wrongly:
             reader.problems.append(f"{place}: resolution is missing: set it here or in [general], or give --resolution")
         return None
+    if values["validation_split"] == 1:
+        subsets = [_validating(subset, spots["validation_split"]) for subset in subsets]
     settings = DatasetSettings(
-        place=place, resolution_wh=resolution_wh, subsets=tuple(subsets), warnings=tuple(warnings), **values
+        place=place, resolution_wh=resolution_wh, subsets=tuple(subset.settings for subset in subsets), **values
     )
     reader.problems.extend(bucket_problems(settings, bucket_step=reader.bucket_step))
-    return settings
+    return PlacedDataset(settings=settings, spots=spots, subsets=tuple(subsets))
 
 
-def _read_subsets(
-    reader: Reader, tables: object, dataset: Values, dataset_place: str, warnings: list[str]
-) -> list[SubsetSettings]:
+def _validating(subset: PlacedSubset, spot: str) -> PlacedSubset:
+    """A subset of a dataset whose images all validate. Regularisation images never do."""
+    if subset.settings.is_reg or subset.settings.is_validation:
+        return subset
+    return PlacedSubset(settings=replace(subset.settings, is_validation=True), spots={**subset.spots, "is_validation": spot})
+
+
+def _read_subsets(reader: Reader, tables: object, dataset: Table) -> list[PlacedSubset]:
+    place = dataset.place or ""
     if isinstance(tables, dict):
-        reader.problems.append(f"{dataset_place}: subsets must be written [[datasets.subsets]], with two brackets")
+        reader.problems.append(f"{place}: subsets must be written [[datasets.subsets]], with two brackets")
         return []
     if not isinstance(tables, list) or not tables:
-        reader.problems.append(f"{dataset_place} has no [[datasets.subsets]] table: at least one is needed")
+        reader.problems.append(f"{place} has no [[datasets.subsets]] table: at least one is needed")
         return []
     problems_before = len(reader.problems)
     subsets = []
     for number, table in enumerate(tables, start=1):
-        subset = _read_subset(reader, table, dataset, reader.source.subset_place(dataset_place, number))
+        subset = _read_subset(reader, table, dataset, reader.source.subset_place(place, number))
         if subset is not None:
             subsets.append(subset)
-    if len({subset.metadata_file is None for subset in subsets}) > 1:
-        reader.problems.append(
-            f"{dataset_place}: some subsets have a metadata_file and others have not: put them into [[datasets]] of their own"
-        )
-    kept = list(_kept_subsets(subsets, warnings))
+    reader.warnings += _idle_keys(dataset, subsets)
+    reader.problems += _style_differences([subset.settings for subset in subsets])
+    kept = list(_kept_subsets(subsets, reader.warnings))
     if not kept and len(reader.problems) == problems_before:
-        reader.problems.append(f"{dataset_place}: no subset is left: num_repeats must be at least 1")
+        reader.problems.append(f"{place}: no subset is left: num_repeats must be at least 1")
     return kept
 
 
-def _read_subset(reader: Reader, table: object, dataset: Values, place: str) -> SubsetSettings | None:
+def _read_subset(reader: Reader, table: object, dataset: Table, place: str) -> PlacedSubset | None:
     if not isinstance(table, dict):
         reader.problems.append(f"{place} must be a table")
         return None
     own = _read_table(reader, table, schema.SUBSETS, place)
-    style = schema.METADATA if "metadata_file" in own else schema.FOLDER
-    reader.problems.extend(schema.style_problems(own, style, place))
-    values = _resolved(schema.subset_keys(), own, dataset, reader.general, reader.flags)
-    if values["image_dir"] is None and style == schema.FOLDER:
-        if "image_dir" not in table:
+    style = schema.style_of(table)
+    reader.problems.extend(schema.style_problems(own.values, style, place))
+    keys = [key for key in schema.subset_keys() if style in key.styles]
+    values, spots = _resolved(keys, own, dataset, reader.general, reader.flags)
+    source = "metadata_file" if style == schema.METADATA else "image_dir"
+    if values[source] is None:
+        if table.get(source) is None:
             reader.problems.append(f"{place}: image_dir is missing: the folder of the images")
         return None
-    values["image_dir"] = _path(reader, values["image_dir"])
-    values["metadata_file"] = _path(reader, values["metadata_file"])
-    values["conditioning_data_dir"] = _path(reader, values["conditioning_data_dir"])
-    if values["num_repeats"] >= 1:  # otherwise it is left out, whatever it names
-        reader.problems.extend(_path_problems(values, place))
-    extension = str(values["caption_extension"])
-    values["caption_extension"] = extension if extension.startswith(".") else f".{extension}"
-    return SubsetSettings(place=place, **values)
+    for name, is_folder in PATH_KEYS.items():
+        if values.get(name) is not None:
+            values[name] = find_path(values[name], reader.source.folder)
+            problem = missing_path_problem(values[name], folder=is_folder)
+            if problem and values["num_repeats"] >= 1:  # otherwise it is left out, whatever it names
+                reader.problems.append(f"{place}: {name} {problem}")
+    if not values.get("caption_extension", ".").startswith("."):
+        values["caption_extension"] = f".{values['caption_extension']}"
+    return PlacedSubset(settings=SubsetSettings(place=place, **values), spots=spots)
 
 
-def _read_table(reader: Reader, table: dict, level: str, place: str, *, also_known: tuple[str, ...] = ()) -> Values:
+def _read_table(reader: Reader, table: dict, level: str, place: str, *, also_known: tuple[str, ...] = ()) -> Table:
     values, problems = schema.read_table(table, level, place, also_known=also_known)
     reader.problems.extend(problems)
-    return values
+    return Table(values, place)
 
 
-def _resolved(keys: Iterator[schema.Key], *tables: Values) -> dict[str, Any]:
-    """Every key's value from the first table that has it, else its default."""
-    return {key.name: next((table[key.name] for table in tables if key.name in table), key.default) for key in keys}
+def _resolved(keys: Iterable[schema.Key], *tables: Table) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every key's value from the first table that has it, else its default; and where those that are no defaults stand."""
+    values: dict[str, Any] = {}
+    spots: dict[str, str] = {}
+    for key in keys:
+        table = next((table for table in tables if key.name in table.values), None)
+        values[key.name] = key.default if table is None else table.values[key.name]
+        if table is not None:
+            spots[key.name] = table.spot(key)
+    return values, spots
 
 
-def _path(reader: Reader, text: str | None) -> Path | None:
-    return None if text is None else find_path(text, reader.source.folder)
+def _style_differences(subsets: list[SubsetSettings]) -> Iterator[str]:
+    """Subsets of one dataset are of one style. Regularisation images need no masks beside images that have them."""
+    for name, having in (("metadata_file", subsets), ("conditioning_data_dir", [s for s in subsets if not s.is_reg])):
+        with_it = next((subset.place for subset in having if getattr(subset, name) is not None), None)
+        without = next((subset.place for subset in having if getattr(subset, name) is None), None)
+        if with_it and without:
+            yield f"{with_it} has a {name} and {without} has none: put them into [[datasets]] of their own"
 
 
-def _path_problems(values: dict[str, Any], place: str) -> Iterator[str]:
-    for name in ("image_dir", "metadata_file"):
-        problem = values[name] and missing_path_problem(values[name], folder=name == "image_dir")
-        if problem:
-            yield f"{place}: {name} {problem}"
+def _idle_keys(table: Table, subsets: list[PlacedSubset]) -> Iterator[str]:
+    """Keys that stand in for subsets of a style which none of the subsets below has."""
+    styles = {_style(subset.settings) for subset in subsets}
+    for key in schema.subset_keys():
+        if styles and key.name in table.values and not styles.intersection(key.styles):
+            name = schema.STYLE_KEYS[next(iter(styles))]
+            yield f"{table.spot(key)} does nothing: it is not for subsets with a {name}, and there are no others"
 
 
-def _kept_subsets(subsets: list[SubsetSettings], warnings: list[str]) -> Iterator[SubsetSettings]:
+def _style(subset: SubsetSettings) -> str:
+    if subset.metadata_file is not None:
+        return schema.METADATA
+    return schema.FOLDER if subset.conditioning_data_dir is None else schema.MASKED
+
+
+def _kept_subsets(subsets: list[PlacedSubset], warnings: list[str]) -> Iterator[PlacedSubset]:
     """Without those that are never shown and those whose images another subset of the dataset has: the first one wins."""
     seen: dict[Path, str] = {}
     for subset in subsets:
-        source = subset.metadata_file or subset.image_dir
+        settings = subset.settings
+        source = settings.metadata_file or settings.image_dir
         assert source is not None
-        if subset.num_repeats < 1:
-            warnings.append(f"{subset.place}: num_repeats is {subset.num_repeats}: the subset is left out")
+        if settings.num_repeats < 1:
+            warnings.append(f"{settings.place}: num_repeats is {settings.num_repeats}: the subset is left out")
         elif source.resolve() in seen:
-            warnings.append(f"{subset.place}: {source} is already in {seen[source.resolve()]}: the subset is left out")
+            warnings.append(f"{settings.place}: {source} is already in {seen[source.resolve()]}: the subset is left out")
         else:
-            seen[source.resolve()] = subset.place
+            seen[source.resolve()] = settings.place
             yield subset
+
+
+def _without_unused_alpha(dataset: DatasetSettings) -> DatasetSettings:
+    """Where there are mask images, they alone count."""
+    subsets = (s if s.conditioning_data_dir is None else replace(s, alpha_mask=False) for s in dataset.subsets)
+    return replace(dataset, subsets=tuple(subsets))

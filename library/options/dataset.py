@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.options.declare import opt
-from library.options.kinds import RESOLUTION
+from library.options.kinds import NUMBER_RANGE, RESOLUTION
 from library.options.rules import at_least
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")  # a dataset file may also name box
@@ -44,7 +44,9 @@ class DatasetOptions:
     color_aug: bool = opt(False, "change hue or brightness a little at random; needs images that are encoded at each step")
     random_crop: bool = opt(False, "crop at a random place instead of the centre; needs images that are encoded at each step")
     face_crop_aug_range: str | None = opt(
-        None, "MIN,MAX: crop around the face named in the file name, at MIN to MAX times its size; needs buckets off"
+        None,
+        "crop around the face named in the file name, MIN to MAX times as large as it; needs buckets off (not set = do not)",
+        kind=NUMBER_RANGE,
     )
     prior_loss_weight: float = opt(1.0, "weight of regularization images in the loss (1 = as much as training images)")
     skip_bad_images: bool = opt(
@@ -73,7 +75,8 @@ class DatasetOptions:
             )
 
     def warnings(self) -> Iterator[str]:
-        ignored = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if getattr(self, name)]
+        sources = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+        ignored = [name for name in sources if getattr(self, name)]
         if self.dataset_config and ignored:
             yield f"--dataset_config describes the dataset; ignored: {', '.join(f'--{name}' for name in ignored)}"
 
@@ -84,6 +87,8 @@ class DatasetOptions:
             yield "there is nothing to train on: give --dataset_config (a dataset file), --train_data_dir or --in_json"
         elif self.resolution is None:
             yield "--resolution is missing: without --dataset_config give the training size in pixels, such as --resolution=1024"
+        if self.conditioning_data_dir and not self.masked_loss:
+            yield "--conditioning_data_dir needs --masked_loss: give it too, or drop --conditioning_data_dir"
         if self.reg_data_dir and self.in_json:
             yield "--reg_data_dir cannot be combined with --in_json: describe both in a dataset file and give --dataset_config"
 

@@ -72,6 +72,25 @@ def _read_resolution(value: object) -> str:
     return value if isinstance(value, str) else str(_read_whole(value))
 
 
+def number_range(value: object) -> tuple[float, float]:
+    """Two numbers above 0, the second not under the first: "2.0,4.0" or [2.0, 4.0] -> (2.0, 4.0). Raises ValueError."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
+        raise ValueError
+    if not isinstance(value, str) and any(isinstance(part, str) for part in parts):
+        raise ValueError
+    low, high = (_read_number(part) for part in parts)
+    if not 0 < low <= high:
+        raise ValueError
+    return low, high
+
+
+def _read_number_range(value: object) -> str:
+    """The flag's text; a list, as people write it in TOML, becomes one."""
+    low, high = number_range(value)
+    return value if isinstance(value, str) else f"{low},{high}"
+
+
 def with_home(path: str) -> str:
     """``~`` and ``~name`` at the start become the home folder; a text that names nobody's stays as it is."""
     try:
@@ -87,6 +106,7 @@ STEPS_OR_SHARE = Kind("a whole number of steps, or a share of the run such as 0.
 TEXT = Kind("a text", "TEXT", _read_text)
 PATH = Kind("a path", "PATH", _read_path)
 RESOLUTION = Kind("a size in pixels, N or WIDTH,HEIGHT", "N|W,H", _read_resolution)
+NUMBER_RANGE = Kind("two numbers above 0, MIN,MAX, for example 2.0,4.0", "MIN,MAX", _read_number_range)
 
 BY_TYPE: dict[frozenset[type], Kind] = {
     frozenset({bool}): SWITCH,

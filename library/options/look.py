@@ -16,7 +16,9 @@ class LookOptions:
     debug_dataset: bool = opt(
         False, "write an HTML page with the pictures, captions and buckets as they will be trained, and end"
     )
-    show_captions: int | None = opt(None, "print N captions of each subset as the text encoder will get them, and end")
+    show_captions: int | None = opt(
+        None, "print N captions of each subset as the text encoder will get them, and end (not set = do not)"
+    )
 
     @property
     def only(self) -> bool:

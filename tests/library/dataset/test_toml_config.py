@@ -2,61 +2,58 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import toml
 from PIL import Image
 
-from library.dataset.items import DatasetSettings
-from library.dataset.toml_config import read_datasets
-from library.errors import DatasetError
-from library.options.declare import groups_of
+from library.dataset import schema
+from library.options.declare import groups_of, options_of
 from library.options.train import TrainOptions
+from tests.library.dataset.dataset_files import document, problems, read, write
 
-# key: (flag, value on the flag, in [general], in [[datasets]], in the subset or None)
+# key: its values from the outermost place (the flag, where there is one) to the innermost table that may hold it
 LAYERS = {
-    "resolution": ("resolution", "512,640", 640, [768, 640], None),
-    "batch_size": ("train_batch_size", 2, 3, 4, None),
-    "enable_bucket": ("enable_bucket", True, False, True, None),
-    "min_bucket_reso": ("min_bucket_reso", 128, 192, 320, None),
-    "max_bucket_reso": ("max_bucket_reso", 1088, 1152, 1216, None),
-    "bucket_reso_steps": ("bucket_reso_steps", 32, 16, 128, None),
-    "bucket_no_upscale": ("bucket_no_upscale", True, False, True, None),
-    "resize_interpolation": ("resize_interpolation", "area", "box", "linear", "cubic"),
-    "num_repeats": ("dataset_repeats", 2, 3, 4, 5),
-    "flip_aug": ("flip_aug", True, False, True, False),
-    "shuffle_caption": ("shuffle_caption", True, False, True, False),
-    "caption_separator": ("caption_separator", ";", "|", "/", "_"),
-    "keep_tokens": ("keep_tokens", 1, 2, 3, 4),
-    "keep_tokens_separator": ("keep_tokens_separator", "|1|", "|2|", "|3|", "|4|"),
-    "secondary_separator": ("secondary_separator", ";1", ";2", ";3", ";4"),
-    "enable_wildcard": ("enable_wildcard", True, False, True, False),
-    "caption_prefix": ("caption_prefix", "p1", "p2", "p3", "p4"),
-    "caption_suffix": ("caption_suffix", "s1", "s2", "s3", "s4"),
-    "caption_dropout_rate": ("caption_dropout_rate", 0.1, 0.2, 1, 0.4),
-    "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", 2, 3, 4, 5),
-    "caption_tag_dropout_rate": ("caption_tag_dropout_rate", 0.1, 0.2, 0.3, 0),
-    "caption_extension": ("caption_extension", ".a", ".b", ".c", ".d"),
-    "class_tokens": (None, None, "g", "d", "s"),
+    "resolution": ["512,640", 640, [768, 640]],
+    "batch_size": [2, 3, 4],
+    "enable_bucket": [True, False, True],
+    "min_bucket_reso": [128, 192, 320],
+    "max_bucket_reso": [1088, 1152, 1216],
+    "bucket_reso_steps": [32, 16, 128],
+    "bucket_no_upscale": [True, False, True],
+    "validation_split": [0.1, 0.2, 0.3],
+    "validation_seed": [1, 2, 3],
+    "network_multiplier": [0.5, 2],
+    "caption_extension": [".a", ".b", ".c", ".d"],
+    "class_tokens": ["g", "d", "s"],
+    "cache_info": [True, False, True, False],
+    "num_repeats": [2, 3, 4, 5],
+    "is_reg": [True],
+    "is_validation": [True, False],
+    "loss_weight": [0.5, 2, 0.25],
+    "alpha_mask": [True, False],
+    "custom_attributes": [{"a": 1}, {"a": 2, "b": [True]}, {"c": {"d": "e"}}],
+    "flip_aug": [True, False, True, False],
+    "color_aug": [True, False, True, False],
+    "random_crop": [True, False, True, False],
+    "face_crop_aug_range": ["1.5,2", [2, 3], [2.5, 4.0], [1.0, 1.0]],
+    "resize_interpolation": ["area", "box", "linear", "cubic"],
+    "shuffle_caption": [True, False, True, False],
+    "caption_separator": [";", "|", "/", "."],
+    "keep_tokens": [1, 2, 3, 4],
+    "keep_tokens_separator": ["|1|", "|2|", "|3|", "|4|"],
+    "secondary_separator": [";1", ";2", ";3", ";4"],
+    "enable_wildcard": [True, False, True, False],
+    "caption_prefix": ["p1", "p2", "p3", "p4"],
+    "caption_suffix": ["s1", "s2", "s3", "s4"],
+    "caption_dropout_rate": [0.1, 0.2, 1, 0.4],
+    "caption_dropout_every_n_epochs": [2, 3, 4, 5],
+    "caption_tag_dropout_rate": [0.1, 0.2, 0.3, 0],
+    "token_warmup_min": [2, 3, 4, 0],
+    "token_warmup_step": [0.1, 10, 0.5, 0],
 }
-
-
-def read(*, bucket_step: int = 16, **flags) -> tuple[DatasetSettings, ...]:
-    groups = {}
-    for name, group in groups_of(TrainOptions).items():
-        given = {field.name: flags.pop(field.name) for field in fields(group) if field.name in flags}
-        groups[name] = group(**given)
-    assert not flags
-    return read_datasets(TrainOptions(**groups), bucket_step=bucket_step)
-
-
-def problems(**flags) -> list[str]:
-    with pytest.raises(DatasetError) as caught:
-        read(**flags)
-    return list(caught.value.problems)
+NAMES_OF_PATHS = ["image_dir", "metadata_file", "conditioning_data_dir"]  # no flag and one level: nothing to fall back to
+READ_AS: dict[object, object] = {"512,640": (512, 640), 640: (640, 640), "1.5,2": (1.5, 2.0)}
 
 
 @pytest.fixture
@@ -67,58 +64,43 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def write(folder: Path, document: dict | str, name: str = "my.toml") -> Path:
-    path = folder / name
-    text = document if isinstance(document, str) else json.dumps(document) if name.endswith(".json") else toml.dumps(document)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def document(images: Path, *, general: dict | None = None, dataset: dict | None = None, subset: dict | None = None) -> dict:
-    return {
-        "general": {"resolution": 512, **(general or {})},
-        "datasets": [{**(dataset or {}), "subsets": [{"image_dir": str(images), **(subset or {})}]}],
-    }
+def as_read(key: str, value: object) -> object:
+    if key in ("resolution", "face_crop_aug_range"):
+        return tuple(value) if isinstance(value, list) else READ_AS.get(value)
+    return value
 
 
 @pytest.mark.parametrize("key", LAYERS)
-def test_subset_beats_dataset_beats_general_beats_flag(key: str, images: Path, tmp_path: Path):
-    flag, *layers = LAYERS[key]
-    of_dataset = layers[3] is None
-
-    def value(document_: dict, **flags):
-        path = write(tmp_path, document_)
-        (settings,) = read(dataset_config=path, **{"max_bucket_reso": 2048} | flags)
-        if key == "resolution":
-            return settings.resolution_wh
-        return getattr(settings if of_dataset else settings.subsets[0], key)
-
-    def expected(layer):
-        if key == "resolution":
-            return (
-                {"512,640": (512, 640), 640: (640, 640)}.get(layer, (768, 640)) if not isinstance(layer, list) else tuple(layer)
-            )
-        return layer
-
-    empty = document(images)
+@pytest.mark.parametrize("file_name", ["my.toml", "my.json"])
+def test_subset_beats_dataset_beats_general_beats_flag_beats_default(key: str, file_name: str, images: Path, tmp_path: Path):
+    row = next(row for row in schema.KEYS if row.name == key)
+    places = [row.flag, *row.levels] if row.flag else list(row.levels)
+    (tmp_path / "other").mkdir()
+    content = document(images)
+    tables = {
+        schema.GENERAL: content["general"],
+        schema.DATASETS: content["datasets"][0],
+        schema.SUBSETS: content["datasets"][0]["subsets"][0],
+    }
+    content["datasets"].append({"resolution": 512, "subsets": [{"image_dir": str(tmp_path / "other")}]})  # is always trained
     if key == "resolution":
-        del empty["general"]["resolution"]
-    if flag:
-        assert value(empty, **{flag: layers[0]}) == expected(layers[0])
-    flags = {flag: layers[0]} if flag else {}
-    general = {**empty, "general": {**empty["general"], key: layers[1]}}
-    assert value(general, **flags) == expected(layers[1])
-    general["datasets"][0][key] = layers[2]
-    assert value(general, **flags) == expected(layers[2])
-    if not of_dataset:
-        general["datasets"][0]["subsets"][0][key] = layers[3]
-        assert value(general, **flags) == expected(layers[3])
+        del content["general"]["resolution"]
+    flags: dict[str, object] = {}
+    layers = list(zip(places, LAYERS[key], strict=True))
+    for place, value in layers if key == "resolution" else [(None, row.default), *layers]:
+        if place in tables:
+            tables[place][key] = value
+        elif place is not None:
+            flags[place] = value
+        settings = read(dataset_config=write(tmp_path, content, file_name), **flags)[0]
+        owner = settings.subsets[0] if schema.SUBSETS in row.levels else settings
+        assert getattr(owner, "resolution_wh" if key == "resolution" else key) == as_read(key, value), place
+        if row.also_of_dataset and place != schema.SUBSETS:
+            assert getattr(settings, key) == value
 
 
 def test_every_key_of_the_schema_is_covered_here():
-    from library.dataset import schema
-
-    assert set(LAYERS) | {"image_dir", "metadata_file", "is_reg"} == {key.name for key in schema.KEYS}
+    assert list(LAYERS) == [key.name for key in schema.KEYS if key.name not in NAMES_OF_PATHS]
 
 
 def test_built_in_defaults_are_those_of_the_command_line(images: Path, tmp_path: Path):
@@ -157,7 +139,7 @@ num_repeatz = 1
 resolution = 500
 [[datasets.subsets]]
 num_repeats = true
-color_aug = true
+color_aug = 1
 """)  # fmt: skip
     found = problems(dataset_config=path)
     assert "my.toml: resolution stands outside of the tables: it belongs in [general] or [[datasets]]" in found
@@ -169,7 +151,7 @@ color_aug = true
     assert any(text.endswith("imagesx does not exist (did you mean images?)") for text in found)
     assert "my.toml, [[datasets]] 1: resolution is missing: set it here or in [general], or give --resolution" in found
     assert "my.toml, [[datasets]] 2, subset 1: num_repeats is true, but must be a whole number" in found
-    assert any(text.startswith("my.toml, [[datasets]] 2, subset 1: color_aug is not a key") for text in found)
+    assert "my.toml, [[datasets]] 2, subset 1: color_aug is 1, but must be true or false" in found
     assert "my.toml, [[datasets]] 2, subset 1: image_dir is missing: the folder of the images" in found
     assert any("width 500, which is not a multiple of 16" in text for text in found)
     assert len(found) == 13
@@ -247,9 +229,12 @@ def test_metadata_subsets(images: Path, tmp_path: Path):
     mixed = document(images, subset={"metadata_file": str(metadata), "is_reg": True, "class_tokens": "x"})
     mixed["datasets"][0]["subsets"].append({"image_dir": str(images)})
     found = problems(dataset_config=write(tmp_path, mixed))
-    assert any("is_reg is for subsets with an image folder alone" in text for text in found)
-    assert any("class_tokens is for subsets" in text for text in found)
-    assert any("some subsets have a metadata_file and others have not" in text for text in found)
+    place = "my.toml, [[datasets]] 1, subset"
+    assert found == [
+        f"{place} 1: class_tokens does nothing in a subset with a metadata_file: take one of the two out",
+        f"{place} 1: is_reg does nothing in a subset with a metadata_file: take one of the two out",
+        f"{place} 1 has a metadata_file and {place} 2 has none: put them into [[datasets]] of their own",
+    ]
 
     missing = problems(dataset_config=write(tmp_path, document(images, subset={"metadata_file": str(tmp_path / "mata.json")})))
     assert "metadata_file" in missing[0] and "(did you mean meta.json?)" in missing[0]
@@ -298,7 +283,5 @@ def test_flags_are_ignored_where_a_file_is_given(images: Path, tmp_path: Path):
 
 
 def test_every_flag_of_the_schema_exists():
-    from library.dataset import schema
-
-    known = {field.name for group in groups_of(TrainOptions).values() for field in fields(group)}
+    known = {option.name for group in groups_of(TrainOptions).values() for option in options_of(group)}
     assert {key.flag for key in schema.KEYS if key.flag} <= known

@@ -13,7 +13,11 @@ from library.options.command_line import read_options
 from library.options.config_file import ConfigFileOptions
 from library.options.declare import Option, groups_of, options_of, warnings_of
 
-OURS = {"dry_run", "deterministic", "skip_bad_images", "cache_dir", "caption_variants"}
+OURS = {
+    "dry_run", "deterministic", "skip_bad_images", "cache_dir", "caption_variants", "show_captions", "save_best",
+    "import_reference_caches",
+}  # fmt: skip
+READ_AS_TEXT = {"resolution", "face_crop_aug_range"}  # kinds of their own; the reference takes any text
 REQUIRED = {
     "pretrained_model_name_or_path": "dit.safetensors",
     "qwen3": "qwen3.safetensors",
@@ -59,7 +63,7 @@ def test_flags_are_the_reference_s_and_ours():
 @pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["name"])
 def test_type_default_and_choices_are_the_reference_s(row):
     option = declared()[row["name"]]
-    type_name = "str" if option.name == "resolution" else TYPES.get(option.kind.words, "int_or_float")
+    type_name = "str" if option.name in READ_AS_TEXT else TYPES.get(option.kind.words, "int_or_float")
     assert (type_name, option.is_list, list(option.choices)) == (row["type"], row["list"], row["choices"])
     assert option.default == row["default"] and type(option.default) is type(row["default"])
 
@@ -86,7 +90,7 @@ def test_every_option_explains_itself(option):
 
 # required, or nothing happens without them
 WITHOUT_A_DEFAULT_MEANING = {
-    *REQUIRED, "config_file", "train_data_dir", "reg_data_dir", "in_json", "resolution", "caption_extention", "secondary_separator",
+    *REQUIRED, "config_file", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "resolution", "caption_extention", "secondary_separator",
     "lr_scheduler_args", "optimizer_args", "network_args", "lr_scheduler_min_lr_ratio", "save_n_epoch_ratio", "training_comment",
     "resume", "sample_prompts", "logging_dir", "log_tracker_config", "console_log_file", "base_weights",
     *(name for name in declared() if name.startswith("metadata_")),
@@ -101,8 +105,8 @@ def test_defaults_are_valid_choices():
 def test_group_names_are_those_that_others_use():
     names = {f.name for f in fields(AnimaTrainOptions)}
     assert names == {
-        "console", "run", "model", "anima", "dataset", "captions", "caches", "saving", "resume", "metadata", "optimizer", "schedule",
-        "loss", "noise", "flow", "network", "samples", "logging",
+        "console", "run", "model", "anima", "dataset", "captions", "look", "caches", "saving", "resume", "metadata", "optimizer", "schedule",
+        "loss", "noise", "flow", "validation", "network", "samples", "logging",
     }  # fmt: skip
 
 
@@ -159,6 +163,17 @@ REFUSED = [
     ),
     ("--bucket_reso_steps=0 --enable_bucket", "--bucket_reso_steps is 0: give 1 or more"),
     ("--keep_tokens=-1", "--keep_tokens is -1"),
+    ("--token_warmup_min=-1", "--token_warmup_min is -1: give 0 or more"),
+    ("--token_warmup_step=-0.5", "--token_warmup_step is -0.5: give 0 or more"),
+    ("--face_crop_aug_range=2", "--face_crop_aug_range is '2', but must be two numbers above 0, MIN,MAX, for example 2.0,4.0"),
+    ("--face_crop_aug_range=4,2", "--face_crop_aug_range is '4,2'"),
+    ("--face_crop_aug_range=0,2", "--face_crop_aug_range is '0,2'"),
+    ("--face_crop_aug_range=1,inf", "--face_crop_aug_range is '1,inf'"),
+    ("--validation_split=1.5", "--validation_split is 1.5: give a number from 0 to 1"),
+    ("--validate_every_n_steps=0", "--validate_every_n_steps is 0: give 1 or more"),
+    ("--validate_every_n_epochs=0", "--validate_every_n_epochs is 0"),
+    ("--max_validation_steps=0", "--max_validation_steps is 0"),
+    ("--show_captions=0", "--show_captions is 0: give 1 or more"),
     ("--caption_dropout_rate=1.5", "--caption_dropout_rate is 1.5: give a number from 0 to 1"),
     ("--caption_tag_dropout_rate=-0.1", "--caption_tag_dropout_rate is -0.1"),
     ("--caption_separator=", "--caption_separator is empty"),
@@ -229,13 +244,16 @@ def test_dataset_by_flags():
     assert "--resolution is missing" in problem
     (problem,) = problems("--in_json=m.json", "--reg_data_dir=r", "--resolution=512", without="dataset_config")
     assert "--reg_data_dir cannot be combined with --in_json" in problem
+    (problem,) = problems("--train_data_dir=i", "--conditioning_data_dir=m", "--resolution=512", without="dataset_config")
+    assert "--conditioning_data_dir needs --masked_loss" in problem
 
 
 ALLOWED = [
     "--learning_rate=0", "--sample_every_n_steps=0", "--network_alpha=0", "--full_bf16 --mixed_precision=bf16",
     "--lr_warmup_steps=10% --lr_scheduler=cosine", "--loss_type=huber --huber_schedule=exponential", "--max_timestep=1000",
     "--skip_until_initial_step --resume=latest", "--log_with=wandb", "--base_weights a b --base_weights_multiplier 0.5",
-    "--max_data_loader_n_workers=0", "--bucket_reso_steps=24",
+    "--max_data_loader_n_workers=0", "--bucket_reso_steps=24", "--face_crop_aug_range=2.0,4.0", "--face_crop_aug_range=2,2",
+    "--token_warmup_step=0.3", "--token_warmup_step=100", "--conditioning_data_dir=masks --masked_loss",
 ]  # fmt: skip
 
 
@@ -246,6 +264,7 @@ def test_allowed(arguments):
 
 WARNED = [
     ("--train_data_dir=x", "--dataset_config describes the dataset; ignored: --train_data_dir"),
+    ("--in_json=x --conditioning_data_dir=y", "ignored: --in_json, --conditioning_data_dir"),
     ("--cache_dir=c", "--cache_dir does nothing without"),
     ("--save_last_n_epochs=2", "--save_last_n_epochs does nothing without --save_every_n_epochs"),
     (
