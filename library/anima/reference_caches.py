@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class AnimaReferenceFormat:
 
     def __init__(self, tokenizer_files: TokenizerFiles | None, width: int | None):
         self._files, self._width = tokenizer_files, width
+        self._loading = Lock()  # files are read in threads
 
     @cached_property
     def _tokenizers(self) -> AnimaTokenizers:
@@ -30,20 +32,21 @@ class AnimaReferenceFormat:
 
     def conditioning(self, arrays: Arrays, text: str) -> dict[str, np.ndarray]:
         """prompt_embeds [512, D] float32 with attn_mask [512], t5_input_ids [512] with t5_attn_mask [512] -> their valid rows."""
-        wanted = self._tokenizers.ids(text)
+        with self._loading:
+            wanted = self._tokenizers.ids(text)
         t5_ids = _valid(arrays["t5_input_ids"], arrays["t5_attn_mask"])
         if t5_ids.ndim != 1 or t5_ids.tolist() != wanted.t5:
-            raise MisfitError("it was made from another text than is trained (or cut at another length)")
+            raise MisfitError("made from another text than is trained, or cut at another length")
         embeds = _valid(arrays["prompt_embeds"], arrays["attn_mask"])
         if embeds.ndim != 2 or len(embeds) != len(wanted.qwen):
-            raise MisfitError("it has another number of Qwen3 tokens than the text that is trained")
+            raise MisfitError("with another number of Qwen3 tokens than the text that is trained")
         if self._width is not None and embeds.shape[1] != self._width:
-            raise MisfitError("its states are of another width than those of the text encoder")
+            raise MisfitError("with states of another width than the text encoder's")
         return {"prompt_embeds": embeds, "t5_ids": t5_ids.astype(np.int32)}
 
 
 def _valid(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The rows whose mask is not 0."""
-    if mask.ndim != 1 or len(rows) != len(mask):
-        raise MisfitError("its masks do not fit its arrays")
+    if mask.ndim != 1 or rows.shape[:1] != mask.shape:
+        raise MisfitError("with masks that do not fit their arrays")
     return rows[mask != 0]

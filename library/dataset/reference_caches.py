@@ -38,7 +38,8 @@ UNREADABLE = (OSError, ValueError, KeyError, *ARCHIVE_ERRORS)
 
 
 class MisfitError(Exception):
-    """A file that is not taken over; its text says why, without names or numbers, so that equal reasons can be counted."""
+    """A file that is not taken over. The text says why, to be read after a count of files ("3 older than the image"), without
+    names and numbers, so that equal reasons can be counted."""
 
 
 class ReferenceFormat(Protocol):
@@ -69,10 +70,12 @@ def reference_latents(
         arrays = _latent_arrays(path, f"_{size[0]}x{size[1]}" if format.has_sizes else "", item, flip=FLIPPED in names)
         found = {name: format.scaled_latents(array) for name, array in arrays.items()}
         if any(array.shape != (recipe.channels, *size) for array in found.values()):
-            raise MisfitError("its latents have another size than the image trains at")
+            raise MisfitError("with latents of another size than the image trains at")
         return _tensors(found, recipe.dtype)
     except MisfitError as error:
         return str(error)
+    except OSError:
+        return "of images that cannot be read any more"
 
 
 def reference_text(item: Item, text: str, *, format: ReferenceFormat, recipe: TextRecipe) -> dict[str, Tensor] | str:
@@ -85,9 +88,9 @@ def reference_text(item: Item, text: str, *, format: ReferenceFormat, recipe: Te
             found = format.conditioning(arrays, text)
         return _tensors(found, recipe.dtype)
     except KeyError:
-        return "it lacks an array"
+        return "that lack an array"
     except UNREADABLE:
-        return "it cannot be read"
+        return "that cannot be read"
     except MisfitError as error:
         return str(error)
 
@@ -95,14 +98,14 @@ def reference_text(item: Item, text: str, *, format: ReferenceFormat, recipe: Te
 def check_image(item: Item, path: Path) -> None:
     """Raises MisfitError where the latents cannot be those of this image as this run resizes and crops it."""
     if item.path.stat().st_mtime_ns > path.stat().st_mtime_ns:
-        raise MisfitError("the image is newer than it")
+        raise MisfitError("older than the image")
     if is_turned(item.path):
-        raise MisfitError("the image is turned by its EXIF data, which kohya-ss/sd-scripts ignores")
+        raise MisfitError("of images that EXIF data turn, which kohya-ss/sd-scripts ignores")
     if item.subset.resize_interpolation is not None:
-        raise MisfitError("resize_interpolation is set, and it does not say how it was resized")
+        raise MisfitError("of images with resize_interpolation set, since they do not say how they were resized")
     centred = tuple((side - kept) // 2 for side, kept in zip(item.resized_wh, item.bucket_wh, strict=True))
     if item.crop_left_top != centred:
-        raise MisfitError("the image is not cropped at its centre")
+        raise MisfitError("of images that are not cropped at their centre")
 
 
 def is_turned(path: Path) -> bool:
@@ -125,16 +128,16 @@ def _latent_arrays(path: Path, key_ending: str, item: Item, *, flip: bool) -> di
     try:
         with _opened(path) as arrays:
             if LATENTS + key_ending not in arrays:
-                raise MisfitError("it has no latents of the size that the image trains at")
-            if tuple(arrays[f"original_size{key_ending}"].tolist()) != item.size_wh:
-                raise MisfitError("it was made from an image of another size")
+                raise MisfitError("without latents of the size that the image trains at")
+            if not np.array_equal(arrays[f"original_size{key_ending}"], item.size_wh):
+                raise MisfitError("made from an image of another size")
             if flip and FLIPPED + key_ending not in arrays:
-                raise MisfitError("it has no flipped latents")
+                raise MisfitError("without flipped latents")
             found = {name: arrays[name + key_ending] for name in ((LATENTS, FLIPPED) if flip else (LATENTS,))}
     except UNREADABLE as error:
-        raise MisfitError("it cannot be read") from error
+        raise MisfitError("that cannot be read") from error
     if any(array.dtype.kind != "f" for array in found.values()):
-        raise MisfitError("it holds no numbers")
+        raise MisfitError("without numbers")
     return found
 
 
@@ -153,9 +156,9 @@ def _tensors(arrays: Mapping[str, np.ndarray], dtype: str) -> dict[str, Tensor]:
     tensors = {}
     for name, array in arrays.items():
         if array.dtype.kind not in "iuf":
-            raise MisfitError("it holds no numbers")
+            raise MisfitError("without numbers")
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
         if not bool(torch.isfinite(tensors[name]).all()):
-            raise MisfitError("it holds values that are not finite")
+            raise MisfitError("with values that are not finite")
     return tensors

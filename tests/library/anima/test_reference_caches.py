@@ -75,6 +75,8 @@ def test_what_was_made_with_another_encoder_or_is_damaged(format, stored):
         format.conditioning(stored(attn_mask=np.ones(7))[1], CAPTION)
     with pytest.raises(MisfitError, match="another text"):
         format.conditioning(stored(t5_input_ids=np.zeros((512, 2), np.int32))[1], CAPTION)
+    with pytest.raises(MisfitError, match="masks"):
+        format.conditioning(stored(t5_input_ids=np.array(3))[1], CAPTION)
     _, arrays = stored()
     with pytest.raises(KeyError):
         format.conditioning({name: array for name, array in arrays.items() if name != "attn_mask"}, CAPTION)

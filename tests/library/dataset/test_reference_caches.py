@@ -78,7 +78,7 @@ def test_one_file_holds_several_sizes(tmp_path):
               "original_size_4x6": np.array([100, 70])}  # fmt: skip
     save(tmp_path / NAME, **arrays)
     assert torch.equal(read(item, format=SeveralSizes())["latents"], (torch.from_numpy(latents(0)) * 2).to(torch.bfloat16))
-    assert "no latents of the size" in read(replace(item, bucket_wh=(64, 64), crop_left_top=(16, 1)), format=SeveralSizes())
+    assert "without latents of the size" in read(replace(item, bucket_wh=(64, 64), crop_left_top=(16, 1)), format=SeveralSizes())
 
 
 def test_no_file_is_nothing_to_tell(tmp_path):
@@ -94,6 +94,7 @@ def unfit_files() -> dict[str, tuple[dict, str]]:
     large[0, 0, 0] = 3e38  # finite until it is scaled
     return {
         "another image": ({"latents": latents(), "original_size": np.array([70, 100])}, "made from an image of another size"),
+        "no size": ({"latents": latents(), "original_size": np.array(100)}, "made from an image of another size"),
         "another bucket": (
             {"latents": latents(shape=(4, 8, 8)), "latents_flipped": latents(shape=(4, 8, 8))},
             "another size than the image trains at",
@@ -102,12 +103,12 @@ def unfit_files() -> dict[str, tuple[dict, str]]:
             {"latents": latents(shape=(16, 8, 12)), "latents_flipped": latents(shape=(16, 8, 12))},
             "another size than the image trains at",
         ),
-        "no latents": ({"other": latents()}, "no latents of the size"),
-        "no flipped latents": ({"latents": latents()}, "has no flipped latents"),
+        "no latents": ({"other": latents()}, "without latents of the size"),
+        "no flipped latents": ({"latents": latents()}, "without flipped latents"),
         "not finite": ({"latents": broken, "latents_flipped": latents()}, "not finite"),
         "too large": ({"latents": large, "latents_flipped": latents()}, "not finite"),
-        "no numbers": ({"latents": np.full((4, 8, 12), "x"), "latents_flipped": latents()}, "no numbers"),
-        "pickled objects": ({"latents": np.full((4, 8, 12), {}, dtype=object)}, "has no flipped"),
+        "without numbers": ({"latents": np.full((4, 8, 12), "x"), "latents_flipped": latents()}, "without numbers"),
+        "pickled objects": ({"latents": np.full((4, 8, 12), {}, dtype=object)}, "without flipped"),
     }
 
 
@@ -135,18 +136,18 @@ def test_damaged_files(tmp_path, content):
     save(tmp_path / NAME, latents=latents())
     whole = (tmp_path / NAME).read_bytes()
     (tmp_path / NAME).write_bytes(whole[: len(whole) // 2] if content is None else content)
-    assert read(item) == "it cannot be read"
+    assert read(item) == "that cannot be read"
     np.savez(tmp_path / "a_plain_te.npz", rows=np.ones(2))
-    assert reference_text(item, "abc", format=PlainFormat(), recipe=TEXT) == "it lacks an array"
+    assert reference_text(item, "abc", format=PlainFormat(), recipe=TEXT) == "that lack an array"
     (tmp_path / "a_plain_te.npz").write_bytes(whole[: len(whole) // 2] if content is None else content)
-    assert reference_text(item, "abc", format=PlainFormat(), recipe=TEXT) == "it cannot be read"
+    assert reference_text(item, "abc", format=PlainFormat(), recipe=TEXT) == "that cannot be read"
 
 
 def test_a_single_array_is_no_cache(tmp_path):
     item = make_item(tmp_path)
     with (tmp_path / NAME).open("wb") as file:
         np.save(file, latents())
-    assert read(item) == "it cannot be read"
+    assert read(item) == "that cannot be read"
 
 
 def test_a_damaged_byte_is_noticed(tmp_path):
@@ -155,7 +156,7 @@ def test_a_damaged_byte_is_noticed(tmp_path):
     data = bytearray((tmp_path / NAME).read_bytes())
     data[data.index(latents().tobytes()) + 100] ^= 1
     (tmp_path / NAME).write_bytes(data)
-    assert read(item) == "it cannot be read"
+    assert read(item) == "that cannot be read"
 
 
 def test_images_that_were_made_otherwise(tmp_path):
@@ -163,11 +164,13 @@ def test_images_that_were_made_otherwise(tmp_path):
     save(tmp_path / NAME, latents=latents())
     assert isinstance(read(item), dict)
     other_filter = replace(item, subset=replace(item.subset, resize_interpolation="lanczos"))
-    assert "resize_interpolation is set" in read(other_filter)
-    assert "not cropped at its centre" in read(replace(item, crop_left_top=(0, 0)))
+    assert "with resize_interpolation set" in read(other_filter)
+    assert "not cropped at their centre" in read(replace(item, crop_left_top=(0, 0)))
     later = (tmp_path / NAME).stat().st_mtime_ns + 1
     os.utime(item.path, ns=(later, later))
-    assert "the image is newer" in read(item)
+    assert "older than the image" in read(item)
+    item.path.unlink()
+    assert "cannot be read any more" in read(item)
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
