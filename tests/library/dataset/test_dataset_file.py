@@ -42,6 +42,17 @@ def test_json_syntax_error(tmp_path: Path):
     assert "must hold one object" in problem(tmp_path / "bad.json", "[]")
 
 
+def test_a_key_that_stands_twice(tmp_path: Path):
+    text = problem(tmp_path / "bad.json", '{"general": {"resolution": 512, "flip_aug": true, "flip_aug": false}}')
+    assert text.endswith("bad.json: flip_aug stands twice in one object: take one of the two out")
+    assert "bad.toml, line 3" in problem(tmp_path / "bad.toml", "[general]\nresolution = 512\nresolution = 768\n")
+
+
+@pytest.mark.parametrize("content", ['{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 100_000], ids=["digits", "brackets"])
+def test_json_that_no_one_writes_by_hand(content: str, tmp_path: Path):
+    assert problem(tmp_path / "bad.json", content).startswith(f"{tmp_path / 'bad.json'}")
+
+
 def test_wrong_kind_of_file(tmp_path: Path):
     assert "byte 1 is not UTF-8" in problem(tmp_path / "x.toml", b"a\xff")
     assert "ends in .toml or .json" in problem(tmp_path / "x.yaml", "a: 1")

@@ -240,6 +240,85 @@ def test_metadata_subsets(images: Path, tmp_path: Path):
     assert "metadata_file" in missing[0] and "(did you mean meta.json?)" in missing[0]
 
 
+@pytest.fixture
+def masks(tmp_path: Path) -> Path:
+    return make_folders(tmp_path, "masks") / "masks"
+
+
+def test_the_three_styles_in_one_file(images: Path, masks: Path, tmp_path: Path):
+    metadata = write(tmp_path, {"x.png": {}}, "meta.json")
+    content = document(images)
+    content["datasets"].append({"subsets": [{"image_dir": str(images), "conditioning_data_dir": "masks"}]})
+    content["datasets"].append({"subsets": [{"metadata_file": str(metadata), "image_dir": str(images)}]})
+    content["datasets"].append({"subsets": [{"metadata_file": str(metadata), "conditioning_data_dir": str(masks)}]})
+    read_ = [dataset.subsets[0] for dataset in read(dataset_config=write(tmp_path, content), masked_loss=True)]
+    assert [(s.metadata_file is not None, s.conditioning_data_dir) for s in read_] == [
+        (False, None), (False, masks), (True, None), (True, masks)]  # fmt: skip
+
+
+def test_subsets_of_one_dataset_are_of_one_style(images: Path, masks: Path, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    content = document(images, subset={"conditioning_data_dir": str(masks)})
+    content["datasets"][0]["subsets"].append({"image_dir": str(tmp_path / "other")})
+    place = "my.toml, [[datasets]] 1, subset"
+    assert problems(dataset_config=write(tmp_path, content), masked_loss=True) == [
+        f"{place} 1 has a conditioning_data_dir and {place} 2 has none: put them into [[datasets]] of their own"
+    ]
+    content["datasets"][0]["subsets"][1]["is_reg"] = True  # regularisation images accompany those with masks
+    assert len(read(dataset_config=write(tmp_path, content), masked_loss=True)[0].subsets) == 2
+    content["datasets"][0]["subsets"][0]["is_reg"] = True
+    assert problems(dataset_config=write(tmp_path, content), masked_loss=True) == [
+        f"{place} 1: is_reg does nothing in a subset with a conditioning_data_dir: take one of the two out"
+    ]
+
+
+def test_a_folder_of_masks_must_exist(images: Path, masks: Path, tmp_path: Path):
+    content = document(images, subset={"conditioning_data_dir": str(tmp_path / "mask")})
+    (text,) = problems(dataset_config=write(tmp_path, content), masked_loss=True)
+    assert "subset 1: conditioning_data_dir" in text and "(did you mean masks?)" in text
+    file = write(tmp_path, "", "file.toml")
+    content["datasets"][0]["subsets"][0]["conditioning_data_dir"] = str(file)
+    (text,) = problems(dataset_config=write(tmp_path, content), masked_loss=True)
+    assert text.endswith("is a file, not a folder")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "custom_attributes = { diff_output_preservation = true, note = { by = 'me', marks = [1, 2] } }",
+        "[datasets.subsets.custom_attributes]\ndiff_output_preservation = true\n"
+        "[datasets.subsets.custom_attributes.note]\nby = 'me'\nmarks = [1, 2]",
+    ],
+)
+def test_attributes_as_a_table_of_either_form(lines: str, images: Path, tmp_path: Path):
+    head = f"[general]\nresolution = 512\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
+    subset = read(dataset_config=write(tmp_path, head + lines))[0].subsets[0]
+    assert subset.custom_attributes == {"diff_output_preservation": True, "note": {"by": "me", "marks": [1, 2]}}
+    assert type(subset.custom_attributes["note"]) is dict
+
+
+def test_attributes_of_an_inner_table_replace_those_of_an_outer_one(images: Path, tmp_path: Path):
+    content = document(images, general={"custom_attributes": {"a": 1}}, dataset={"custom_attributes": {"b": 2}})
+    assert read(dataset_config=write(tmp_path, content))[0].subsets[0].custom_attributes == {"b": 2}
+
+
+def test_keys_that_no_subset_below_can_use_are_told(images: Path, tmp_path: Path):
+    metadata = write(tmp_path, {"x.png": {}}, "meta.json")
+    keys = {"class_tokens": "x", "cache_info": True, "flip_aug": True}
+    content = document(images, general=keys, dataset={"caption_extension": ".txt"}, subset={"metadata_file": str(metadata)})
+    (settings,) = read(dataset_config=write(tmp_path, content))
+    end = "does nothing: it is not for subsets with a metadata_file, and there are no others"
+    assert settings.warnings == (
+        f"my.toml, [[datasets]] 1: caption_extension {end}",
+        f"my.toml, [general]: class_tokens {end}",
+        f"my.toml, [general]: cache_info {end}",
+    )
+    (subset,) = settings.subsets
+    assert (subset.class_tokens, subset.cache_info, subset.caption_extension) == (None, False, ".caption")
+    content["datasets"].append({"subsets": [{"image_dir": str(images)}]})
+    assert len(read(dataset_config=write(tmp_path, content))[0].warnings) == 1
+
+
 def make_folders(parent: Path, *names: str) -> Path:
     for name in names:
         (parent / name).mkdir(parents=True)
@@ -270,6 +349,32 @@ def test_in_json(images: Path, tmp_path: Path):
     (subset,) = settings.subsets
     assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == (metadata, images, 3)
     assert "--in_json" in problems(in_json=tmp_path / "none.json", resolution="512")[0]
+
+
+def test_masks_of_named_folders(tmp_path: Path):
+    train = make_folders(tmp_path / "train", "10_a cat", "2_dog")
+    reg = make_folders(tmp_path / "reg", "1_cat")
+    masks = make_folders(tmp_path / "masks", "10_a cat", "1_cat")
+    given = {"train_data_dir": train, "reg_data_dir": reg, "conditioning_data_dir": masks, "resolution": "512"}
+    (settings,) = read(**given, masked_loss=True)
+    assert [subset.conditioning_data_dir for subset in settings.subsets] == [masks / "10_a cat", masks, None]
+    given["conditioning_data_dir"] = tmp_path / "mask"
+    (text,) = problems(**given, masked_loss=True)
+    assert text.startswith("--conditioning_data_dir: ") and text.endswith("(did you mean masks?)")
+    del given["conditioning_data_dir"]
+    (text,) = problems(**given, masked_loss=True)
+    assert text.startswith(
+        "--masked_loss finds no masks, because no subset of --train_data_dir has any: give --conditioning_data_dir"
+    )
+
+
+def test_masks_of_a_metadata_file(images: Path, tmp_path: Path):
+    masks = make_folders(tmp_path, "masks") / "masks"
+    metadata = write(tmp_path, {"x.png": {}}, "meta.json")
+    given = {"in_json": metadata, "train_data_dir": images, "resolution": "512", "conditioning_data_dir": masks}
+    assert read(**given, masked_loss=True)[0].subsets[0].conditioning_data_dir == masks
+    place = f"--in_json {metadata}"
+    assert problems(**given)[0].startswith(f"{place}: conditioning_data_dir names mask images")
 
 
 def test_nothing_given():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.options.kinds import NUMBER, PATH, RESOLUTION, STEPS_OR_SHARE, SWITCH, TEXT, WHOLE
+from library.options.kinds import NUMBER, NUMBER_RANGE, PATH, RESOLUTION, STEPS_OR_SHARE, SWITCH, TEXT, WHOLE
 
 READ = [
     (SWITCH, True, True),
@@ -25,6 +25,8 @@ READ = [
     (RESOLUTION, 1024, "1024"),
     (RESOLUTION, [832, 1216], "832,1216"),
     (RESOLUTION, "832,1216", "832,1216"),
+    (NUMBER_RANGE, "2.0,4.0", "2.0,4.0"),
+    (NUMBER_RANGE, [2, 4.5], "2.0,4.5"),
 ]
 REFUSED = [
     (SWITCH, "true"),
@@ -45,6 +47,15 @@ REFUSED = [
     (STEPS_OR_SHARE, True),
     (RESOLUTION, 512.0),
     (RESOLUTION, ["a", "b"]),
+    (NUMBER_RANGE, "2"),
+    (NUMBER_RANGE, "4,2"),
+    (NUMBER_RANGE, "0,2"),
+    (NUMBER_RANGE, "a,b"),
+    (NUMBER_RANGE, "1,2,3"),
+    (NUMBER_RANGE, "1,nan"),
+    (NUMBER_RANGE, ["1", "2"]),
+    (NUMBER_RANGE, [True, 2]),
+    (NUMBER_RANGE, 2.0),
 ]
 
 
