@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -90,3 +92,22 @@ def test_waiting_is_measured_and_working_ahead_saves_it() -> None:
         time.sleep(0.1)  # the consumer works; the rest gets ready meanwhile
         list(ahead)
         assert ahead.waited_s - before < 0.02
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals cannot be sent to a thread on Windows")
+def test_ctrl_c_while_waiting_stops_the_threads() -> None:
+    def make(key: int) -> int:
+        if key == 8:  # by then all threads have started
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.05)
+        return key
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), prefetch(make, itertools.count(), workers=2, depth=4) as results:
+            list(results)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    with pytest.raises(StopIteration):
+        next(results)
