@@ -12,6 +12,7 @@ from library.dataset.page_facts import BucketFacts, Facts, counted
 from library.dataset.page_html import Content, Html, element, joined
 from library.dataset.page_pictures import SmallPictures
 from library.dataset.page_sections import (
+    ImageNames,
     bucket_id,
     buckets_section,
     captions_section,
@@ -51,15 +52,15 @@ def write_page(path: Path, content: PageContent) -> int:
 
 
 def page_html(content: PageContent) -> Html:
-    shown = set(content.pictures)
+    names = ImageNames(content.pictures.keys(), len(content.facts.datasets))
     warnings = warnings_section(content.warnings, content.facts.skipped)
     main = element(
         "main",
         warnings,
         datasets_section(content.facts),
         buckets_section(content.facts),
-        checks_section(content.facts, shown),
-        captions_section(content.facts, shown),
+        checks_section(content.facts, names),
+        captions_section(content.facts, names),
         tags_section(content.facts),
         _pictures_section(content),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.dataset.page_cards import card_id, percent, times
@@ -15,7 +15,6 @@ from library.dataset.token_use import TokenUse
 ROWS = 100  # of a list of images
 TAGS = 200  # of one dataset
 LOST_SHOWN = 120  # characters of what is cut off a caption
-IMAGE = ("image", "dataset")  # heads of what _image gives
 COLUMNS = 32  # of a histogram of lengths
 WARNINGS_OPEN = 8  # more are folded
 
@@ -29,6 +28,27 @@ NOT_SETTINGS = (
     "is_validation",
     "tags_joined",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageNames:
+    """How lists name images: those ``shown`` (by Item.index) link to their cards, and several datasets are told apart."""
+
+    shown: Collection[int]
+    datasets: int
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return ("image", "dataset") if self.datasets > 1 else ("image",)
+
+    def cells(self, item: Item) -> tuple[Content, ...]:
+        return (self.link(item), item.dataset_index + 1) if self.datasets > 1 else (self.link(item),)
+
+    def link(self, item: Item, *, with_folder: bool = False) -> Html:
+        text = element("bdi", f"{item.path.parent.name}/{item.path.name}" if with_folder else item.path.name)
+        if item.index in self.shown:
+            return element("a", text, href=f"#{card_id(item)}", title=item.path, class_="file")
+        return element("span", text, title=item.path, class_="file")
 
 
 def section(anchor: str, title: str, *content: Content, note: str | None = None) -> Html:
@@ -90,23 +110,23 @@ def buckets_section(facts: Facts) -> Html:
     return section("buckets", "Buckets", parts)
 
 
-def captions_section(facts: Facts, shown: Collection[int]) -> Html:
+def captions_section(facts: Facts, names: ImageNames) -> Html:
     parts: list[Content] = [element("div", [_lengths(encoder) for encoder in facts.encoders], class_="columns-2")]
     if facts.cut:
-        rows = [[*_image(cut.item, shown), _over(cut.uses), _start(cut.lost)] for cut in facts.cut[:ROWS]]
-        parts.append(_listed("Cut captions", len(facts.cut), table((*IMAGE, "tokens", "what is lost"), rows, tall=True)))
+        rows = [[*names.cells(cut.item), _over(cut.uses), _start(cut.lost)] for cut in facts.cut[:ROWS]]
+        parts.append(_listed("Cut captions", len(facts.cut), table((*names.heads, "tokens", "what is lost"), rows, tall=True)))
     if facts.without_caption:
-        parts.append(_listed("Images without a caption", len(facts.without_caption), _names(facts.without_caption, shown)))
+        parts.append(_listed("Images without a caption", len(facts.without_caption), _names(facts.without_caption, names)))
     if facts.with_class_tokens:
         words = "Images with no caption of their own: the class tokens stand in"
-        parts.append(_listed(words, len(facts.with_class_tokens), _names(facts.with_class_tokens, shown)))
+        parts.append(_listed(words, len(facts.with_class_tokens), _names(facts.with_class_tokens, names)))
     return section("captions", "Captions", parts)
 
 
-def checks_section(facts: Facts, shown: Collection[int]) -> Html:
+def checks_section(facts: Facts, names: ImageNames) -> Html:
     """Duplicates, enlarged and much cropped images."""
-    sizes = [element("div", part) for part in (_enlarged(facts.enlarged, shown), _cropped(facts.cropped, shown))]
-    return section("checks", "Images to look at", _duplicates(facts.duplicates, shown), element("div", sizes, class_="columns-2"))
+    sizes = [element("div", part) for part in (_enlarged(facts.enlarged, names), _cropped(facts.cropped, names))]
+    return section("checks", "Images to look at", _duplicates(facts.duplicates, names), element("div", sizes, class_="columns-2"))
 
 
 def tags_section(facts: Facts) -> Html:
@@ -239,8 +259,8 @@ def _columns(encoder: EncoderFacts) -> tuple[int, Counter[int]]:
     return width, counts
 
 
-def _over(uses: Sequence[TokenUse]) -> str:
-    return ", ".join(f"{use.encoder} {use.tokens:,} of {use.limit:,}" for use in uses)
+def _over(uses: Sequence[TokenUse]) -> list[Html]:
+    return [element("div", f"{use.encoder} {use.tokens:,} of {use.limit:,}", class_="nowrap") for use in uses]
 
 
 def _start(lost: str) -> Html:
@@ -248,31 +268,31 @@ def _start(lost: str) -> Html:
     return element("span", "\u2026", text, dir="auto", class_="lost")
 
 
-def _duplicates(groups: Sequence[Duplicates], shown: Collection[int]) -> Html:
+def _duplicates(groups: Sequence[Duplicates], names: ImageNames) -> Html:
     if not groups:
         return _none("Duplicates", "no two image files have the same bytes")
     rows = []
     for group in groups[:ROWS]:
         notes = ["trained and used for validation"] if group.leak else []
         notes += ["captions differ"] if group.captions_differ else []
-        names = [element("li", _link(item, shown, with_folder=True)) for item in group.items]
-        rows.append([element("ul", names, class_="plain"), element("span", ", ".join(notes), class_="over")])
+        copies = [element("li", names.link(item, with_folder=True)) for item in group.items]
+        rows.append([element("ul", copies, class_="plain"), element("span", ", ".join(notes), class_="over")])
     return _listed("Duplicates: files with the same bytes", len(groups), table(("files", ""), rows, tall=True))
 
 
-def _enlarged(items: Sequence[Item], shown: Collection[int]) -> Html:
+def _enlarged(items: Sequence[Item], names: ImageNames) -> Html:
     if not items:
         return _none("Enlarged", "no image is smaller than its bucket")
-    rows = [[*_image(i, shown), times(i.size_wh), times(i.resized_wh), f"{scale(i):.2f}\u00d7"] for i in items[:ROWS]]
-    heads = (*IMAGE, "file", "resized", "factor")
+    rows = [[*names.cells(i), times(i.size_wh), times(i.resized_wh), f"{scale(i):.2f}\u00d7"] for i in items[:ROWS]]
+    heads = (*names.heads, "file", "resized", "factor")
     return _listed("Enlarged to fill their bucket", len(items), table(heads, rows, numbers=("factor",), tall=True))
 
 
-def _cropped(items: Sequence[Item], shown: Collection[int]) -> Html:
+def _cropped(items: Sequence[Item], names: ImageNames) -> Html:
     if not items:
         return _none("Much cropped", f"no image loses more than {percent(LARGE_CROP)} of its area")
-    rows = [[*_image(i, shown), times(i.resized_wh), times(i.bucket_wh), percent(cut_away(i))] for i in items[:ROWS]]
-    heads = (*IMAGE, "resized", "bucket", "cut away")
+    rows = [[*names.cells(i), times(i.resized_wh), times(i.bucket_wh), percent(cut_away(i))] for i in items[:ROWS]]
+    heads = (*names.heads, "resized", "bucket", "cut away")
     title = f"Cropped by more than {percent(LARGE_CROP)} of their area"
     return _listed(title, len(items), table(heads, rows, numbers=("cut away",), tall=True))
 
@@ -292,20 +312,8 @@ def _tag_table(facts: Facts, dataset: DatasetFacts) -> Html:
     return element("div", _heading(facts, dataset, words), box, frequency, class_="tags")
 
 
-def _image(item: Item, shown: Collection[int]) -> tuple[Html, int]:
-    return _link(item, shown), item.dataset_index + 1
-
-
-def _link(item: Item, shown: Collection[int], *, with_folder: bool = False) -> Html:
-    name = f"{item.path.parent.name}/{item.path.name}" if with_folder else item.path.name
-    text = element("bdi", name)
-    if item.index in shown:
-        return element("a", text, href=f"#{card_id(item)}", title=item.path, class_="file")
-    return element("span", text, title=item.path, class_="file")
-
-
-def _names(items: Sequence[Item], shown: Collection[int]) -> Html:
-    return element("ul", [element("li", _link(item, shown)) for item in items[:ROWS]], class_="names")
+def _names(items: Sequence[Item], names: ImageNames) -> Html:
+    return element("ul", [element("li", names.link(item)) for item in items[:ROWS]], class_="names")
 
 
 def _listed(title: str, count: int, content: Html) -> Html:
