@@ -139,6 +139,16 @@ def check_dataset(path: Path, folder: Path, monkeypatch) -> None:
     assert read_datasets(options, bucket_step=16)
 
 
+def test_one_example_has_every_key():
+    document = read_dataset_file(ROOT / "configs" / "examples" / "all_keys_dataset.toml")
+    tables = [
+        document["general"],
+        *document["datasets"],
+        *(subset for table in document["datasets"] for subset in table["subsets"]),
+    ]
+    assert {key.name for key in schema.KEYS} == {name for table in tables for name in table} - {"subsets"}
+
+
 def test_training_examples_are_valid_options():
     for path in EXAMPLES:
         if path.name.endswith("_training.toml"):
