@@ -34,6 +34,21 @@ class TinyArchitecture:
         """A character is a token."""
         return lambda text: (TokenUse("letters", len(text), TOKENS, TOKENS if len(text) > TOKENS else None),)
 
+    def reference_format(self, layouts, options):
+        return TinyReferenceFormat()
+
+
+class TinyReferenceFormat:
+    """Files of another program, named STEM_WxH_tiny.npz and STEM_tiny_te.npz."""
+
+    latents_ending, text_ending, has_sizes = "_tiny.npz", "_tiny_te.npz", False
+
+    def scaled_latents(self, stored):
+        return stored
+
+    def conditioning(self, arrays, text):
+        return {"lengths": arrays["lengths"]}
+
 
 @dataclass(frozen=True)
 class TinyConditioning:

@@ -56,6 +56,8 @@ class CacheOptions:
             yield "--caption_variants needs --cache_text_encoder_outputs: give it too, or drop --caption_variants"
 
     def warnings(self) -> Iterator[str]:
+        if self.import_reference_caches and not (self.latents_cached or self.text_cached):
+            yield "--import_reference_caches does nothing without --cache_latents or --cache_text_encoder_outputs"
         for name in ("cache_dir", "skip_cache_check"):
             if getattr(self, name) and not self.any_on_disk:
                 yield f"--{name} does nothing without --cache_latents_to_disk or --cache_text_encoder_outputs_to_disk"

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.dataset.reference_caches import reference_latents, reference_text
 from library.errors import OptionError
 from library.training import trackers
 from library.training.hooks import ArchitectureHooks
@@ -19,8 +22,12 @@ from library.training.processes import HostGroup
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from library.dataset.cache_file import CacheState
     from library.dataset.latent_cache import LatentCache
+    from library.dataset.reference_caches import ReferenceFormat
     from library.dataset.text_cache import TextCache
+
+logger = logging.getLogger(__name__)
 
 PLAIN_DISTRIBUTIONS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
@@ -62,15 +69,45 @@ class CacheFilling(ArchitectureHooks):
             use_deterministic_kernels()
 
     def fill_caches(self) -> None:
-        """Encodes what the caches lack; the VAE and the text encoder are loaded only then, and gone afterwards."""
+        """Takes over or encodes what the caches lack; the VAE and the text encoder are loaded only for the rest, and gone
+        afterwards."""
         latents, texts = self.run.latent_cache, self.run.text_cache
         with torch.no_grad():
-            if latents is not None and self.group.any(not latents.state(refresh=True).is_complete):
-                self.fill_latent_cache(latents)
-                self.after_caching()
-            if texts is not None and self.group.any(not texts.state().is_complete):
-                self.fill_text_cache(texts)
-                self.after_caching()
+            if latents is not None and self.lacks(latents.state(refresh=True)):
+                self.adopt_latents(latents)
+                if self.lacks(latents.state()):
+                    self.fill_latent_cache(latents)
+                    self.after_caching()
+            if texts is not None and self.lacks(texts.state()):
+                self.adopt_text(texts)
+                if self.lacks(texts.state()):
+                    self.fill_text_cache(texts)
+                    self.after_caching()
+
+    def lacks(self, state: CacheState) -> bool:
+        """Whether something is missing for any process: all go the same way."""
+        return self.group.any(not state.is_complete)
+
+    def adopt_latents(self, cache: LatentCache) -> None:
+        """Takes over what kohya-ss/sd-scripts has cached, if that is wanted."""
+        if self.options.caches.import_reference_caches:
+            self.say_whose_word_counts("VAE")
+            read = partial(reference_latents, format=self.reference_format(), recipe=cache.recipe)
+            cache.adopt(read, **self.cache_shares())
+            self.group.wait()
+
+    def adopt_text(self, cache: TextCache) -> None:
+        if self.options.caches.import_reference_caches:
+            self.say_whose_word_counts("text encoder")
+            read = partial(reference_text, format=self.reference_format(), recipe=cache.recipe)
+            cache.adopt(read, **self.cache_shares())
+            self.group.wait()
+
+    def reference_format(self) -> ReferenceFormat:
+        return self.run.architecture.reference_format(self.run.layouts, self.options)
+
+    def say_whose_word_counts(self, maker: str) -> None:
+        logger.info("taking over .npz caches: that they were made with this %s and these settings cannot be checked", maker)
 
     def fill_latent_cache(self, cache: LatentCache) -> None:
         vae = self.load_vae(device=self.device, dtype=self.vae_dtype)

@@ -1,0 +1,86 @@
+"""Which architecture a caching tool works for, and what it asks of a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from library.errors import OptionError
+from library.options.anima import AnimaTrainOptions
+from library.options.cache_tool import CacheToolOptions, read_cache_tool_options
+from library.options.declare import groups_of, options_of
+from tools.cache_tool import ARCHITECTURES, chosen_architecture
+
+DATA = ["--anima", "--train_data_dir=pictures", "--resolution=64"]
+
+
+def read(part: str, *flags: str):
+    return read_cache_tool_options(AnimaTrainOptions, part, [*DATA, *flags])
+
+
+def test_each_architecture_has_a_switch():
+    switches = {option.name for option in options_of(CacheToolOptions) if option.is_switch} - {"skip_existing"}
+    assert switches == set(ARCHITECTURES)
+
+
+def test_the_switch_chooses():
+    assert chosen_architecture(["--vae", "x", "--anima"]).architecture.name == "anima"
+    assert chosen_architecture(["--anima=true"]).architecture.name == "anima"
+    assert chosen_architecture(["--help"]) is chosen_architecture(["-h"]) is ARCHITECTURES["anima"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "switch of the architecture is missing: give --anima .*Stable Diffusion 1.x"),
+    (["--vae=anima"], "switch of the architecture is missing"),
+    (["--anima=false"], "switch of the architecture is missing"),
+    (["--sdxl"], "--sdxl: there is no caching for SDXL here yet; there is: --anima"),
+    (["--flux", "--anima"], "--flux: there is no caching for FLUX"),
+    (["--v2"], "Stable Diffusion 2.x"),
+])  # fmt: skip
+def test_architectures_that_are_not_here(arguments, message):
+    with pytest.raises(OptionError, match=message):
+        chosen_architecture(arguments)
+
+
+@pytest.mark.parametrize(
+    "part, own, other", [("vae", "latents", "text_encoder_outputs"), ("text", "text_encoder_outputs", "latents")]
+)
+def test_its_own_cache_is_implied_and_the_other_one_is_left_alone(part, own, other):
+    needed = {"vae": "--vae=v", "text": "--qwen3=q"}[part]
+    for flags in ((), (f"--cache_{own}_to_disk=false", f"--cache_{other}_to_disk", f"--cache_{other}")):
+        caches = read(part, needed, *flags).caches
+        assert getattr(caches, f"cache_{own}_to_disk") and not getattr(caches, f"cache_{other}_to_disk")
+        assert (caches.latents_cached, caches.text_cached) == (part == "vae", part == "text")
+
+
+def test_what_only_training_needs_may_be_missing_and_the_part_s_own_file_may_not():
+    assert read("vae", "--vae=v").parts == ("vae",)
+    assert read("text", "--qwen3=q").parts == ("text",)
+    with pytest.raises(OptionError) as caught:
+        read("vae")
+    assert caught.value.problems == ("--vae is missing: name the file of the Qwen-Image VAE",)
+    with pytest.raises(OptionError) as caught:
+        read("text", "--text_encoder_lr", "1e-5")
+    assert len(caught.value.problems) == 1 and caught.value.problems[0].startswith("--qwen3 is missing")
+    assert read("vae", "--show_captions=1").parts == ()
+
+
+def test_all_options_of_training_are_taken():
+    values = [f"{option.flag}=1" for group in ("network", "optimizer") for option in options_of(groups_of(AnimaTrainOptions)[group])
+              if option.name in ("network_dim", "learning_rate")]  # fmt: skip
+    options = read("vae", "--vae=v", "--network_module=networks.lora_anima", "--output_dir=o", "--max_train_epochs=4", *values)
+    assert options.run.max_train_epochs == 4 and options.network.network_dim == 1
+    mine = {option.name for group in groups_of(type(options)).values() for option in options_of(group)}
+    training = {option.name for group in groups_of(AnimaTrainOptions).values() for option in options_of(group)}
+    assert mine - training == {field.name for field in dataclasses.fields(CacheToolOptions)}
+
+
+def test_skip_existing_trusts_the_files():
+    assert not read("vae", "--vae=v").caches.skip_cache_check
+    assert read("vae", "--vae=v", "--skip_existing").caches.skip_cache_check
+    assert read("vae", "--vae=v", "--skip_cache_check").caches.skip_cache_check
+
+
+def test_variants_need_no_flag_of_the_cache():
+    assert read("text", "--qwen3=q", "--caption_variants=3").caches.caption_variants == 3
