@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from library.dataset.items import SubsetSettings
@@ -41,32 +42,68 @@ def image_extensions() -> tuple[str, ...]:
 
 def list_images(folder: Path, extensions: Iterable[str]) -> list[Path]:
     """The images directly inside ``folder``, sorted by path; hidden files (``._x.png`` of macOS) are none."""
-    allowed = tuple(extensions)
+    return [folder / name for name in sorted(image_names(file_names(folder), extensions))]
+
+
+def file_names(folder: Path) -> list[str]:
+    """Everything directly inside ``folder``, in no order. Raises OSError where it cannot be listed."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.name.lower().endswith(allowed)]
-    return [folder / name for name in sorted(names)]
+        return [entry.name for entry in entries]
+
+
+def image_names(names: Iterable[str], extensions: Iterable[str]) -> Iterator[str]:
+    allowed = tuple(extensions)
+    return (name for name in names if not name.startswith(".") and name.lower().endswith(allowed))
 
 
 def folder_problem(folder: Path, extensions: Iterable[str]) -> str:
     """Why ``folder`` gave no images: its name, what was looked for, and where images are instead."""
     extensions = tuple(extensions)
     problem = f"no images in {folder}: looked for {', '.join(extensions)}"
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and list_images(child, extensions):
-            return f"{problem}; sub-folders are not searched, but {child.name} has images: make it a subset of its own"
-        if child.suffix.lower() in READ_WITH_PLUGIN:
-            return f"{problem}; to read {child.suffix.lower()} files, pip install {plugin_package(child.suffix.lower())}"
+    with os.scandir(folder) as entries:
+        children = sorted((entry.name, _is_folder(entry)) for entry in entries)
+    for name, is_folder in children:
+        if is_folder and _has_images(folder / name, extensions):
+            return f"{problem}; sub-folders are not searched, but {name} has images: make it a subset of its own"
+        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  # there may be very many names
+        if suffix in READ_WITH_PLUGIN:
+            return f"{problem}; to read {suffix} files, pip install {plugin_package(suffix)}"
     return problem
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False
+
+
+def _has_images(folder: Path, extensions: tuple[str, ...]) -> bool:
+    try:
+        return any(image_names(file_names(folder), extensions))
+    except OSError:  # not readable for this user
+        return False
+
+
+def text_problem(path: str) -> str | None:
+    """Linux allows any bytes in a file name; such a name fits into no caption, cache or metadata file."""
+    try:
+        path.encode("utf-8")
+        return None
+    except UnicodeEncodeError:
+        shown = path.encode("utf-8", "surrogateescape") if os.name != "nt" else path.encode("utf-8", "backslashreplace")
+        return f"the name {shown.decode('utf-8', 'backslashreplace')} is not valid UTF-8: rename it"
 
 
 def plugin_package(extension: str) -> str:
     return {".avif": "pillow-avif-plugin (or a newer Pillow)", ".jxl": "pillow-jxl-plugin"}[extension]
 
 
-def unread_images_warning(folder: Path, extensions: Iterable[str]) -> str | None:
-    """AVIF and JPEG XL files that are left out because this installation cannot read them."""
+def unread_images_warning(folder: Path, extensions: Iterable[str], names: Iterable[str] | None = None) -> str | None:
+    """AVIF and JPEG XL files that are left out because this installation cannot read them; ``names``: the folder's files."""
+    names = file_names(folder) if names is None else names
     unread = tuple(extension for extension in READ_WITH_PLUGIN if extension not in tuple(extensions))
-    counts = Counter(path.suffix.lower() for path in list_images(folder, unread)) if unread else Counter()
+    counts = Counter(Path(name).suffix.lower() for name in image_names(names, unread)) if unread else Counter()
     parts = [f"{count} {extension} (pip install {plugin_package(extension)})" for extension, count in sorted(counts.items())]
     return f"{folder}: images of these kinds cannot be read here and are left out: {', '.join(parts)}" if parts else None
 
@@ -74,16 +111,35 @@ def unread_images_warning(folder: Path, extensions: Iterable[str]) -> str | None
 def read_caption(image: Path, subset: SubsetSettings) -> str | None:
     """The caption file's text: its first line that is not empty, or with wildcards all of them joined by newlines.
 
-    None where there is no file; empty where the file says nothing. Raises DatasetError naming the file when it is not UTF-8.
+    None where there is no file; empty where the file says nothing. Raises DatasetError naming the file when it is a folder or
+    not UTF-8.
     """
-    path = caption_path(image, subset.caption_extension)
-    try:
-        text = read_utf8(path, error=DatasetError)
-    except DatasetError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-    return caption_lines(text, all_lines=subset.enable_wildcard)
+    for path in caption_paths(os.fspath(image), subset.caption_extension):
+        try:
+            with FileIO(path) as file:  # unbuffered: a caption is read at once, and there may be 100,000
+                text = file.readall().decode("utf-8-sig")
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError):
+            text = _caption_with_reason(Path(path))
+        return caption_lines(text, all_lines=subset.enable_wildcard)
+    return None
+
+
+def _caption_with_reason(path: Path) -> str:
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder, but a caption file of that name would be read: rename or remove it")
+    return read_utf8(path, error=DatasetError)
+
+
+def caption_paths(image: str, extension: str) -> Iterator[str]:
+    """Where the caption of an image may be, the first that exists counts: named like the image, or for a face crop
+    ``name_x_y_w_h.png`` (four numbers) like the picture that it was cut from."""
+    stem = os.path.splitext(image)[0]  # noqa: PTH122
+    yield stem + extension
+    name, *numbers = stem.rsplit("_", 4)
+    if len(numbers) == 4 and all(number.isdecimal() for number in numbers):
+        yield name + extension
 
 
 def caption_path(image: Path, extension: str) -> Path:
@@ -92,7 +148,9 @@ def caption_path(image: Path, extension: str) -> Path:
 
 def caption_lines(text: str, *, all_lines: bool) -> str:
     """The lines with text, stripped: all of them, or the first."""
-    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n")]
     lines = [line for line in lines if line]
     return "\n".join(lines if all_lines else lines[:1])
 
@@ -139,8 +197,10 @@ def layout_problem(flag: str, parent: Path, ignored: list[str]) -> str:
 def _missing_caption_warnings(images: list[Path], missing: list[Path], subset: SubsetSettings) -> Iterator[str]:
     extension = subset.caption_extension
     if len(missing) == len(images):
+        stems = {image.stem for image in images}
+        names = [Path(name) for name in file_names(images[0].parent) if name.endswith(CAPTION_EXTENSIONS)]
         for other in CAPTION_EXTENSIONS:
-            count = sum(caption_path(image, other).is_file() for image in images) if other != extension else 0
+            count = sum(name.suffix == other and name.stem in stems for name in names) if other != extension else 0
             if count:
                 yield (
                     f"{subset.place}: none of the {len(images)} images has a {extension} caption file, and {count} {other} files "

@@ -109,6 +109,10 @@ class ImageRecords:
         """The size of the upright picture. Raises KeyError where the file was never read."""
         return self._recorded(path).size_wh
 
+    def sha256(self, path: Path) -> bytes:
+        """Of the whole file, when it was read. Raises KeyError where it never was."""
+        return self._recorded(path).sha256
+
     def identity(self, path: Path) -> SourceIdentity:
         """The file as it is now; it is hashed only where it is new or changed. Safe in threads.
 

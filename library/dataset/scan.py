@@ -1,97 +1,95 @@
-"""Finding, reading and placing every image before anything is trained: settings -> TrainingSet.
+"""Finding, verifying and placing every image before anything is trained: settings -> TrainingSet.
 
-Every file is read to its end here, so that a broken one is found now and not after hours. All bad images and captions are
-reported together, or left out with --skip_bad_images.
+Every file is read to its end here, so that a broken one is found now and not after hours; files that are as an earlier start
+found them are not read again. All bad images and captions are reported together, or left out with --skip_bad_images.
 """
 
 from __future__ import annotations
 
-import warnings as python_warnings
+import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from library.dataset.buckets import Buckets, Placement
-from library.dataset.folders import (
-    caption_warnings,
-    folder_problem,
-    image_extensions,
-    list_images,
-    read_caption,
-    unread_images_warning,
-)
+from library.dataset.find_images import Findings, Found, find_images
+from library.dataset.image_records import ImageRecord, ImageRecords, Size
+from library.dataset.info_file import write_missing_infos
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
-from library.dataset.metadata_file import read_metadata
-from library.dataset.verify import MAX_PIXELS, read_record
+from library.dataset.validation_split import split_images, twin_warning, without_chance
+from library.dataset.verify import MAX_PIXELS, Progress, size_text, verify_images
 from library.errors import DatasetError
 
 PROBLEMS_SHOWN = 20
 LARGE_UPSCALE = 2.0  # beyond this an image trains visibly soft
 SKIP_HINT = "mend or remove them, or leave them out with --skip_bad_images"
 
-Size = tuple[int, int]
-Progress = Callable[[int, int], None]  # (images read, images in all)
+Results = dict[str, "ImageRecord | str"]  # by path: what a file holds, or what is wrong with it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """One image of one subset, not yet read."""
+class Placed(NamedTuple):
+    """An image that can be used, and where it goes."""
 
-    dataset_index: int
-    subset: SubsetSettings
-    key: str
-    path: Path
-    caption: str
-    tags: str | None = None  # see Item
+    image: Found
+    record: ImageRecord
+    placement: Placement
 
 
-@dataclass(slots=True)
-class Findings:
-    """What the scan has to say: ``problems`` always stop the run, ``bad`` images and captions may be skipped."""
-
-    problems: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def scan(
-    datasets: tuple[DatasetSettings, ...], *, skip_bad_images: bool = False, workers: int = 8, progress: Progress | None = None
+def scan(  # noqa: PLR0913  # all but the datasets have a default
+    datasets: tuple[DatasetSettings, ...],
+    *,
+    skip_bad_images: bool = False,
+    workers: int = 8,
+    progress: Progress | None = None,
+    records: ImageRecords | None = None,
+    seed: int | None = None,
 ) -> TrainingSet:
-    """Reads every image with ``workers`` threads and assigns buckets and repeats.
+    """Reads every image with ``workers`` threads and assigns buckets, repeats and what validates.
+
+    ``records`` of earlier starts save reading; they are saved even when the scan fails or is interrupted, and where they may be
+    written, so are the files of cache_info. None: nothing is remembered. ``seed``: --seed, for the choice of validation images.
 
     Raises DatasetError with everything that is wrong: empty folders, unreadable images, captions that are not UTF-8, images
-    that no bucket takes. With ``skip_bad_images`` bad images are left out and listed in TrainingSet.skipped.
+    that no bucket takes, masks that are missing or do not fit. With ``skip_bad_images`` bad images are left out and listed in
+    TrainingSet.skipped.
     """
     findings = Findings()
-    with _threads(workers) as pool:
-        found = [image for index, dataset in enumerate(datasets) for image in _find_images(index, dataset, pool, findings)]
-        sizes = verify_images((image.path for image in found), pool=pool, progress=progress)
-    items = _items(datasets, list(_placed(datasets, found, sizes, findings)))
+    records = records or ImageRecords(reads=False, writes=False)
+    try:
+        with _threads(workers) as pool:
+            found = [image for index, dataset in enumerate(datasets) for image in find_images(index, dataset, pool, findings)]
+            results = verify_images(_files(found), records, pool=pool, progress=progress)
+    finally:
+        records.save()
+    split = split_images(datasets, found, seed=seed)
+    trained = _trained_items(datasets, _placed(datasets, split.trained, results, findings))
+    validation = _validation_items(_placed(datasets, split.validation, results, findings), start=len(trained))
+    findings.warnings.extend([*_without_alpha(found, results), *split.warnings])
+    findings.warnings.extend(twin_warning(trained, validation, records.sha256))
     if not findings.bad or skip_bad_images:
-        findings.problems.extend(_nothing_left(datasets, items, findings))
+        findings.problems.extend(_nothing_left(datasets, trained, validation, findings))
     _raise_problems(findings, skip_bad_images=skip_bad_images)
-    settings_warnings = [warning for dataset in datasets for warning in dataset.warnings]
-    warnings = (*settings_warnings, *findings.warnings, *_bucket_warnings(datasets, items), *_upscale_warnings(datasets, items))
-    return TrainingSet(datasets=datasets, items=tuple(items), skipped=tuple(dict.fromkeys(findings.bad)), warnings=warnings)
+    if records.writes and not findings.bad:
+        findings.warnings.extend(write_missing_infos(_measured(found, results)))
+    return TrainingSet(
+        datasets=datasets,
+        items=tuple(trained),
+        validation=tuple(validation),
+        skipped=tuple(dict.fromkeys(findings.bad)),
+        warnings=(
+            *(warning for dataset in datasets for warning in dataset.warnings),
+            *findings.warnings,
+            *_bucket_warnings(datasets, trained),
+            *_upscale_warnings(datasets, trained),
+        ),
+        records=records,
+    )
 
 
-def verify_images(paths: Iterable[Path], *, pool: ThreadPoolExecutor, progress: Progress | None = None) -> dict[Path, Size | str]:
-    """The upright size of each file, or the sentence that says what is wrong with it; each file is read once."""
-    unique = list(dict.fromkeys(paths))
-    results: dict[Path, Size | str] = {}
-    with python_warnings.catch_warnings():
-        python_warnings.filterwarnings("ignore", module=r"PIL\.")  # large or with odd EXIF: fine, or refused below with a reason
-        for path, result in zip(unique, pool.map(_size_or_problem, unique), strict=True):
-            results[path] = result
-            if progress is not None:
-                progress(len(results), len(unique))
-    return results
-
-
-def regularised_repeats(images: list[Found]) -> list[int]:
+def regularised_repeats(images: Sequence[Found]) -> list[int]:
     """Repeats per epoch of each image of one dataset.
 
     Regularisation images fill up to the number of showings T of the others: they are taken in order until their repeats
@@ -121,103 +119,51 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _size_or_problem(path: Path) -> Size | str:
-    try:
-        return read_record(path).size_wh
-    except DatasetError as error:
-        return str(error)
-
-
-def _find_images(index: int, dataset: DatasetSettings, pool: ThreadPoolExecutor, findings: Findings) -> Iterator[Found]:
-    """The images of one dataset; where two subsets name the same file, the later one has it, as in the reference."""
-    extensions = image_extensions()
-    by_path: dict[Path, Found] = {}
-    replaced = 0
-    for number, subset in enumerate(dataset.subsets):
-        find = _find_in_folder if subset.metadata_file is None else _find_in_metadata
-        for name, path, caption, tags in find(subset, extensions, pool, findings):
-            replaced += path in by_path
-            key = f"{index}:{number}:{name}"
-            by_path[path] = Found(dataset_index=index, subset=subset, key=key, path=path, caption=caption, tags=tags)
-    if replaced:
-        findings.warnings.append(f"{dataset.place}: {replaced} images are in two subsets: the later subset has them")
-    yield from by_path.values()
-
-
-Named = tuple[str, Path, str, str | None]  # name in the subset, path, caption, tags
-
-
-def _find_in_folder(
-    subset: SubsetSettings, extensions: tuple[str, ...], pool: ThreadPoolExecutor, findings: Findings
-) -> Iterator[Named]:
-    folder = subset.image_dir
-    assert folder is not None
-    try:
-        images = list_images(folder, extensions)
-        if not images:
-            findings.problems.append(f"{subset.place}: {folder_problem(folder, extensions)}")
-        unread = unread_images_warning(folder, extensions)
-    except OSError as error:
-        findings.problems.append(f"{subset.place}: {folder} cannot be read: {error.strerror}")
-        return
-    findings.warnings.extend([unread] if unread and images else [])
-    readable: list[Path] = []
-    captions: list[str | None] = []
-    for image, caption in zip(images, pool.map(lambda image: _caption_or_error(image, subset), images), strict=True):
-        if isinstance(caption, DatasetError):
-            findings.bad.append(str(caption))
-            continue
-        readable.append(image)
-        captions.append(caption)
-        yield image.name, image, (subset.class_tokens or "") if caption is None else caption, None
-    findings.warnings.extend(caption_warnings(readable, captions, subset))
-
-
-def _caption_or_error(image: Path, subset: SubsetSettings) -> str | None | DatasetError:
-    try:
-        return read_caption(image, subset)
-    except DatasetError as error:
-        return error
-
-
-def _find_in_metadata(
-    subset: SubsetSettings, extensions: tuple[str, ...], pool: ThreadPoolExecutor, findings: Findings
-) -> Iterator[Named]:
-    try:
-        entries, problems = read_metadata(subset, extensions)
-    except DatasetError as error:
-        findings.problems.append(f"{subset.place}: {error}")
-        return
-    findings.bad.extend(problems)
-    without_text = [entry.key for entry in entries if not entry.caption]
-    if without_text:
-        findings.warnings.append(
-            f"{subset.place}: {len(without_text)} images have neither caption nor tags (such as {without_text[0]}): "
-            "they train with an empty caption"
-        )
-    for entry in entries:
-        yield entry.key, entry.path, entry.caption, entry.tags
+def _files(found: Iterable[Found]) -> Iterator[Path]:
+    for image in found:
+        yield image.path
+        if image.mask_path is not None:
+            yield image.mask_path
 
 
 def _placed(
-    datasets: tuple[DatasetSettings, ...], found: list[Found], sizes: dict[Path, Size | str], findings: Findings
-) -> Iterator[tuple[Found, Size, Placement]]:
-    """The images that can be trained, each with its size and its place in a bucket."""
+    datasets: tuple[DatasetSettings, ...], found: Iterable[Found], results: Results, findings: Findings
+) -> Iterator[Placed]:
+    """The images that can be used, each with its place in a bucket; what is wrong with the others goes into ``findings``."""
     buckets = [Buckets(dataset) for dataset in datasets]
     placements: dict[tuple[int, Size], Placement | str] = {}  # few sizes, many images
     for image in found:
-        size = sizes[image.path]
-        if isinstance(size, str):
-            findings.bad.append(size)
+        record = _fitting_record(image, results)
+        if isinstance(record, str):
+            findings.bad.append(record)
             continue
-        known = (image.dataset_index, size)
+        known = (image.dataset_index, record.size_wh)
         if known not in placements:
-            placements[known] = _placement_or_problem(buckets[image.dataset_index], size)
+            placements[known] = _placement_or_problem(buckets[image.dataset_index], record.size_wh)
         placement = placements[known]
         if isinstance(placement, str):
             findings.bad.append(f"{image.path} {placement}")
         else:
-            yield image, size, placement
+            yield Placed(image, record, placement)
+
+
+def _fitting_record(image: Found, results: Results) -> ImageRecord | str:
+    """What the file holds, or why it cannot be used: its own fault, or its mask's."""
+    record = results[os.fspath(image.path)]
+    if isinstance(record, str):
+        named_by = image.subset.metadata_file
+        return record if named_by is None else f"{named_by}, {image.name}: {record}"
+    if image.mask_path is None:
+        return record
+    mask = results[os.fspath(image.mask_path)]
+    if isinstance(mask, str):
+        return f"{mask} (it is the mask of {image.path})"
+    if mask.size_wh != record.size_wh:
+        return (
+            f"the mask {image.mask_path} is {size_text(mask.size_wh)}, but its image {image.path} is "
+            f"{size_text(record.size_wh)}: a mask must have the size of its image"
+        )
+    return record
 
 
 def _placement_or_problem(buckets: Buckets, size: Size) -> Placement | str:
@@ -232,48 +178,77 @@ def _placement_or_problem(buckets: Buckets, size: Size) -> Placement | str:
     return placement
 
 
-def _items(datasets: tuple[DatasetSettings, ...], placed: list[tuple[Found, Size, Placement]]) -> list[Item]:
-    by_dataset: dict[int, list[tuple[Found, Size, Placement]]] = defaultdict(list)
+def _trained_items(datasets: tuple[DatasetSettings, ...], placed: Iterable[Placed]) -> list[Item]:
+    by_dataset: dict[int, list[Placed]] = defaultdict(list)
     for entry in placed:
-        by_dataset[entry[0].dataset_index].append(entry)
+        by_dataset[entry.image.dataset_index].append(entry)
     items: list[Item] = []
-    for index, dataset in enumerate(datasets):
+    for index in range(len(datasets)):
         entries = by_dataset[index]
-        repeats = regularised_repeats([image for image, _, _ in entries])
-        for (image, size, placement), count in zip(entries, repeats, strict=True):
-            if count > 0:
-                items.append(_item(len(items), image, size, placement, repeats=count, is_bucketed=dataset.enable_bucket))
+        for entry, repeats in zip(entries, regularised_repeats([entry.image for entry in entries]), strict=True):
+            if repeats > 0:
+                items.append(_item(len(items), entry, entry.image.subset, repeats=repeats))
     return items
 
 
-def _item(index: int, image: Found, size: Size, placement: Placement, *, repeats: int, is_bucketed: bool) -> Item:
+def _validation_items(placed: Iterable[Placed], *, start: int) -> list[Item]:
+    fixed: dict[tuple[int, int], SubsetSettings] = {}  # one object for all images of a subset
+    items: list[Item] = []
+    for entry in placed:
+        which = (entry.image.dataset_index, entry.image.subset_index)
+        if which not in fixed:
+            fixed[which] = without_chance(entry.image.subset)
+        items.append(_item(start + len(items), entry, fixed[which], repeats=1))
+    return items
+
+
+def _item(index: int, placed: Placed, subset: SubsetSettings, *, repeats: int) -> Item:
+    image, record, placement = placed
     return Item(
         index=index,
-        key=image.key,
+        key=f"{image.dataset_index}:{image.subset_index}:{image.name}",
         path=image.path,
         caption=image.caption,
         tags=image.tags,
+        mask_path=image.mask_path,
+        custom_attributes=image.custom_attributes,
         dataset_index=image.dataset_index,
-        subset=image.subset,
+        subset=subset,
         repeats=repeats,
-        size_wh=size,
+        size_wh=record.size_wh,
         bucket_wh=placement.bucket_wh,
         resized_wh=placement.resized_wh,
         crop_left_top=placement.crop_left_top,
-        is_bucketed=is_bucketed,
     )
 
 
-def _nothing_left(datasets: tuple[DatasetSettings, ...], items: list[Item], findings: Findings) -> Iterator[str]:
+def _measured(found: Iterable[Found], results: Results) -> Iterator[tuple[SubsetSettings, Path, str, Size]]:
+    """What info files are made of, of all images whose subset has cache_info."""
+    for image in found:
+        record = results[os.fspath(image.path)]
+        if image.subset.cache_info and isinstance(record, ImageRecord):
+            yield image.subset, image.path, image.caption, record.size_wh
+
+
+def _nothing_left(
+    datasets: tuple[DatasetSettings, ...], trained: list[Item], validation: list[Item], findings: Findings
+) -> Iterator[str]:
     """Datasets without a single item, where no other problem has said so."""
-    trained = {item.dataset_index for item in items}
+    if findings.problems:
+        return
+    used = {item.dataset_index for item in (*trained, *validation)}
     for index, dataset in enumerate(datasets):
-        if index in trained or findings.problems:
+        if index in used:
             continue
         if all(subset.is_reg for subset in dataset.subsets):
             yield f"{dataset.place} has regularisation images (is_reg) only: add the images to train"
         else:
             yield f"{dataset.place}: none of its images can be trained"
+    if validation and not trained:
+        yield (
+            f"all of the {len(validation)} images validate and none is left to train: lower validation_split, or add images "
+            "that are not marked is_validation"
+        )
 
 
 def _raise_problems(findings: Findings, *, skip_bad_images: bool) -> None:
@@ -286,6 +261,23 @@ def _raise_problems(findings: Findings, *, skip_bad_images: bool) -> None:
     if bad and not skip_bad_images:
         problems.append(f"{len(bad):,} bad image(s) or caption(s): {SKIP_HINT}")
     raise DatasetError(*problems)
+
+
+def _without_alpha(found: Iterable[Found], results: Results) -> Iterator[str]:
+    """Subsets with alpha_mask that would train as if they had none."""
+    some_have: dict[tuple[int, int], bool] = {}
+    subsets: dict[tuple[int, int], SubsetSettings] = {}
+    for image in found:
+        if image.subset.alpha_mask and image.mask_path is None:
+            record, which = results[os.fspath(image.path)], (image.dataset_index, image.subset_index)
+            subsets[which] = image.subset
+            some_have[which] = some_have.get(which, False) or (isinstance(record, ImageRecord) and record.has_alpha)
+    for which, subset in subsets.items():
+        if not some_have[which]:
+            yield (
+                f"{subset.place}: alpha_mask is on, but none of its images has an alpha channel: all of each picture counts; "
+                "use images with transparency (such as RGBA PNG), or conditioning_data_dir"
+            )
 
 
 def _bucket_warnings(datasets: tuple[DatasetSettings, ...], items: list[Item]) -> Iterator[str]:

@@ -1,10 +1,29 @@
-"""Which images validate, and what is left of their subsets' settings once nothing is left to chance."""
+"""Which images validate, and what is left of their subsets' settings once nothing is left to chance.
+
+An image that validates is never trained: not in its own dataset, and not in any other that names the same file.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from library.dataset.items import SubsetSettings
+from library.dataset.find_images import Found
+from library.dataset.items import DatasetSettings, Item, SubsetSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What is trained and what validates, each in the order of the images. An image may be neither."""
+
+    trained: list[Found]
+    validation: list[Found]
+    warnings: list[str]
 
 
 def without_chance(subset: SubsetSettings) -> SubsetSettings:
@@ -31,3 +50,91 @@ def without_chance(subset: SubsetSettings) -> SubsetSettings:
         token_warmup_step=0.0,
         tags_joined=subset.tags_joined or tags_handled,
     )
+
+
+def split_images(datasets: Sequence[DatasetSettings], images: Sequence[Found], *, seed: int | None) -> Split:
+    """Divides the images of all datasets. ``seed`` (--seed) counts for datasets without a validation_seed.
+
+    Regularisation images never validate; those whose file validates elsewhere are not trained either.
+    """
+    chosen = set(_validating(datasets, images, seed=seed))
+    if not chosen:
+        return Split(list(images), [], [])
+    real_path = RealPaths()
+    held_out = {real_path(images[position].path) for position in chosen}
+    trained: list[Found] = []
+    dropped: Counter[int] = Counter()
+    for position, image in enumerate(images):
+        if position in chosen:
+            continue
+        if real_path(image.path) in held_out:
+            dropped[image.dataset_index] += 1
+        else:
+            trained.append(image)
+    warnings = [
+        f"{datasets[index].place}: {count} images validate elsewhere in this run and are therefore not trained here"
+        for index, count in sorted(dropped.items())
+    ]
+    return Split(trained, [images[position] for position in sorted(chosen)], warnings)
+
+
+def validation_count(images: int, share: float) -> int:
+    """How many of a subset's images validate: as in kohya-ss/sd-scripts ceil(n * (1 - share)) are trained, but where 0 < share
+    < 1 at least one validates and at least one is trained, if there are two."""
+    if share <= 0:
+        return 0
+    if share >= 1:
+        return images
+    trained = math.ceil(images * (1 - share))
+    return images - max(1, min(trained, images - 1)) if images else 0
+
+
+def chosen_for_validation(paths: Sequence[str], share: float, *, seed: int) -> set[str]:
+    """The last of the paths once they are sorted and shuffled, as in the reference with a validation_seed."""
+    shuffled = sorted(paths)
+    random.Random(seed).shuffle(shuffled)
+    return set(shuffled[len(shuffled) - validation_count(len(shuffled), share) :])
+
+
+def twin_warning(trained: Sequence[Item], validation: Sequence[Item], sha256: Callable[[Path], bytes]) -> Iterator[str]:
+    """Where a copy of a validation image is trained, the validation loss tells too little."""
+    if not validation:
+        return
+    trained_by_content = {sha256(item.path): item for item in trained}
+    twins = [(item, twin) for item in validation if (twin := trained_by_content.get(sha256(item.path)))]
+    if twins:
+        item, twin = twins[0]
+        yield (
+            f"{len(twins)} validation images have the same bytes as an image that is trained (such as {item.path} and "
+            f"{twin.path}), so the validation loss comes out too low: remove the copies"
+        )
+
+
+class RealPaths:
+    """The path that a file really has, links resolved; folders are resolved only once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        if path.is_symlink():
+            return os.path.normcase(path.resolve())
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.fspath(Path(folder).resolve())
+        return os.path.normcase(os.path.join(self._folders[folder], name))  # noqa: PTH118  # for each of very many images
+
+
+def _validating(datasets: Sequence[DatasetSettings], images: Sequence[Found], *, seed: int | None) -> Iterator[int]:
+    by_subset: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for position, image in enumerate(images):
+        by_subset[image.dataset_index, image.subset_index].append(position)
+    for (dataset_index, _), positions in by_subset.items():
+        dataset, subset = datasets[dataset_index], images[positions[0]].subset
+        share = 1.0 if subset.is_validation else dataset.validation_split
+        if subset.is_reg or share <= 0:
+            continue
+        seeds = (dataset.validation_seed, seed, 0)
+        paths = {os.fspath(images[position].path): position for position in positions}
+        chosen = chosen_for_validation(list(paths), share, seed=next(value for value in seeds if value is not None))
+        yield from (paths[path] for path in chosen)

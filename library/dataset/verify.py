@@ -6,12 +6,17 @@ import errno
 import hashlib
 import os
 import stat as stat_modes
+import time
+import warnings as python_warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from library.dataset.image_records import ImageRecord, Size
+from library.dataset.image_records import ImageRecord, ImageRecords, Size
 from library.errors import DatasetError
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 4
@@ -22,6 +27,40 @@ MIN_SIDE_PX = 16  # one image token of the models here; less is an icon or a tra
 MAX_SIDE_PX = 32_767  # longer than any photograph, scan or comic strip: a mistake, of which a crop would keep next to nothing
 MAX_PIXELS = 178_956_970  # where Pillow refuses to open a file (twice its decompression-bomb warning)
 MAX_BYTES = 2**31  # MAX_PIXELS take less in every format, even stored plainly with 16 bits for each of four channels
+
+
+LOOKED_UP_AT_ONCE = 256  # files whose time a thread compares before it reports back
+READ_AT_ONCE = 8
+SAVED_EVERY_S = 60.0  # a long check that is killed does not start all over
+
+Progress = Callable[[int, int], None]  # (images read, images to read)
+
+
+def verify_images(
+    paths: Iterable[Path], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None = None
+) -> dict[str, ImageRecord | str]:
+    """By path: what each file holds, or the sentence that says what is wrong with it.
+
+    Files that are as they were when ``records`` were made are not read; all others are, once, and go into the records.
+    """
+    unique = list({os.fspath(path): path for path in paths}.values())
+    results: dict[str, ImageRecord | str] = {}
+    unread: list[Path] = []
+    look_up = in_chunks(lambda path: _unchanged(path, records), unique, pool, size=LOOKED_UP_AT_ONCE)
+    for path, record in zip(unique, look_up, strict=True):
+        if record is None:
+            unread.append(path)
+        else:
+            results[os.fspath(path)] = record
+    results.update(_read_all(unread, records, pool=pool, progress=progress))
+    return results
+
+
+def in_chunks(work: Callable[[Any], Any], values: Sequence[Any], pool: ThreadPoolExecutor, *, size: int) -> Iterator[Any]:
+    """``pool.map``, but each thread takes ``size`` values at once: handing them over one by one takes longer than small work."""
+    chunks = [values[start : start + size] for start in range(0, len(values), size)]
+    for results in pool.map(lambda chunk: [work(value) for value in chunk], chunks):
+        yield from results
 
 
 def read_record(path: Path, known: ImageRecord | None = None) -> ImageRecord:
@@ -68,6 +107,37 @@ def reason(error: Exception, path: Path) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error) or type(error).__name__
+
+
+def _unchanged(path: Path, records: ImageRecords) -> ImageRecord | None:
+    record = records.get(path)
+    try:
+        return record if record is not None and record.fits(path.stat()) else None
+    except OSError:
+        return None
+
+
+def _read_all(
+    paths: Sequence[Path], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None
+) -> Iterator[tuple[str, ImageRecord | str]]:
+    saved = time.monotonic()
+    with python_warnings.catch_warnings():
+        python_warnings.filterwarnings("ignore", module=r"PIL\.")  # large or with odd EXIF: fine, or refused with a reason
+        read = in_chunks(lambda path: _record_or_problem(path, records), paths, pool, size=READ_AT_ONCE)
+        for number, (path, result) in enumerate(zip(paths, read, strict=True), start=1):
+            yield os.fspath(path), result if isinstance(result, str) else records.put(path, result)
+            if progress is not None:
+                progress(number, len(paths))
+            if time.monotonic() - saved > SAVED_EVERY_S:
+                records.save()
+                saved = time.monotonic()
+
+
+def _record_or_problem(path: Path, records: ImageRecords) -> ImageRecord | str:
+    try:
+        return read_record(path, records.get(path))
+    except DatasetError as error:
+        return str(error)
 
 
 def size_text(size_wh: Size) -> str:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 from library.dataset.images import load_pixels
 from library.dataset.items import DatasetSettings, SubsetSettings, TrainingSet
-from library.dataset.scan import scan, verify_images
+from library.dataset.scan import scan
 from library.errors import DatasetError
 
 ROOT = Path(__file__).parents[3]
@@ -215,15 +214,6 @@ def test_captions_under_another_extension_are_pointed_out(tmp_path: Path):
     picture(tmp_path / "a" / "x.png")
     (warning,) = scan((dataset(subset(tmp_path / "a", caption_extension=".caption")),)).warnings
     assert "1 .txt files beside them are NOT read" in warning and "--caption_extension .txt" in warning
-
-
-def test_every_file_is_read_once_and_progress_is_told(tmp_path: Path):
-    paths = [picture(tmp_path / f"{number}.png", caption=None) for number in range(5)]
-    told: list[tuple[int, int]] = []
-    with ThreadPoolExecutor(2) as pool:
-        sizes = verify_images([*paths, *paths], pool=pool, progress=lambda done, total: told.append((done, total)))
-    assert sizes == dict.fromkeys(paths, (64, 64))
-    assert told == [(number, 5) for number in range(1, 6)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 7])
