@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.dataset.image_records import ImageRecords
 from library.dataset.items import TrainingSet
 from library.dataset.order import batches_per_epoch
 from library.dataset.scan import scan
@@ -211,10 +212,18 @@ def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architectur
 
 
 def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:
+    """Every image verified and placed. What is found out about the files is remembered beside them, or in --cache_dir."""
     datasets = read_datasets(options, bucket_step=architecture.bucket_step)
+    cache_dir = Path(options.caches.cache_dir) if options.caches.cache_dir else None
+    records = ImageRecords(cache_dir, writes=os.environ.get("RANK", "0") == "0")
     with image_check_bar() as bar:
         training_set = scan(
-            datasets, skip_bad_images=options.dataset.skip_bad_images, workers=max(worker_count(options), 1), progress=bar
+            datasets,
+            skip_bad_images=options.dataset.skip_bad_images,
+            workers=max(worker_count(options), 1),
+            progress=bar,
+            records=records,
+            seed=options.run.seed,
         )
     if all(item.subset.is_reg for item in training_set.items):
         raise DatasetError("there are only regularization images: add a subset of images to train")
