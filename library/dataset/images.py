@@ -16,22 +16,13 @@ from library.dataset.buckets import Placement, Size
 from library.dataset.items import Item
 from library.dataset.masks import on_latent_grid, read_mask
 from library.dataset.picture_file import alpha, loaded_upright, opened, rgb, upright
+from library.dataset.resizing import AVERAGING, halved, resize
 from library.dataset.verify import SWAPS_SIDES, orientation, size_text
 from library.errors import DatasetError
 
 if TYPE_CHECKING:
     from library.dataset.augment import ColourChange
 
-PILLOW_RESIZERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
-OPENCV_RESIZERS = {
-    "nearest": "INTER_NEAREST_EXACT",
-    "bilinear": "INTER_LINEAR",
-    "linear": "INTER_LINEAR",
-    "bicubic": "INTER_CUBIC",
-    "cubic": "INTER_CUBIC",
-    "area": "INTER_AREA",
-}
-AVERAGING = (None, "area", "box")  # means of means are means: shrinking in two steps is the same, but for a little softness
 SCALED_BY_DECODER = ("JPEG", "MPO")
 
 
@@ -81,22 +72,6 @@ def read_rgb(path: Path) -> np.ndarray:
         return np.asarray(rgb(loaded_upright(image)))
 
 
-def resize(image: Image.Image, size_wh: Size, *, interpolation: str | None) -> np.ndarray:
-    """An RGB image -> (height, width, 3) uint8.
-
-    Without an explicit ``interpolation``: area averaging when neither side grows, Lanczos otherwise.
-    """
-    if image.size == size_wh:
-        return np.asarray(image)
-    if interpolation is None:
-        interpolation = "area" if size_wh[0] <= image.width and size_wh[1] <= image.height else "lanczos"
-    if interpolation in PILLOW_RESIZERS:
-        return np.asarray(image.resize(size_wh, PILLOW_RESIZERS[interpolation]))
-    import cv2
-
-    return cv2.resize(np.asarray(image), size_wh, interpolation=getattr(cv2, OPENCV_RESIZERS[interpolation]))
-
-
 def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> tuple[Image.Image, Image.Image | None]:
     """The upright RGB image, perhaps shrunk already but no smaller than it will be, and its alpha channel in full size."""
     may_shrink = item.subset.resize_interpolation in AVERAGING
@@ -110,29 +85,12 @@ def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> tuple[Image
                 f"{item.path} is {size_text(found_wh)} now but was {size_text(item.size_wh)} when the run began: start again"
             )
         drafted = file.draft(None, goal_wh) if may_shrink else None  # only JPEG takes it
-        true_wh = drafted[1][2:] if drafted else file.size
         file.load()
         opacity = alpha(file) if wants_alpha else None
         image = rgb(file)
         if may_shrink:
-            image = _halved(image, true_wh, goal_wh)
+            image = halved(image, goal_wh, covers_wh=drafted[1][2:] if drafted else None)
         return upright(image, turn), None if opacity is None else upright(opacity, turn)
-
-
-def _halved(image: Image.Image, true_wh: tuple[float, float], goal_wh: Size) -> Image.Image:
-    """Shrunk by the largest power of two that leaves both sides at least as long as ``goal_wh``; enlarged ones stay as they are.
-
-    It is the rule by which a JPEG decoder shrinks, and costs a quarter of what averaging over odd windows does. ``true_wh``: what
-    the image really covers, in its own pixels; a last row or column can stand for a part of a pixel only.
-    """
-    times = min(image.width // goal_wh[0], image.height // goal_wh[1])
-    if times >= 2:
-        factor = 1 << (times.bit_length() - 1)
-        image = image.reduce(factor)
-        true_wh = (true_wh[0] / factor, true_wh[1] / factor)
-    # Rounded, at most half a pixel too much or too little is taken for picture. Never too few: true_wh is no less than goal_wh.
-    kept_wh = (int(true_wh[0] + 0.5), int(true_wh[1] + 0.5))
-    return image if kept_wh == image.size else image.crop((0, 0, *kept_wh))
 
 
 def _cut_out(image: Image.Image, placement: Placement, *, interpolation: str | None) -> np.ndarray:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from library.dataset.buckets import Placement, Size
 from library.dataset.picture_file import loaded_upright, opened, red
+from library.dataset.resizing import halved, resize
 from library.dataset.verify import size_text
 from library.errors import DatasetError
 
@@ -48,11 +49,9 @@ def on_latent_grid(mask: Image.Image | None, placement: Placement) -> np.ndarray
 
 
 def _cropped(mask: Image.Image, placement: Placement) -> np.ndarray:
-    import cv2
-
+    """(H, W) uint8"""
+    goal_wh = placement.resized_wh
+    shrinks = goal_wh[0] <= mask.width and goal_wh[1] <= mask.height
+    resized = resize(halved(mask, goal_wh), goal_wh, interpolation="area" if shrinks else "linear")
     (left, top), (width, height) = placement.crop_left_top, placement.bucket_wh
-    if mask.size == placement.resized_wh:
-        return np.asarray(mask.crop((left, top, left + width, top + height)))  # (H, W)
-    shrinks = placement.resized_wh[0] <= mask.width and placement.resized_wh[1] <= mask.height
-    filtering = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(np.asarray(mask), placement.resized_wh, interpolation=filtering)[top : top + height, left : left + width]
+    return resized[top : top + height, left : left + width]

@@ -12,8 +12,9 @@ import torch
 from golden_files import load_golden, load_golden_json
 from library.dataset.buckets import Buckets, bucket_problems, bucket_sizes, rounded_limits
 from library.dataset.captions import Moment, caption_for
-from library.dataset.images import load_pixels, resize
+from library.dataset.images import load_pixels
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
+from library.dataset.resizing import resize
 from library.errors import DatasetError
 
 SUBSET = SubsetSettings(place="golden", image_dir=None)

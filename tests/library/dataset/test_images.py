@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.dataset.images import load_pixels, read_rgb, resize
+from library.dataset.images import load_pixels, read_rgb
 from library.dataset.items import Item, SubsetSettings
+from library.dataset.resizing import resize
 from library.dataset.verify import read_record
 from library.errors import DatasetError
 

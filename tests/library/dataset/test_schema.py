@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from library.dataset import schema
-from library.dataset.images import OPENCV_RESIZERS, PILLOW_RESIZERS
 from library.dataset.items import DatasetSettings, SubsetSettings
+from library.dataset.resizing import OPENCV_RESIZERS, PILLOW_RESIZERS
 from library.options.dataset import INTERPOLATIONS
 
 KEYS = {key.name: key for key in schema.KEYS}
