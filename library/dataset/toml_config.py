@@ -78,7 +78,8 @@ def read_datasets(options: TrainOptions, *, bucket_step: int) -> tuple[DatasetSe
     reader.general = _read_general(reader)
     tables = enumerate(_dataset_tables(reader), start=1)
     datasets = [dataset for number, table in tables if (dataset := _read_dataset(reader, number, table)) is not None]
-    reader.warnings += _idle_keys(reader.general, [subset for dataset in datasets for subset in dataset.subsets])
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    reader.warnings += [*_idle_keys(reader.general, subsets), *_idle_keys(reader.flags, subsets)]
     complete = not reader.problems
     reader.problems += rules.clashes(datasets, options)
     if complete:
@@ -297,10 +298,11 @@ def _style_differences(subsets: list[SubsetSettings]) -> Iterator[str]:
 
 
 def _idle_keys(table: Table, subsets: list[PlacedSubset]) -> Iterator[str]:
-    """Keys that stand in for subsets of a style which none of the subsets below has."""
+    """Keys that stand in for subsets of a style which none of the subsets below has. A flag always has a value."""
     styles = {_style(subset.settings) for subset in subsets}
     for key in schema.subset_keys():
-        if styles and key.name in table.values and not styles.intersection(key.styles):
+        given = key.name in table.values and (table.place is not None or table.values[key.name] != key.default)
+        if styles and given and not styles.intersection(key.styles):
             name = schema.STYLE_KEYS[next(iter(styles))]
             yield f"{table.spot(key)} does nothing: it is not for subsets with a {name}, and there are no others"
 

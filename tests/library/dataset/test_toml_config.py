@@ -317,6 +317,8 @@ def test_keys_that_no_subset_below_can_use_are_told(images: Path, tmp_path: Path
     assert (subset.class_tokens, subset.cache_info, subset.caption_extension) == (None, False, ".caption")
     content["datasets"].append({"subsets": [{"image_dir": str(images)}]})
     assert len(read(dataset_config=write(tmp_path, content))[0].warnings) == 1
+    (settings,) = read(in_json=metadata, resolution="512", cache_info=True, caption_extension=".caption")
+    assert settings.warnings == (f"--cache_info {end}",)
 
 
 def make_folders(parent: Path, *names: str) -> Path:
