@@ -74,7 +74,7 @@ class BatchMaker:
     def _cached_picture(self, showing: Showing) -> tuple[Tensor, Tensor | None]:
         cache, item, flipped = self.latent_cache, showing.item, showing.is_flipped
         assert cache is not None
-        return cache.load(item, flipped=flipped), cache.load_mask(item, flipped=flipped) if item.is_masked else None
+        return cache.load(item, flipped=flipped), cache.load_mask(item, flipped=flipped)
 
     def _told_crop(self, showing: Showing) -> tuple[int, int]:
         """Of the crop that was made: cached latents are never cropped at random."""
@@ -104,7 +104,7 @@ def stacked_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
     first = next((mask for mask in masks if mask is not None), None)
     if first is None:
         return None
-    return torch.stack([torch.ones_like(first) if mask is None else mask for mask in masks])[:, None].float()
+    return torch.stack([torch.ones_like(first) if mask is None else mask for mask in masks])[:, None]
 
 
 def _live_picture(showing: Showing) -> Picture:

@@ -81,14 +81,9 @@ def is_dropped(item: Item, *, seed: int, epoch: int, occurrence: int) -> bool:
 def is_random(subset: SubsetSettings) -> bool:
     """Whether two showings of one image in the same step can have different captions (dropout of the whole caption aside).
 
-    Token warm-up is not random; but it lets captions grow with the steps, see ``changes_over_time``.
+    Token warm-up is not random: captions grow with the steps, which is why text cannot be cached with it.
     """
     return subset.shuffle_caption or subset.enable_wildcard or 0 < subset.caption_tag_dropout_rate < 1
-
-
-def changes_over_time(subset: SubsetSettings) -> bool:
-    """Whether a caption depends on the step it is shown in (token warm-up): such text cannot be cached."""
-    return subset.token_warmup_step > 0
 
 
 def possible_variants(item: Item, *, limit: int) -> int:

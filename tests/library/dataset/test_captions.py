@@ -12,7 +12,6 @@ from library.dataset.captions import (
     Moment,
     caption_for,
     caption_variant,
-    changes_over_time,
     is_dropped,
     is_random,
     possible_variants,
@@ -186,10 +185,8 @@ def test_warm_up_takes_the_first_tags_and_shuffles_those():
 def test_warm_up_is_over_where_no_moment_is_told():
     warming = item("t1 ,t2,t3", token_warmup_step=10)
     assert caption_for(warming, seed=1, epoch=1, occurrence=0) == caption_variant(warming, 0) == "t1, t2, t3"
-    assert changes_over_time(warming.subset)
     assert not is_random(warming.subset)
     assert possible_variants(warming, limit=99) == 1
-    assert not changes_over_time(subset(shuffle_caption=True))
 
 
 def test_tags_are_joined_for_validation_as_training_has_them():
