@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from library.dataset.schema import PRESERVATION
+
 if TYPE_CHECKING:
     from library.dataset.batch import Batch
 
-ATTRIBUTE = "diff_output_preservation"
-
 
 def is_preserved(custom_attributes: Mapping[str, object]) -> bool:
-    return bool(custom_attributes.get(ATTRIBUTE))
+    return bool(custom_attributes.get(PRESERVATION))
 
 
 def preserved_rows(batch: Batch) -> list[int]:

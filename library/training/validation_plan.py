@@ -78,18 +78,12 @@ class ValidationRecord:
 
 
 def validation_warnings(options: ValidationOptions, training_set: TrainingSet, length: RunLength) -> Iterator[str]:
-    """Validation that was asked for and does not take place."""
-    given = [name for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "save_best")
-             if getattr(options, name)]  # fmt: skip
-    if not training_set.validation:
-        if given:
-            flags = ", ".join(f"--{name}" for name in given)
-            verb = "does" if len(given) == 1 else "do"
-            yield f"{flags} {verb} nothing without validation images: give --validation_split, or mark a subset with is_validation"
-    elif ValidationSchedule.of(options).times(length) == 0:
+    """Images that are kept out of training for nothing."""
+    if training_set.validation and ValidationSchedule.of(options).times(length) == 0:
+        epoch = length.steps_per_epoch
         yield (
-            f"the run ends after {length.total_steps} steps, before its first validation (an epoch has {length.steps_per_epoch} "
-            "steps): give --validate_every_n_steps, or train longer"
+            f"the run ends at step {length.total_steps}, before its first validation ({epoch} steps are an epoch): "
+            "give --validate_every_n_steps, or train longer"
         )
 
 

@@ -164,6 +164,32 @@ def test_datasets_are_described(with_file, pictures):
     assert json.loads(keys["ss_dataset_dirs"]) == {"cats": {"n_repeats": 2, "img_count": 3}}
 
 
+def test_validation_images_are_counted_apart(with_file, pictures):
+    cats, held_back = pictures("cats", "a", "b", "c"), pictures("held_back", "b", caption="dog")
+    text = (
+        general()
+        + dataset(folder(cats, "num_repeats = 2", "color_aug = true", "random_crop = true"), keys="validation_split = 0.34")
+        + dataset(folder(held_back, "is_validation = true"))
+    )
+    keys = with_file(text, flags=("--validation_seed=3", "--validate_every_n_steps=2")).at(step=1, epoch=0)
+    (found,) = json.loads(keys["ss_datasets"])
+    (subset,) = found["subsets"]
+    assert (subset["img_count"], subset["color_aug"], subset["random_crop"]) == (2, True, True)
+    assert found["num_train_images"] == 4 and sum(b["count"] for b in found["bucket_info"]["buckets"].values()) == 4
+    assert (keys["ss_num_train_images"], keys["ss_num_validation_images"]) == ("4", "2")
+    assert (keys["ss_validation_seed"], keys["ss_validate_every_n_steps"]) == ("3", "2")
+    assert json.loads(keys["ss_tag_frequency"]) == {"cats": {"cat": 4, "blue sky": 2}}
+    assert json.loads(keys["ss_dataset_dirs"]) == {"cats": {"n_repeats": 2, "img_count": 2}}
+
+
+def test_notes_are_of_one_file_alone(small):
+    made = small()
+    assert made.at(step=1, epoch=0, notes={"ss_validation_loss": "0.5"})["ss_validation_loss"] == "0.5"
+    assert "ss_validation_loss" not in made.at(step=1, epoch=0)
+    bare = small("--no_metadata").at(step=1, epoch=0, notes={"ss_validation_loss": "0.5"})
+    assert "ss_validation_loss" not in bare
+
+
 def test_of_equal_names_all_dirs_but_the_first_tags_count(with_file, pictures):
     first, second = pictures("one/cats", "a"), pictures("two/cats", "a", "b", caption="dog")
     keys = with_file(general(), dataset(folder(first)), dataset(folder(second))).at(step=1, epoch=0)
@@ -215,12 +241,12 @@ def test_all_keys_without_a_dataset_file(described, pictures, tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     pictures("train/3_cat", "a", "b")
     pictures("reg/1_animal", "c", caption="animal")
-    flags = ("--enable_bucket", "--train_batch_size=2", "--gradient_accumulation_steps=3", "--keep_tokens=1")
+    flags = ("--enable_bucket", "--train_batch_size=2", "--gradient_accumulation_steps=3", "--keep_tokens=1", "--color_aug")
     made = described(*by_flags(tmp_path / "train"), f"--reg_data_dir={tmp_path / 'reg'}", *flags, "--flip_aug")
     own = {key: value for key, value in made.at(step=1, epoch=0).items() if key.startswith("ss_")}
     assert own.keys() == {*CONSTANT, *COUNTS, *TIMES, *FLAG_KEYS}
     texts = {
-        "ss_batch_size_per_device": "2", "ss_total_batch_size": "12", "ss_resolution": "(64, 64)", "ss_color_aug": "False",
+        "ss_batch_size_per_device": "2", "ss_total_batch_size": "12", "ss_resolution": "(64, 64)", "ss_color_aug": "True",
         "ss_flip_aug": "True", "ss_random_crop": "False", "ss_shuffle_caption": "False", "ss_enable_bucket": "True",
         "ss_bucket_no_upscale": "False", "ss_min_bucket_reso": "32", "ss_max_bucket_reso": "128", "ss_keep_tokens": "1",
         "ss_num_train_images": "6", "ss_num_reg_images": "6",

@@ -106,3 +106,23 @@ def test_snr_schedule_is_refused(kind):
 
 def test_snr_schedule_does_not_matter_for_l2():
     assert objective(loss_type="l2").loss_options.huber_schedule == "snr"
+
+
+def test_validation_looks_at_fixed_timesteps():
+    made = objective(min_timestep=500)
+    assert objective().validation_timesteps() == (200, 400, 600, 800)
+    assert made.validation_timesteps() == (600, 700, 800, 900)
+    noise = torch.randn_like(LATENTS)
+    noisy = made.corrupt_at(LATENTS, noise, 700, dtype=torch.bfloat16)
+    same = made.corrupt_with(LATENTS, noise, torch.full((4,), 0.7), dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(noisy), tensors(same), strict=True))
+
+
+def test_rows_and_other_targets():
+    noisy = objective().corrupt(LATENTS, seed=1, step=0, positions=range(4))
+    picked = noisy.rows([2, 0])
+    assert all(torch.equal(a, b[[2, 0]]) for a, b in zip(tensors(picked), tensors(noisy), strict=True))
+    other = torch.ones(16, 8, 12, dtype=torch.bfloat16)
+    changed = noisy.with_targets({1: other})
+    assert changed.target.dtype == torch.float32 and torch.equal(changed.target[1], other.float())
+    assert torch.equal(changed.target[[0, 2, 3]], noisy.target[[0, 2, 3]])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.options.saving import SavingOptions
-from library.training.saving_names import OutputNames, SaveSchedule
+from library.training.saving_names import DueSave, OutputNames, SaveSchedule
 
 
 def names(**options) -> OutputNames:
@@ -22,15 +22,14 @@ def test_names_of_the_reference():
     assert mine.epoch_state(3) == Path("out/my_lora-000003-state")
     assert mine.step_state(50) == Path("out/my_lora-step00000050-state")
     assert mine.last_state() == Path("out/my_lora-state")
+    assert mine.best_file() == Path("out/my_lora-best.safetensors")
 
 
 def test_names_without_an_output_name_and_another_container():
     mine = names(save_model_as="ckpt")
-    assert (mine.epoch_file(1).name, mine.step_file(1).name, mine.last_file().name) == (
-        "epoch-000001.ckpt",
-        "at-step00000001.ckpt",
-        "last.ckpt",
-    )
+    files = (mine.epoch_file(1), mine.step_file(1), mine.last_file(), mine.best_file())
+    assert [file.name for file in files] == ["epoch-000001.ckpt", "at-step00000001.ckpt", "last.ckpt", "best.ckpt"]
+    assert all(any(file.name.startswith(stem) for stem in mine.stems()) for file in files)
 
 
 def test_states_are_those_of_this_name(tmp_path):
@@ -70,3 +69,12 @@ def test_old_steps_make_way_by_steps_not_files():
     # after step 50: 50 - 25 - 1 = 24, rounded down to 20
     assert [mine.step_to_remove(s) for s in (10, 30, 40, 50)] == [None, None, 10, 20]
     assert mine.step_state_to_remove(50) == 20
+
+
+def test_what_is_due_after_a_step():
+    mine = schedule(save_every_n_steps=10, save_every_n_epochs=1, save_last_n_steps=10, epochs=3)
+    step = DueSave(names().step_file(30), names().step_state(30), (names().step_file(10), names().step_state(10)))
+    epoch = DueSave(names().epoch_file(2), names().epoch_state(2), ())
+    assert mine.due(30, 2, names()) == [step, epoch]
+    assert mine.due(31, 2, names()) == [epoch]
+    assert mine.due(31, None, names()) == mine.due(31, 3, names()) == []

@@ -26,6 +26,7 @@ from library.training.state import (
     state_settings,
 )
 from library.training.steps import Progress
+from library.training.validation_plan import ValidationRecord
 
 
 def description(step: int = 4) -> StateDescription:
@@ -36,6 +37,7 @@ def description(step: int = 4) -> StateDescription:
         identity={"--network_dim": "8"},
         history={"--loss_type": "l2", "--learning_rate": "0.1"},
         losses=[0.5, 0.25],
+        validation=ValidationRecord(measured="a", baseline=0.5, best=0.25, best_step=3, finished_step=step),
     )
 
 
@@ -50,6 +52,23 @@ def test_round_trip(tmp_path):
     assert read_description(folder) == description()
     assert load_network_tensors(folder)["a.alpha"] == 2.0
     assert torch.equal(load_training_tensors(folder)["optimizer"]["state"][0]["exp_avg"], torch.arange(3.0))
+
+
+def test_a_state_from_before_there_was_validation(tmp_path):
+    folder = make(tmp_path / "x-state")
+    path = folder / DESCRIPTION_FILE
+    content = json.loads(path.read_text())
+    del content["validation"]
+    path.write_text(json.dumps(content))
+    assert read_description(folder).validation == ValidationRecord()
+    identity, history = state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3, validation_split="0.1")
+    saved = replace(description(), identity={**identity, "the validation split": "none"}, history=history)
+    with pytest.raises(OptionError, match="the validation split none, but this run has 0.1"):
+        check_identity(folder, saved, (identity, history))
+    del saved.identity["the validation split"]
+    with pytest.raises(OptionError, match="the validation split none, but this run has 0.1"):
+        check_identity(folder, saved, (identity, history))
+    assert check_identity(folder, saved, ({**identity, "the validation split": "none"}, history)) == []
 
 
 def test_a_new_state_replaces_the_old_one_and_leaves_nothing_behind(tmp_path):

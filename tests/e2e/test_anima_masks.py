@@ -1,0 +1,83 @@
+"""Masked training of a real run, from mask images and from the alpha channel, with and without caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.e2e.anima_runs import CACHED, SCRIPT, lora, model_flags, run_flags, same_lora, write_dataset
+
+STEPS = "--max_train_steps=4"
+
+
+def write_masks(images: Path, folder: Path, *, shade: int | None = None) -> Path:
+    """A mask for each picture: of one shade, or white to the left of the middle."""
+    folder.mkdir()
+    for path in images.iterdir():
+        if path.suffix == ".txt":
+            continue
+        with Image.open(path) as picture:
+            width, height = picture.size
+        mask = Image.new("L", (width, height), shade or 0)
+        if shade is None:
+            ImageDraw.Draw(mask).rectangle((0, 0, width // 2, height), fill=255)
+        mask.save(folder / f"{path.stem}.png")
+    return folder
+
+
+@pytest.fixture
+def images(picture_folder) -> Path:
+    """Without EXIF orientation and transparency, so that the masks above fit."""
+    folder = picture_folder(5)
+    for number, path in enumerate(sorted(path for path in folder.iterdir() if path.suffix != ".txt")):
+        with Image.open(path) as picture:
+            plain = picture.convert("RGB").resize((96 + 16 * (number % 3), 96))
+        path.unlink()
+        plain.save(path.with_suffix(".png"))
+    return folder
+
+
+@pytest.fixture
+def masked(run_script, tiny_anima, images, tmp_path):
+    """``masked("name", "--flag", masks=folder, key=value)`` trains and returns the LoRA's path."""
+
+    def run(name: str, *flags: str, masks: Path | None = None, **subset: object) -> Path:
+        keys = {**subset, **({"conditioning_data_dir": masks.as_posix()} if masks else {})}
+        dataset = write_dataset(tmp_path / f"{name}.toml", images, flip_aug=True, **keys)
+        arguments = [*model_flags(tiny_anima), *run_flags(tmp_path / name, dataset), STEPS, "--learning_rate=1e-2", *flags]
+        done = run_script(SCRIPT, *arguments, *(["--masked_loss"] if masks else []))
+        assert done.returncode == 0, done.stdout + done.stderr
+        if masks:
+            assert "masks: 5 of 5 images" in done.stdout
+        return tmp_path / name / "tiny.safetensors"
+
+    return run
+
+
+def test_half_a_mask_trains_otherwise_and_caches_hold_it(masked, images, tmp_path):
+    masks = write_masks(images, tmp_path / "half")
+    plain = masked("plain", *CACHED)
+    cold, warm = masked("cold", *CACHED, masks=masks), masked("warm", *CACHED, masks=masks)
+    live = masked("live", masks=masks)
+    assert not same_lora(plain, cold) and same_lora(cold, warm)
+    a, b = lora(cold), lora(live)
+    assert all((a[key] - b[key]).abs().max() <= 1e-5 + 1e-3 * a[key].abs().max() for key in a)
+
+
+def test_white_is_as_without_and_black_learns_nothing(masked, images, tmp_path):
+    plain = masked("plain", *CACHED)
+    assert same_lora(plain, masked("white", *CACHED, masks=write_masks(images, tmp_path / "w", shade=255)))
+    black = lora(masked("black", *CACHED, masks=write_masks(images, tmp_path / "b", shade=0)))
+    assert all(tensor.abs().max() == 0 for key, tensor in black.items() if "lora_up" in key)
+
+
+def test_the_alpha_channel_is_a_mask_as_well(masked, images, tmp_path):
+    by_image = masked("images", *CACHED, masks=write_masks(images, tmp_path / "half"))
+    for path in images.glob("*.png"):
+        with Image.open(path) as picture, Image.open(tmp_path / "half" / path.name) as mask:
+            picture.load()
+            picture.putalpha(mask)
+        picture.save(path)
+    assert same_lora(by_image, masked("alpha", *CACHED, alpha_mask=True))

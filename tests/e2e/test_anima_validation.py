@@ -1,0 +1,82 @@
+"""Validation and --save_best of a real run: the curves in TensorBoard's files, the best LoRA, one process or two."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from library.files.safetensors_file import read_header
+from tests.e2e.anima_runs import CACHED, SCRIPT, lora, model_flags, run_flags, same_lora, write_dataset
+from tools.read_scalars import read_scalars
+
+PREFIX = "loss/validation/"
+VALIDATION = ["--validation_split=0.4", "--validation_seed=3", "--validate_every_n_steps=2", "--save_best"]
+FLAGS = [*VALIDATION, "--max_train_epochs=3", "--learning_rate=1e-2", "--network_dropout=0.1"]
+
+
+def curve(logs: Path, name: str) -> dict[int, float]:
+    return dict(read_scalars(logs, PREFIX + name))
+
+
+@pytest.fixture
+def flags(tiny_anima, picture_folder, tmp_path):
+    images = picture_folder(8)
+
+    def make(output: str, *, batch_size: int = 2) -> list[str]:
+        dataset = write_dataset(tmp_path / f"{output}.toml", images, batch_size=batch_size, shuffle_caption=True, flip_aug=True)
+        logs = f"--logging_dir={tmp_path / output / 'logs'}"
+        return [*model_flags(tiny_anima), *run_flags(tmp_path / output, dataset), *FLAGS, *CACHED, logs]
+
+    return make
+
+
+def test_the_curves_the_best_file_and_what_is_printed(run_script, flags, tmp_path):
+    done = run_script(SCRIPT, *flags("out"), "--save_every_n_steps=1", launcher=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out, logs = tmp_path / "out", tmp_path / "out" / "logs"
+    steps = int(re.search(r"(\d+) steps in all", done.stdout)[1])
+    by_step, by_epoch = curve(logs, "step_average"), curve(logs, "epoch_average")
+    assert sorted(by_step) == list(range(2, steps + 1, 2))
+    assert sorted(by_epoch) == [steps // 3, 2 * steps // 3, steps]
+    timesteps = [curve(logs, f"timestep_{t}") for t in (200, 400, 600, 800)]
+    for step, mean in {**by_step, **by_epoch}.items():
+        assert mean == pytest.approx(sum(one[step] for one in timesteps) / 4, rel=1e-5)
+    baseline = curve(logs, "baseline")
+    assert len(set(baseline.values())) == 1 and sorted(baseline) == sorted({0, *by_step, *by_epoch})
+    assert curve(logs, "epoch_divergence").keys() == by_epoch.keys()
+    best = min({**by_step, **by_epoch}.items(), key=lambda point: point[1])[0]
+    assert same_lora(out / "tiny-best.safetensors", out / f"tiny-step{best:08d}.safetensors")
+    metadata = read_header(out / "tiny-best.safetensors").metadata
+    assert metadata["ss_steps"] == str(best) and metadata["ss_num_validation_images"] == "3"
+    assert "validation: 3 images" in done.stdout and "validation of the base model: " in done.stdout
+    assert re.search(r"validation after step 2: \d\.\d{4} \(base model \d\.\d{4}, ", done.stdout)
+
+
+def test_two_processes_validate_as_one(run_script, flags, tmp_path):
+    single = run_script(SCRIPT, *flags("single", batch_size=2))
+    assert single.returncode == 0, single.stdout + single.stderr
+    pair = run_script(SCRIPT, *flags("pair", batch_size=1), launcher=2)
+    assert pair.returncode == 0, pair.stdout + pair.stderr
+    for name in ("baseline", "step_average", "epoch_average", "timestep_200"):
+        a, b = curve(tmp_path / "single" / "logs", name), curve(tmp_path / "pair" / "logs", name)
+        assert a.keys() == b.keys() and a == pytest.approx(b, rel=1e-3), name
+    a, b = (lora(tmp_path / run / "tiny.safetensors") for run in ("single", "pair"))
+    assert all((a[key] - b[key]).abs().max() <= 1e-4 + 1e-2 * a[key].abs().max() for key in a)
+
+
+def test_what_was_measured_does_not_change_what_is_trained_and_survives_a_stop(run_script, flags, tmp_path):
+    whole = run_script(SCRIPT, *flags("whole"))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    other = run_script(SCRIPT, *flags("other"), "--validate_every_n_steps=1000", "--save_state", "--save_every_n_steps=3")
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert same_lora(tmp_path / "whole" / "tiny.safetensors", tmp_path / "other" / "tiny.safetensors")
+    state = tmp_path / "other" / "tiny-step00000003-state"
+    rest = run_script(SCRIPT, *flags("rest"), f"--resume={state}")
+    assert rest.returncode == 0, rest.stdout + rest.stderr
+    assert "validation of the base model" not in rest.stdout
+    assert same_lora(tmp_path / "whole" / "tiny.safetensors", tmp_path / "rest" / "tiny.safetensors")
+    uninterrupted = curve(tmp_path / "whole" / "logs", "step_average")
+    resumed = curve(tmp_path / "rest" / "logs", "step_average")
+    assert resumed == {step: value for step, value in uninterrupted.items() if step > 3}

@@ -1,0 +1,15 @@
+"""What a user is told before a model is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.errors import OutputError
+from tests.tiny_runs import TinyRuns
+
+
+def test_caches_that_cannot_be_written_name_the_flag_that_moves_them(picture_folder, tmp_path):
+    runs = TinyRuns(tmp_path, picture_folder(2))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match="the caches cannot be written to .*; give --cache_dir a folder that can be written"):
+        runs.checked("--max_train_steps=1", "--cache_latents_to_disk", f"--cache_dir={tmp_path / 'file' / 'caches'}")
