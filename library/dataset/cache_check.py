@@ -1,93 +1,138 @@
-"""Reading the tensors of cache files at a start, to find damage that the header does not show. Torch-free.
+"""Judging all cache files of a run at its start. Torch-free.
 
-A cache up to ``FULL_CHECK_BYTES`` is read whole. Of a larger one a share of about that size is read, other files each day; what
-slips through is found when training reads it (see ``load_cache_tensors``).
+A file that was checked by an earlier start (see ``cache_notes``) and is as it was then costs a look at its size and times. Of the
+others the header is read, and the tensors of those
+
+- whose size or times are not what was noted;
+- of which nothing is noted, up to ``FULL_CHECK_BYTES`` together. Of more than that a share of about this size is read, other
+  files each day; what slips through is found when training reads it (see ``load_cache_tensors``).
 """
 
 from __future__ import annotations
 
-import json
+import os
 import time
-import zlib
-from collections.abc import Collection, Sequence
-from concurrent.futures import Executor
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
-from library.files.safetensors_file import SafetensorsHeader, TensorInfo
+from library.dataset.cache_file import MISSING, VALID, Verdict
+from library.dataset.cache_notes import NO_MARK, CacheNotes, stamp
 from library.randomness import SEED_BITS, derive_seed
 
 FULL_CHECK_BYTES = 2 << 30  # about 4,000 latents of 1024x1024; one to two seconds from a warm disk on two cores
-READ_BYTES = 1 << 20
+CHECKERS = 8  # threads that look at cache files; it is the disk or the network that they wait for
+STATS_AT_ONCE, CHECKS_AT_ONCE = 512, 16  # files that a thread takes at a time
 DAY_S = 86_400
-CHANGED_BYTES = "the bytes of its tensors are not those that were written"
 
-Stamp = tuple[int, int]  # size in bytes and mtime_ns of a cache file
+E = TypeVar("E")
+R = TypeVar("R")
 
 
-class TensorCheck:
-    """Compares the checksums of tensors with those in the header. One file is read once, as long as it stays the same.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A cache file of a run: ``key`` is a digest of all that is wanted of it, ``sources`` are the files that it is made from."""
 
-    Which files are looked at depends on their names, their total size and the day: all processes choose the same, and a process
-    that looks at a part of the files looks at least at those that were chosen from all. Safe in threads after ``choose``.
+    path: str
+    key: str
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Found:
+    """A cache file that must be opened. ``read_whole``: its tensors are to be read, too; ``suspect``: what it was made from has
+    other times than when it was last checked; ``is_known``: the tensors that are wanted were checked before, or will be now."""
+
+    path: str
+    mark: str
+    size: int
+    changed_ns: int
+    read_whole: bool
+    suspect: bool
+    is_known: bool
+
+
+class CacheCheck(Generic[E, R]):
+    """Judges cache files and notes those that are valid to their last byte.
+
+    ``ask`` says what is wanted of an entry's file, ``open_file`` judges one that must be opened. Both are called in threads.
+    Which of the files without notes are read whole depends on their names, their total size and the day: all processes choose
+    the same, and a process that looks at a part of the files reads at least those that were chosen from all.
     """
 
-    def __init__(self, *, full_bytes: int = FULL_CHECK_BYTES):
-        self.full_bytes = full_bytes
+    def __init__(self, notes: CacheNotes, *, ask: Callable[[E], Asked], open_file: Callable[[E, Found], R]):
+        self.full_bytes = FULL_CHECK_BYTES
+        self.notes = notes
+        self._ask, self._open_file = ask, open_file
         self._day = int(time.time() // DAY_S)
-        self._due: dict[Path, Stamp] = {}
-        self._intact: dict[Path, Stamp] = {}
 
-    def choose(self, paths: Sequence[Path], pool: Executor) -> None:
-        """Decides which of ``paths`` the next calls of ``broken`` read; those that do not exist do not count."""
-        stamps = {path: stamp for path, stamp in zip(paths, pool.map(_stamp, paths), strict=True) if stamp is not None}
-        total = sum(size for size, _ in stamps.values())
-        share = self.full_bytes / max(total, 1)
-        self._due = {path: stamp for path, stamp in stamps.items() if share >= 1 or self._place(path) < share}
+    def judge(self, entries: Sequence[E]) -> list[Verdict | R]:
+        """VALID or MISSING, or what ``open_file`` says of a file; in the order of the entries."""
+        with ThreadPoolExecutor(CHECKERS) as pool:
+            starts = range(0, len(entries), STATS_AT_ONCE)
+            looks = pool.map(lambda start: [self._look(entry) for entry in entries[start : start + STATS_AT_ONCE]], starts)
+            seen = [result for part in looks for result in part]
+            unsure = [(place, result) for place, result in enumerate(seen) if isinstance(result, Found)]
+            self._choose([found for _, found in unsure])
+            parts = [unsure[start : start + CHECKS_AT_ONCE] for start in range(0, len(unsure), CHECKS_AT_ONCE)]
+            verdicts: list[Verdict | R | None] = [None if isinstance(result, Found) else result for result in seen]
+            opened = pool.map(lambda part: [self._open(entries[place], found) for place, found in part], parts)
+            for (place, _), verdict in zip(unsure, (verdict for part in opened for verdict in part), strict=True):
+                verdicts[place] = verdict
+        return cast("list[Verdict | R]", verdicts)
 
-    def broken(self, header: SafetensorsHeader, names: Collection[str]) -> dict[str, str]:
-        """{name: what is wrong} of those of the file's tensors ``names`` that are damaged. Empty for a file that is not due."""
-        path = header.path
-        due = self._due.get(path)
-        if due is None or self._intact.get(path) == due:
-            return {}
-        found = broken_tensors(header, names)
-        if not found:
-            self._intact[path] = due
-        return found
+    def note_written(self, asked: Asked, source_stamps: Sequence[str]) -> None:
+        """Notes a file that was just written, from sources that had these stamps before they were read."""
+        stat = os.stat(asked.path)  # noqa: PTH116  # a name, no Path: there are very many
+        self.notes.note(asked.path, _mark(stat, asked, source_stamps), changed_ns=stat.st_ctime_ns)
 
-    def _place(self, path: Path) -> float:
+    def _look(self, entry: E) -> Verdict | Found:
+        asked = self._ask(entry)
+        try:
+            stat = os.stat(asked.path)  # noqa: PTH116
+        except OSError:
+            return MISSING
+        mark = _mark(stat, asked, source_stamps(asked.sources))
+        noted = self.notes.mark(asked.path)
+        if mark == noted:
+            return VALID
+        has_note = noted != NO_MARK
+        parts = zip(mark.split("|"), f"{noted}||".split("|"), strict=False)
+        changed, other_key, suspect = (has_note and now != then for now, then in parts)
+        return Found(
+            asked.path, mark, stat.st_size, stat.st_ctime_ns, read_whole=changed, suspect=suspect,
+            is_known=has_note and (changed or not other_key),
+        )  # fmt: skip
+
+    def _choose(self, unsure: Sequence[Found]) -> None:
+        unknown = [found for found in unsure if not found.is_known]
+        share = self.full_bytes / max(sum(found.size for found in unknown), 1)
+        for found in unknown:
+            found.read_whole = share >= 1 or self._place(found.path) < share
+
+    def _place(self, path: str) -> float:
         """Between 0 and 1, spread evenly over names and days."""
-        return derive_seed("cache check", self._day, path.name) / (1 << SEED_BITS)
+        return derive_seed("cache check", self._day, os.path.basename(path)) / (1 << SEED_BITS)  # noqa: PTH119
+
+    def _open(self, entry: E, found: Found) -> R:
+        verdict = self._open_file(entry, found)
+        if verdict == VALID and (found.read_whole or found.is_known):
+            self.notes.note(found.path, found.mark, changed_ns=found.changed_ns)
+        return verdict
 
 
-def broken_tensors(header: SafetensorsHeader, names: Collection[str]) -> dict[str, str]:
-    """{name: what is wrong} of those of the file's tensors ``names`` whose bytes do not have the noted checksum."""
+def source_stamps(paths: Sequence[str]) -> list[str]:
+    """Of each file; empty where it cannot be read, which is told when it is opened."""
+    return [_stamp_or_nothing(path) for path in paths]
+
+
+def _stamp_or_nothing(path: str) -> str:
     try:
-        noted = json.loads(header.metadata["crc32"])
-        with header.path.open("rb", buffering=0) as file:
-            return {name: CHANGED_BYTES for name in names if _crc32(file, header.tensors[name]) != noted[name]}
-    except OSError as error:
-        return dict.fromkeys(names, f"cannot be read ({error.strerror or error})")
-    except (KeyError, TypeError, ValueError):
-        return dict.fromkeys(names, "its description is broken")
-
-
-def _crc32(file: BinaryIO, info: TensorInfo) -> int:
-    file.seek(info.start)
-    left, value = info.end - info.start, 0
-    while left:
-        part = file.read(min(left, READ_BYTES))
-        if not part:
-            return -1  # ended early
-        value = zlib.crc32(part, value)
-        left -= len(part)
-    return value
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        stat = path.stat()
+        return stamp(os.stat(path))  # noqa: PTH116
     except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
+        return ""
+
+
+def _mark(stat: os.stat_result, asked: Asked, stamps: Sequence[str]) -> str:
+    return f"{stamp(stat)}|{asked.key}|{' '.join(stamps)}"

@@ -1,13 +1,15 @@
-"""One cache file: its name, what it says about how it was made, and whether that is still what a run wants.
+"""One cache file: what it says about how it was made, and whether that is still what a run wants.
 
 A cache file is a safetensors file with this metadata (all strings, JSON where said):
 
 - ``format``: the version of this layout and of the code that makes the content;
-- ``fingerprint``: hex digest of format and ingredients; a file whose two disagree is damaged;
 - ``ingredients``: JSON, all that the content depends on, readable, so that a mismatch can be named;
-- ``source`` (latents): JSON {size, mtime_ns} of the image. While both are unchanged the image is trusted to be the one whose
-  sha256 stands in the ingredients; otherwise it is hashed again, and equal content stays valid;
-- ``crc32``: JSON {tensor name: checksum}, compared whenever a tensor is read, and at a start as ``cache_check`` says.
+- ``fingerprint``: hex digest of format and ingredients; a file whose two disagree is damaged;
+- ``sources`` (latents): JSON {"image": {size, mtime_ns}} of the image, and under "mask" of its mask file. While both numbers are
+  unchanged a file is trusted to be the one whose sha256 stands in the ingredients; otherwise it is hashed again, and equal
+  content stays valid;
+- ``checksums``: JSON {tensor name: checksum}, compared when a tensor is read for the first time, and at a start as
+  ``cache_check`` says.
 
 A damaged file is made again. One that is found damaged at the start is mended in that run. Training cannot mend: the encoders
 are gone by then, so it deletes the file and ends with a message that names it, and the next start makes it again.
@@ -20,27 +22,27 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import struct
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.dataset.image_records import SourceHashes, SourceIdentity, folder_mark, unreadable_source
-from library.errors import CheckpointError, DatasetError, OutputError, os_error_text
-from library.files.atomic import TEMPORARY_MARK, write_atomically
+from library.dataset.cache_names import SUFFIX
+from library.dataset.image_records import SourceIdentity, sha256_of, unreadable_source
+from library.errors import CheckpointError, DatasetError, os_error_text
+from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
-from library.files.safetensors_file import SafetensorsHeader, read_header, read_tensors, save_safetensors
+from library.files.safetensors_file import TensorFile, save_safetensors, tensor_of
 
 if TYPE_CHECKING:
+    import os
+
     from torch import Tensor
 
-FORMAT = "1"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
-SUFFIX = ".safetensors"
-MAX_NAME_BYTES = 230  # file systems allow 255; the rest is for the temporary name's ".tmp-PID"
+FORMAT = "2"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
+ROW_WORDS = 256  # of a checksum's table: wide enough for the processor's vector units, and few enough rows for small tensors
+WORD_BYTES = 8
 
 REASONS = {
     "format": "made by another version of this program",
@@ -53,26 +55,25 @@ REASONS = {
     "interpolation": "resize interpolation changed",
     "settings": "encoder settings changed",
     "image": "image changed",
+    "mask": "mask changed",
 }
+ABSENT = {"latents_flipped": "has no flipped latents", "mask": "has no mask"}
+CHANGED_BYTES = "the bytes of its tensors are not those that were written"
+BROKEN_DESCRIPTION = "its description is broken"
+
+Identify = Callable[[Path], SourceIdentity]  # an image file as it is now
 
 
 class DamagedCacheError(DatasetError):
     """A cache file does not hold what was written. A sentence without its end: what follows depends on who reads."""
 
 
-FindBroken = Callable[[SafetensorsHeader, Collection[str]], Mapping[str, str]]  # of these tensors, those damaged, and how
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``kind`` is "valid", "missing", "stale" or "damaged"; the last two carry a reason.
-
-    ``touched``: valid, but the image's time is another than noted, so that it had to be hashed.
-    """
+    """``kind`` is "valid", "missing", "stale" or "damaged"; the last two carry a reason."""
 
     kind: str
     reason: str = ""
-    touched: bool = False
 
     @property
     def valid(self) -> bool:
@@ -109,109 +110,67 @@ class CacheState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a run expects of one cache file. ``ingredients`` leaves the image's hash out: that comes from ``source``."""
+    """What a run expects of one cache file. ``ingredients``, as JSON gives them (no tuples), leaves the hashes of ``sources``
+    ({"image": file}) out: those come from the files."""
 
     ingredients: Mapping[str, object]
-    source: Path | None = None
+    sources: Mapping[str, Path] = field(default_factory=dict)
     tensors: Collection[str] = ()
 
 
-def cache_path(beside: Path, kind: str, cache_dir: Path | None) -> Path:
-    """Where the cache of kind ``kind`` ("512x512.anima-latents") of the image ``beside`` lies.
-
-    Under ``cache_dir`` a hash of the image's folder leads the name, so that equal names of two folders stay apart.
-    """
-    name = _short_enough(beside.name, f".{kind}{SUFFIX}")
-    if cache_dir is None:
-        return beside.with_name(name)
-    return cache_dir / f"{folder_mark(beside.parent)}-{name}"
+def fingerprint(ingredients: str) -> str:
+    """Hex digest of the format and of the ingredients' JSON."""
+    return hashlib.sha256(f"{FORMAT} {ingredients}".encode()).hexdigest()
 
 
-def _short_enough(name: str, ending: str) -> str:
-    encoded = os.fsencode(name)
-    room = MAX_NAME_BYTES - len(ending)
-    if len(encoded) <= room:
-        return name + ending
-    mark = "~" + hashlib.sha256(encoded).hexdigest()[:8]
-    return encoded[: room - len(mark)].decode("utf-8", "ignore") + mark + ending
-
-
-def fingerprint(ingredients: Mapping[str, object]) -> str:
-    """Hex digest of the format and of every ingredient."""
-    text = json.dumps([FORMAT, ingredients], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def check(path: Path, wanted: Wanted, *, hashes: SourceHashes | None = None, broken: FindBroken | None = None) -> Verdict:
-    """Compares a cache file's header with what a run wants; reads the image only when it may have changed, and its tensors
-    only through ``broken``."""
-    if not path.is_file():
-        return MISSING
-    try:
-        header = read_header(path)
-    except CheckpointError as error:
-        return unreadable(path, error)
-    verdict = check_header(header, wanted, hashes=hashes or SourceHashes())
-    found = broken(header, wanted.tensors) if broken is not None and verdict.valid else {}
-    return Verdict("damaged", next(iter(found.values()))) if found else verdict
-
-
-def unreadable(path: Path, error: Exception) -> Verdict:
+def unreadable(path: str | Path, error: Exception) -> Verdict:
     return Verdict("damaged", "truncated" if "truncated" in str(error).replace(str(path), "") else "not a readable cache file")
 
 
-def check_header(header: SafetensorsHeader, wanted: Wanted, *, hashes: SourceHashes) -> Verdict:
-    if header.metadata.get("format") != FORMAT:
+def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify, suspect: bool = False) -> Verdict:
+    """Compares a cache file's header with what a run wants.
+
+    A source is read only when it may have changed: its size or mtime is another than noted, or it is ``suspect``.
+    """
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
         return Verdict("stale", REASONS["format"])
     try:
-        stored = json.loads(header.metadata["ingredients"])
-        source = json.loads(header.metadata.get("source", "null"))
-        intact = header.metadata["fingerprint"] == fingerprint(stored)
+        stored = json.loads(metadata["ingredients"])
+        noted = json.loads(metadata.get("sources", "{}"))
+        intact = metadata["fingerprint"] == fingerprint(metadata["ingredients"]) and isinstance(noted, dict)
     except (KeyError, TypeError, ValueError):
         intact = False
     if not intact:
-        return Verdict("damaged", "its description is broken")
-    for name, value in plain(wanted.ingredients).items():
-        if stored.get(name) != value:
-            return Verdict("stale", REASONS.get(name, f"{name} changed"))
-    if not set(wanted.tensors) <= set(header.tensors):
-        return Verdict("stale", "has no flipped latents" if "latents" in header.tensors else "incomplete")
-    return VALID if wanted.source is None else _check_source(wanted.source, source, stored.get("image"), hashes)
+        return Verdict("damaged", BROKEN_DESCRIPTION)
+    if reason := _first_difference(file, wanted, stored):
+        return Verdict("stale", reason)
+    for name, path in wanted.sources.items():
+        if not _is_same_source(path, noted.get(name), stored.get(name), identify=None if suspect else identify):
+            return Verdict("stale", REASONS[name])
+    return VALID
 
 
-def plain(ingredients: Mapping[str, object]) -> dict[str, object]:
-    """As JSON gives them back (tuples become lists)."""
-    return json.loads(json.dumps(ingredients))
+def _first_difference(file: TensorFile, wanted: Wanted, stored: Mapping[str, object]) -> str | None:
+    """Of the ingredients and the tensors' names; None where all are as wanted."""
+    absent = [name for name in wanted.tensors if name not in file]
+    for name, value in wanted.ingredients.items():
+        if stored.get(name) != value and name not in absent:
+            return REASONS.get(name, f"{name} changed")
+    return ABSENT.get(absent[0], "incomplete") if absent else None
 
 
-def _check_source(path: Path, noted: object, sha256: object, hashes: SourceHashes) -> Verdict:
+def _is_same_source(path: Path, noted: object, sha256: object, *, identify: Identify | None) -> bool:
+    """``identify=None``: its bytes are read whatever is known about it."""
     try:
         stat = path.stat()
+        if not isinstance(noted, dict) or noted.get("size") != stat.st_size:
+            return False
+        if identify is None:
+            return sha256_of(path) == sha256
     except OSError as error:
         raise unreadable_source(path, error) from error
-    if noted == {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}:
-        return VALID
-    same_size = isinstance(noted, dict) and noted.get("size") == stat.st_size
-    if same_size and hashes.identity(path).sha256 == sha256:
-        return Verdict("valid", touched=True)
-    return Verdict("stale", REASONS["image"])
-
-
-def note_source(path: Path, source: SourceIdentity) -> None:
-    """Puts the image's new time into a valid cache file, so that the next start can trust it unhashed. Where the folder cannot
-    be written nothing happens."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"]["source"] = _noted(source)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with suppress(OutputError):
-        write_atomically(path, lambda file: file.write(struct.pack("<Q", len(text)) + text + data[8 + length :]))
-
-
-def _noted(source: SourceIdentity) -> str:
-    return json.dumps({"size": source.size, "mtime_ns": source.mtime_ns})
+    return noted.get("mtime_ns") == stat.st_mtime_ns or identify(path).sha256 == sha256
 
 
 def write_cache_file(
@@ -219,70 +178,114 @@ def write_cache_file(
     tensors: Mapping[str, Tensor],
     *,
     ingredients: Mapping[str, object],
-    source: SourceIdentity | None = None,
+    sources: Mapping[str, SourceIdentity] | None = None,
     details: Mapping[str, str] | None = None,
 ) -> None:
     """Writes atomically; equal arguments give equal bytes. ``details`` is metadata beyond the common keys.
 
     Raises OutputError when the disk is full or the folder cannot be written.
     """
-    metadata = dict(details or {})
-    if source is not None:
-        ingredients = {**ingredients, "image": source.sha256}
-        metadata["source"] = _noted(source)
+    metadata, sources = dict(details or {}), sources or {}
+    hashes = {name: source.sha256 for name, source in sources.items()}
+    if sources:
+        noted = {name: {"size": source.size, "mtime_ns": source.mtime_ns} for name, source in sources.items()}
+        metadata["sources"] = json.dumps(noted, sort_keys=True)
     metadata["format"] = FORMAT
-    metadata["ingredients"] = json.dumps(ingredients, sort_keys=True)
-    metadata["fingerprint"] = fingerprint(plain(ingredients))
-    metadata["crc32"] = json.dumps({name: checksum(tensors[name]) for name in sorted(tensors)})
+    metadata["ingredients"] = json.dumps({**ingredients, **hashes}, sort_keys=True)
+    metadata["fingerprint"] = fingerprint(metadata["ingredients"])
+    metadata["checksums"] = json.dumps({name: checksum(tensor_bytes(tensors[name])) for name in sorted(tensors)})
     save_safetensors(path, tensors, metadata)
 
 
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a CPU tensor's bytes."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor."""
     import torch
 
-    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def load_cache_tensors(path: Path, names: Collection[str] | Callable[[str], bool]) -> dict[str, Tensor]:
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """CRC-32 of the sums of the rows and of the columns of a table of 64-bit words, and of the bytes that fill no row.
+
+    Reading waits for it, and it takes a third of the time of a CRC-32 of all bytes. What the sums do not see needs at least
+    four words that change together, in two rows and two columns, and cancel each other.
+    """
+    import numpy as np
+
+    whole = len(data) - len(data) % (ROW_WORDS * WORD_BYTES)
+    value = zlib.crc32(memoryview(data)[whole:])
+    if not whole:
+        return value
+    words = np.frombuffer(data, "<u8", count=whole // WORD_BYTES).reshape(-1, ROW_WORDS)
+    return zlib.crc32(np.add.reduce(words, axis=1), zlib.crc32(np.add.reduce(words, axis=0), value))
+
+
+def broken_tensors(file: TensorFile, names: Collection[str]) -> dict[str, str]:
+    """{name: what is wrong} of those of the file's tensors ``names`` whose bytes do not have the noted checksum."""
+    try:
+        noted = json.loads(file.metadata["checksums"])
+        return {name: CHANGED_BYTES for name in names if checksum(file.read(file.info(name))) != noted[name]}
+    except OSError as error:
+        return dict.fromkeys(names, f"cannot be read ({error.strerror or error})")
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        return dict.fromkeys(names, "truncated" if "truncated" in str(error) else BROKEN_DESCRIPTION)
+
+
+def comparison_key(path: str | Path, stat: os.stat_result, names: Collection[str]) -> int:
+    return hash((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *names))
+
+
+Names = Collection[str] | Callable[[str], bool]  # tensors by name, or those that a test accepts
+
+
+def load_cache_tensors(path: str | Path, names: Names, *, compared: set[int] | None = None) -> dict[str, Tensor]:
     """For training: as ``read_cache_tensors``, but a damaged file is deleted, so that the next start makes it again.
 
     Raises DatasetError that names the file and says so.
     """
     try:
-        return read_cache_tensors(path, names)
+        return read_cache_tensors(path, names, compared=compared)
     except DamagedCacheError as error:
         try:
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
         except OSError:  # Windows, while another thread reads it; or a folder that cannot be written
             raise DatasetError(f"{error}: delete it and start again, it will be made anew") from error
         raise DatasetError(f"{error}. It has been deleted and will be made again at the next start") from error
 
 
-def read_cache_tensors(path: Path, names: Collection[str] | Callable[[str], bool]) -> dict[str, Tensor]:
-    """The named tensors (or those that ``names`` accepts), in the dtype they were stored in, with their checksums compared.
+def read_cache_tensors(path: str | Path, names: Names, *, compared: set[int] | None = None) -> dict[str, Tensor]:
+    """The named tensors in the dtype they were stored in, with their checksums compared.
 
+    ``compared`` remembers what was: once is enough while a file stays as it is. Safe in threads.
     Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
     """
     try:
-        header = read_header(path)
-        wanted = [name for name in header.tensors if names(name)] if callable(names) else list(names)
-        missing = set(wanted) - set(header.tensors)
-        if missing:
-            raise DatasetError(f"the cache file {path} lacks {', '.join(sorted(missing))}: delete it and start again")
-        tensors = dict(read_tensors(header, wanted))
-        sums = json.loads(header.metadata["crc32"])
-        broken = [name for name, tensor in tensors.items() if checksum(tensor) != sums[name]]
+        with TensorFile(path) as file:
+            wanted = [name for name in file.names() if names(name)] if callable(names) else list(names)
+            missing = [name for name in wanted if name not in file]
+            if missing:
+                raise DatasetError(f"the cache file {path} lacks {', '.join(sorted(missing))}: delete it and start again")
+            infos = {name: file.info(name) for name in wanted}
+            data = {name: file.read(info) for name, info in infos.items()}
+        key = comparison_key(path, file.stat, wanted)
+        broken = [] if compared is not None and key in compared else _differing(data, file.metadata["checksums"])
     except (CheckpointError, OSError) as error:
         raise _unusable(path, error) from error
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, "its description is broken") from error
+        raise _damaged(path, BROKEN_DESCRIPTION) from error
     if broken:
         raise _damaged(path, f"the bytes of {', '.join(broken)} are not those that were written")
-    return tensors
+    if compared is not None:
+        compared.add(key)
+    return {name: tensor_of(infos[name], data[name]) for name in wanted}
 
 
-def _unusable(path: Path, error: CheckpointError | OSError) -> DatasetError:
+def _differing(data: Mapping[str, bytearray], noted: str) -> list[str]:
+    sums = json.loads(noted)
+    return [name for name, part in data.items() if checksum(part) != sums[name]]
+
+
+def _unusable(path: str | Path, error: CheckpointError | OSError) -> DatasetError:
     """A failing disk damages a file; a file that is gone, or may not be read now, may be as it was."""
     cause = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(cause, OSError):
@@ -293,7 +296,7 @@ def _unusable(path: Path, error: CheckpointError | OSError) -> DatasetError:
     return DatasetError(f"cannot read the cache file {path} ({why}): start again, and if it is gone it will be made anew")
 
 
-def _damaged(path: Path, why: str) -> DamagedCacheError:
+def _damaged(path: str | Path, why: str) -> DamagedCacheError:
     return DamagedCacheError(f"the cache file {path} is damaged ({why})")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.errors import OutputError
 
@@ -80,6 +81,14 @@ class CacheWriter:
         self._pool.shutdown(wait=True)
         while kind is None and self._waiting:
             self._collect_one()
+
+
+def progress_bar(what: str, unit: str, *, total: int, shown: bool) -> Any:
+    """``caching latents:  40%|████      | 400/1,000 images [8.40 images/s, 01:11 left]``"""
+    from tqdm import tqdm
+
+    form = f"{{l_bar}}{{bar}}| {{n:,}}/{{total:,}} {unit}s [{{rate_noinv_fmt}}, {{remaining}} left]"
+    return tqdm(desc=what, unit=f" {unit}s", total=total, bar_format=form, disable=not shown or total == 0)
 
 
 def report_stale(what: str, stale: Iterable[tuple[Path, str]]) -> None:

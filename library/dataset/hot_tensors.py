@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOM_BYTES = 512 * 2**20  # for each cache of each process
+ENTRY_BYTES = 1024  # what keeping an entry takes besides its values: its key and the tensor objects
 
 Tensors = Mapping[str, "Tensor"]
 
@@ -29,11 +30,12 @@ class HotTensors:
         found = self._kept.get(key)
         if found is None:
             found = read()
-            self._keep(key, found)
+            if self._room_bytes > ENTRY_BYTES:
+                self._keep(key, found)
         return found
 
     def _keep(self, key: Hashable, tensors: Tensors) -> None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = ENTRY_BYTES + sum(tensor.nbytes for tensor in tensors.values())
         with self._lock:
             if size <= self._room_bytes and key not in self._kept:
                 self._room_bytes -= size

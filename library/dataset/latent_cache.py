@@ -1,102 +1,91 @@
-"""Latents of every image, encoded once: kept in memory or in one file per image and size.
-
-A cache file ``<image file name>.<W>x<H>.<arch>-latents.safetensors`` holds ``latents`` (C, h, w) and, where flip_aug is on,
-``latents_flipped``: the latents of the mirrored image, which are not the mirrored latents.
-"""
+"""Latents of every image, encoded once: kept in memory or in one file per image and size (see ``latent_entries``), with the
+image's loss mask where it has one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.dataset.batch import normalized_pixels
-from library.dataset.cache_check import TensorCheck
+from library.dataset.cache_adoption import Adoption, misfit
+from library.dataset.cache_check import CacheCheck, Found, source_stamps
 from library.dataset.cache_file import (
     MISSING,
     VALID,
     CacheState,
-    SourceHashes,
-    SourceIdentity,
     Verdict,
-    Wanted,
-    cache_path,
-    check,
+    broken_tensors,
+    check_header,
     clean_left_overs,
-    fingerprint,
     load_cache_tensors,
     make_folder,
-    note_source,
+    unreadable,
     write_cache_file,
 )
+from library.dataset.cache_notes import CacheNotes
 from library.dataset.cache_share import ROUND_BYTES, Gather, shared
-from library.dataset.cache_writer import CacheWriter, FillReport, report_filled, report_stale
+from library.dataset.cache_writer import CacheWriter, FillReport, progress_bar, report_filled, report_stale
 from library.dataset.hot_tensors import HotTensors
-from library.dataset.images import load_pixels
+from library.dataset.image_records import SourceHashes, SourceIdentity
+from library.dataset.images import load_picture
 from library.dataset.items import Item, TrainingSet
+from library.dataset.latent_entries import (
+    FLIPPED,
+    HEADER_BYTES,
+    LATENTS,
+    MASK,
+    LatentEntries,
+    LatentEntry,
+    LatentRecipe,
+    sources,
+)
 from library.dataset.prefetch import prefetch
-from library.errors import DatasetError
+from library.errors import CheckpointError, DatasetError
+from library.files.safetensors_file import TensorFile
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-LATENTS = "latents"
-FLIPPED = "latents_flipped"
-BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
-HEADER_BYTES = 1024  # about what a cache file's header takes
-CHECKERS = 8  # threads that look at cache files; it is the disk or the network that they wait for
+ADOPTERS = 2  # threads that read entries of another program
 
 Encode = Callable[["Tensor"], "Tensor"]  # (B, 3, H, W) float32 in [-1, 1] -> (B, C, h, w) scaled latents
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentRecipe:
-    """What latents depend on beside the image. ``dtype`` ("bfloat16") is the one they are kept in."""
-
-    arch: str
-    vae_fingerprint: str
-    dtype: str
-    channels: int = 16  # for estimates only
-    shrink: int = 8  # pixels per latent, for estimates only
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry:
-    """One thing to cache: an image at one size. Items of several datasets may share it."""
-
-    item: Item
-    path: Path
-    flip: bool
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return (LATENTS, FLIPPED) if self.flip else (LATENTS,)
+# An item and the names of the tensors that are wanted -> tensors that another program made, or why there are none
+ReadForeign = Callable[[Item, tuple[str, ...]], "dict[str, Tensor] | str"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
     """Entries that are encoded together, and which of them are to be kept."""
 
-    entries: tuple[_Entry, ...]
-    wanted: set[_Entry]
+    entries: tuple[LatentEntry, ...]
+    wanted: set[LatentEntry]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Origin:
+    """What one entry is made from, as its files were right before they were decoded."""
+
+    identities: dict[str, SourceIdentity]
+    stamps: list[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
-    """What a reading thread makes of a group: pixels (B, 3, H, W) in [-1, 1], and the image files as they were then."""
+    """What a reading thread makes of a group: pixels (B, 3, H, W) in [-1, 1] and each entry's mask (h, w) in [0, 1]."""
 
     group: _Group
     pixels: np.ndarray
-    identities: dict[_Entry, SourceIdentity]
+    masks: dict[LatentEntry, np.ndarray | None]
+    origins: dict[LatentEntry, _Origin]
 
 
 class LatentCache:
-    """The latents of a training set.
+    """The latents of a training set, those of its validation images included.
 
     ``skip_check`` takes every cache file that is there for valid (``--skip_cache_check``). ``round_bytes``: how much the
     processes of a run hand over at once when they share a cache in memory.
@@ -113,35 +102,55 @@ class LatentCache:
     ):
         self.recipe, self.on_disk, self.cache_dir, self.skip_check = recipe, on_disk, cache_dir, skip_check
         self.round_bytes = ROUND_BYTES
-        self.tensor_check = TensorCheck()
-        self._hashes = SourceHashes()
+        self._entries = LatentEntries(training_set.all_items, recipe, cache_dir)
+        self._identify = (training_set.records or SourceHashes()).identity
+        self._notes = CacheNotes(f"{recipe.arch}-latents")
+        self.check: CacheCheck[LatentEntry, Verdict] = CacheCheck(self._notes, ask=self._entries.asked, open_file=self._open)
         self._hot = HotTensors()
-        self._memory: dict[Path, dict[str, Tensor]] = {}
-        self._judged: list[tuple[_Entry, Verdict]] | None = None
-        self._paths = self._name_all(training_set.items)
-        self._entries = self._unique_entries(training_set.items)
+        self._compared: set[int] = set()
+        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._state: CacheState | None = None
 
     def state(self, *, refresh: bool = False) -> CacheState:
-        """How much of the cache is there. Reads headers, the tensors of files that are due (see ``TensorCheck``) and images whose
-        time changed; needs no torch.
+        """How much of the cache is there. Reads the headers and tensors of files that earlier starts have not checked, or that
+        have changed since (see ``cache_check``), and images whose times changed; needs no torch.
 
-        ``refresh`` notes the new time of images that were touched or copied but have not changed in their cache files, so that
-        the next start need not hash them again; without it nothing is written. The answer is kept until ``fill``.
+        ``refresh`` notes what was found valid, so that the next start need not look again; without it nothing is written. The
+        answer is kept until ``fill``.
         """
-        if self._judged is None:
-            self._judged = self._judge(self._entries)
-        judged = self._judged
+        if self._state is None:
+            self._state = self._state_of(self._judge(self._entries.all))
         if refresh:
-            self._note_touched(judged)
-        kinds = [verdict.kind for _, verdict in judged]
-        return CacheState(
-            total=len(judged),
-            valid=kinds.count("valid"),
-            missing=kinds.count("missing"),
-            stale=_stale(judged),
-            bytes_needed=sum(self._bytes(entry) for entry, verdict in judged if not verdict.valid),
-            in_memory=not self.on_disk,
-        )
+            self._notes.save()
+        return self._state
+
+    def adopt(
+        self, read: ReadForeign, *, rank: int = 0, processes: int = 1, gather: Gather | None = None, progress: bool = True
+    ) -> None:
+        """Takes over what another program made of the entries that are missing, stale or damaged.
+
+        ``read`` is asked for the latents of an item, and for the mirrored ones where they are wanted (masks are made here). What
+        it gives becomes an ordinary entry if it fits; a text says why there is nothing. One log line tells how many entries were
+        taken over and why others were not. Process ``rank`` of ``processes`` sees to every ``processes``-th entry; caches in
+        memory are shared through ``gather``, with which the log line also tells of all processes.
+        """
+        own = self._entries.all[rank::processes]
+        gaps = [entry for entry, verdict in zip(own, self._judge(own), strict=True) if not verdict.valid]
+        self._prepare(rank, anything=bool(gaps))
+        adoption = Adoption()
+        with (
+            progress_bar("taking over latents", "image", total=len(gaps), shown=progress and rank == 0) as bar,
+            CacheWriter("latents", total=len(gaps), bytes_each=self._mean_bytes(gaps), on_written=bar.update) as writer,
+            prefetch(partial(self._read_foreign, read), gaps, workers=ADOPTERS, depth=4 * ADOPTERS) as found,
+        ):
+            for entry, (origin, tensors) in zip(gaps, found, strict=True):
+                if isinstance(tensors, str):
+                    adoption.refuse(tensors, entry.item.path)
+                    bar.update(1)
+                else:
+                    adoption.taken += 1
+                    writer.submit(partial(self._commit, entry, origin, tensors))
+        self._finish_adoption(own, adoption, gather, processes=processes)
 
     def fill(  # noqa: PLR0913  # the trainer's one call
         self,
@@ -166,16 +175,18 @@ class LatentCache:
         Raises DatasetError for an image that cannot be read or gives latents that are not finite, OutputError for a full disk.
         """
         started = time.monotonic()
-        self._hot = HotTensors()  # what was read before may be made again
-        self._judged = None
+        self._forget()
         groups = self._groups(batch_size)[rank::processes]
         todo = self._with_gaps(groups)
         wanted = sum(len(group.wanted) for group in todo)
         self._prepare(rank, anything=wanted > 0)
-        if wanted:
-            self._encode_all(encode, todo, wanted=wanted, workers=workers, progress=progress and rank == 0)
+        try:
+            if wanted:
+                self._encode_all(encode, todo, wanted=wanted, workers=workers, progress=progress and rank == 0)
+        finally:
+            self._notes.save()
         if not self.on_disk and processes > 1:
-            self._share(groups, gather, processes=processes)
+            self._share([entry for group in groups for entry in group], gather, processes=processes)
         report = FillReport(wanted, sum(len(group) for group in groups) - wanted, time.monotonic() - started)
         if rank == 0:
             report_filled("latent", report, self._place())
@@ -186,68 +197,75 @@ class LatentCache:
 
         Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
         """
-        name = FLIPPED if flipped else LATENTS
-        path = self._paths[item.index]
+        return self._load(item, FLIPPED if flipped else LATENTS)
+
+    def load_mask(self, item: Item, *, flipped: bool = False) -> Tensor | None:
+        """The item's loss mask (h, w), float32 in [0, 1], mirrored with its image; None where the item has none. Raises as
+        ``load`` does."""
+        if not item.is_masked:
+            return None
+        mask = self._load(item, MASK)
+        return mask.flip(-1) if flipped else mask
+
+    def _load(self, item: Item, name: str) -> Tensor:
+        path = self._entries.path_of(item)
         if self.on_disk:
-            return self._hot.get((path, name), lambda: load_cache_tensors(path, [name]))[name]
+            return self._hot.get((path, name), lambda: load_cache_tensors(path, [name], compared=self._compared))[name]
         return self._memory[path][name]
 
-    def _name_all(self, items: Sequence[Item]) -> list[Path]:
-        """The cache file of each item. Where one image has one bucket size but is resized or cropped in two ways (two datasets
-        with different settings), the later way's name gets a mark of its own."""
-        first_use: dict[Path, str] = {}
-        paths = []
-        for item in items:
-            width, height = item.bucket_wh
-            kind = f"{self.recipe.arch}-latents"
-            mark = fingerprint(self._geometry(item))[:8]
-            path = cache_path(item.path, f"{width}x{height}.{kind}", self.cache_dir)
-            if first_use.setdefault(path, mark) != mark:
-                path = cache_path(item.path, f"{width}x{height}-{mark}.{kind}", self.cache_dir)
-            paths.append(path)
-        return paths
+    # what is there
 
-    def _unique_entries(self, items: Sequence[Item]) -> tuple[_Entry, ...]:
-        users_of: dict[Path, list[Item]] = {}
-        for item in items:
-            users_of.setdefault(self._paths[item.index], []).append(item)
-        return tuple(_Entry(users[0], path, any(item.subset.flip_aug for item in users)) for path, users in users_of.items())
-
-    def _geometry(self, item: Item) -> dict[str, object]:
-        return {"bucket": item.bucket_wh, "resized": item.resized_wh, "crop": item.crop_left_top,
-                "interpolation": item.subset.resize_interpolation or ""}  # fmt: skip
-
-    def _ingredients(self, item: Item) -> dict[str, object]:
-        recipe = self.recipe
-        return {"arch": recipe.arch, "model": recipe.vae_fingerprint, "dtype": recipe.dtype, **self._geometry(item)}
-
-    def _judge(self, entries: Sequence[_Entry]) -> list[tuple[_Entry, Verdict]]:
-        with ThreadPoolExecutor(CHECKERS) as pool:
-            if self.on_disk and not self.skip_check:
-                self.tensor_check.choose([entry.path for entry in entries], pool)
-            return list(pool.map(lambda entry: (entry, self._verdict(entry)), entries))
-
-    def _note_touched(self, judged: Sequence[tuple[_Entry, Verdict]]) -> None:
-        for entry, verdict in judged:
-            if verdict.touched:
-                note_source(entry.path, self._hashes.identity(entry.item.path))
-
-    def _verdict(self, entry: _Entry) -> Verdict:
+    def _judge(self, entries: Sequence[LatentEntry]) -> Sequence[Verdict]:
         if not self.on_disk:
-            return VALID if entry.path in self._memory else MISSING
+            return [VALID if self._entries.path(entry) in self._memory else MISSING for entry in entries]
         if self.skip_check:
-            return VALID if entry.path.is_file() else MISSING
-        wanted = Wanted(ingredients=self._ingredients(entry.item), source=entry.item.path, tensors=entry.tensors)
-        return check(entry.path, wanted, hashes=self._hashes, broken=self.tensor_check.broken)
+            return [VALID if Path(self._entries.path(entry)).is_file() else MISSING for entry in entries]
+        verdicts = self.check.judge(entries)
+        self._notes.release()
+        return verdicts
 
-    def _bytes(self, entry: _Entry) -> int:
-        (width, height), recipe = entry.item.bucket_wh, self.recipe
-        values = recipe.channels * (width // recipe.shrink) * (height // recipe.shrink)
-        return len(entry.tensors) * values * BYTES_PER_VALUE.get(recipe.dtype, 4) + (HEADER_BYTES if self.on_disk else 0)
+    def _open(self, entry: LatentEntry, found: Found) -> Verdict:
+        try:
+            with TensorFile(found.path) as file:
+                file.tensors()
+                verdict = check_header(file, self._entries.wanted(entry), identify=self._identify, suspect=found.suspect)
+                broken = broken_tensors(file, entry.tensors) if verdict.valid and found.read_whole else {}
+        except CheckpointError as error:
+            return unreadable(found.path, error)
+        return Verdict("damaged", next(iter(broken.values()))) if broken else verdict
 
-    def _groups(self, batch_size: int) -> list[tuple[_Entry, ...]]:
-        buckets: dict[tuple[int, int], list[_Entry]] = {}
-        for entry in self._entries:
+    def _state_of(self, verdicts: Sequence[Verdict]) -> CacheState:
+        judged = list(zip(self._entries.all, verdicts, strict=True))
+        return CacheState(
+            total=len(judged),
+            valid=sum(verdict.valid for verdict in verdicts),
+            missing=sum(verdict.kind == "missing" for verdict in verdicts),
+            stale=self._stale(judged),
+            bytes_needed=sum(self._bytes(entry) for entry, verdict in judged if not verdict.valid),
+            in_memory=not self.on_disk,
+        )
+
+    def _stale(self, judged: Sequence[tuple[LatentEntry, Verdict]]) -> tuple[tuple[Path, str], ...]:
+        return tuple(
+            (Path(self._entries.path(entry)), verdict.line) for entry, verdict in judged if verdict.kind in ("stale", "damaged")
+        )
+
+    def _bytes(self, entry: LatentEntry) -> int:
+        return self._entries.tensor_bytes(entry) + (HEADER_BYTES if self.on_disk else 0)
+
+    def _mean_bytes(self, entries: Sequence[LatentEntry]) -> float:
+        return sum(map(self._bytes, entries)) / max(len(entries), 1)
+
+    def _place(self) -> str:
+        if not self.on_disk:
+            return "in memory"
+        return "beside the images" if self.cache_dir is None else str(self.cache_dir)
+
+    # making what is not there
+
+    def _groups(self, batch_size: int) -> list[tuple[LatentEntry, ...]]:
+        buckets: dict[tuple[int, int], list[LatentEntry]] = {}
+        for entry in self._entries.all:
             buckets.setdefault(entry.item.bucket_wh, []).append(entry)
         return [
             tuple(entries[start : start + batch_size])
@@ -255,17 +273,17 @@ class LatentCache:
             for start in range(0, len(entries), batch_size)
         ]
 
-    def _with_gaps(self, groups: Sequence[tuple[_Entry, ...]]) -> list[_Group]:
-        judged = self._judge([entry for group in groups for entry in group])
-        self._note_touched(judged)
-        report_stale("latent", _stale(judged))
+    def _with_gaps(self, groups: Sequence[tuple[LatentEntry, ...]]) -> list[_Group]:
+        entries = [entry for group in groups for entry in group]
+        judged = list(zip(entries, self._judge(entries), strict=True))
+        report_stale("latent", self._stale(judged))
         gaps = {entry for entry, verdict in judged if not verdict.valid}
         return [_Group(group, gaps.intersection(group)) for group in groups if not gaps.isdisjoint(group)]
 
-    def _place(self) -> str:
-        if not self.on_disk:
-            return "in memory"
-        return "beside the images" if self.cache_dir is None else str(self.cache_dir)
+    def _forget(self) -> None:
+        """What was read or judged before may be made again."""
+        self._hot = HotTensors()
+        self._state = None
 
     def _prepare(self, rank: int, *, anything: bool) -> None:
         if not self.on_disk:
@@ -273,25 +291,36 @@ class LatentCache:
         if self.cache_dir is not None and anything:
             make_folder(self.cache_dir)
         if rank == 0:
-            clean_left_overs(entry.path.parent for entry in self._entries)
+            folders = {entry.item.path.parent for entry in self._entries.all} if self.cache_dir is None else {self.cache_dir}
+            clean_left_overs(folders)
 
     def _encode_all(self, encode: Encode, todo: list[_Group], *, wanted: int, workers: int, progress: bool) -> None:
-        from tqdm import tqdm
-
-        size = sum(self._bytes(entry) for group in todo for entry in group.wanted)
+        bytes_each = self._mean_bytes([entry for group in todo for entry in group.wanted])
         with (
-            tqdm(total=wanted, desc="caching latents", unit="image", disable=not progress) as bar,
-            CacheWriter("latents", total=wanted, bytes_each=size / wanted, on_written=bar.update) as writer,
-            prefetch(_read_group, todo, workers=max(workers, 1), depth=max(workers, 1) + 1) as sources,
+            progress_bar("caching latents", "image", total=wanted, shown=progress) as bar,
+            CacheWriter("latents", total=wanted, bytes_each=bytes_each, on_written=bar.update) as writer,
+            prefetch(self._read_group, todo, workers=max(workers, 1), depth=max(workers, 1) + 1) as found,
         ):
-            for source in sources:
+            for source in found:
                 for entry, tensors in self._encode_group(encode, source):
                     if entry in source.group.wanted:
-                        writer.submit(partial(self._commit, entry, source.identities[entry], tensors))
+                        writer.submit(partial(self._commit, entry, source.origins[entry], tensors))
 
-    def _encode_group(self, encode: Encode, source: _Source) -> Iterator[tuple[_Entry, dict[str, Tensor]]]:
-        """Each entry with its tensors (C, h, w). Mirrored images go in a batch of their own, so that switching flip_aug on
-        leaves the other latents as they are."""
+    def _read_group(self, group: _Group) -> _Source:
+        origins = {entry: self._origin(entry) for entry in group.entries}
+        pictures = [load_picture(entry.item) for entry in group.entries]
+        masks = {entry: picture.mask for entry, picture in zip(group.entries, pictures, strict=True)}
+        return _Source(group, normalized_pixels([picture.pixels for picture in pictures]), masks, origins)
+
+    def _origin(self, entry: LatentEntry) -> _Origin:
+        """Asked for before anything is decoded: a file that is replaced in between counts as changed at the next start."""
+        asked = self._entries.asked(entry)
+        identities = {name: self._identify(path) for name, path in sources(entry).items()}
+        return _Origin(identities, source_stamps(asked.sources))
+
+    def _encode_group(self, encode: Encode, source: _Source) -> Iterator[tuple[LatentEntry, dict[str, Tensor]]]:
+        """Each entry with its tensors. Mirrored images go in a batch of their own, so that switching flip_aug on leaves the
+        other latents as they are."""
         entries, pixels = source.group.entries, source.pixels  # (B, 3, H, W)
         found = {entry: {LATENTS: latents} for entry, latents in self._encode_pixels(encode, entries, pixels)}
         flips = [position for position, entry in enumerate(entries) if entry.flip]
@@ -299,9 +328,12 @@ class LatentCache:
             mirrored = tuple(entries[position] for position in flips)
             for entry, latents in self._encode_pixels(encode, mirrored, pixels[flips][..., ::-1]):
                 found[entry][FLIPPED] = latents
-        yield from found.items()
+        for entry, tensors in found.items():
+            yield entry, {**tensors, **_mask_tensor(entry, source.masks[entry])}
 
-    def _encode_pixels(self, encode: Encode, entries: tuple[_Entry, ...], pixels: np.ndarray) -> list[tuple[_Entry, Tensor]]:
+    def _encode_pixels(
+        self, encode: Encode, entries: tuple[LatentEntry, ...], pixels: np.ndarray
+    ) -> list[tuple[LatentEntry, Tensor]]:
         import numpy as np
         import torch
 
@@ -316,27 +348,56 @@ class LatentCache:
             raise DatasetError(*(_not_finite(path, self.recipe.dtype) for path in bad))
         return found
 
-    def _commit(self, entry: _Entry, identity: SourceIdentity, tensors: dict[str, Tensor]) -> None:
-        if self.on_disk:
-            write_cache_file(entry.path, tensors, ingredients=self._ingredients(entry.item), source=identity)
-        else:
-            self._memory[entry.path] = tensors
+    def _commit(self, entry: LatentEntry, origin: _Origin, tensors: dict[str, Tensor]) -> None:
+        asked = self._entries.asked(entry)
+        if not self.on_disk:
+            self._memory[asked.path] = tensors
+            return
+        write_cache_file(Path(asked.path), tensors, ingredients=self._entries.ingredients(entry.item), sources=origin.identities)
+        self.check.note_written(asked, origin.stamps)
 
-    def _share(self, groups: Sequence[tuple[_Entry, ...]], gather: Gather | None, *, processes: int) -> None:
-        own = {entry.path: self._memory[entry.path] for group in groups for entry in group}
+    def _share(self, entries: Sequence[LatentEntry], gather: Gather | None, *, processes: int) -> None:
+        paths = map(self._entries.path, entries)
+        own = {path: self._memory[path] for path in paths if path in self._memory}
         for path, tensors in shared(own, gather, processes=processes, round_bytes=self.round_bytes):
             self._memory.setdefault(path, tensors)
 
+    # what another program made
 
-def _read_group(group: _Group) -> _Source:
-    hashes = SourceHashes()
-    # hashed before they are decoded: an image replaced in between counts as changed at the next start
-    identities = {entry: hashes.identity(entry.item.path) for entry in group.entries}
-    return _Source(group, normalized_pixels([load_pixels(entry.item) for entry in group.entries]), identities)
+    def _read_foreign(self, read: ReadForeign, entry: LatentEntry) -> tuple[_Origin, dict[str, Tensor] | str]:
+        origin = self._origin(entry)
+        names = tuple(name for name in entry.tensors if name != MASK)
+        tensors = read(entry.item, names)
+        return origin, tensors if isinstance(tensors, str) else self._fitting(entry, names, tensors)
+
+    def _fitting(self, entry: LatentEntry, names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | str:
+        """The tensors as an entry has them, or why they cannot be one."""
+        import torch
+
+        dtype = getattr(torch, self.recipe.dtype)
+        shape = (self.recipe.channels, *self._entries.latent_hw(entry.item))
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        if reason := misfit(cast, dict.fromkeys(names, shape)):
+            return reason
+        mask = load_picture(entry.item).mask if entry.item.is_masked else None
+        return {**{name: cast[name] for name in names}, **_mask_tensor(entry, mask)}
+
+    def _finish_adoption(self, own: Sequence[LatentEntry], adoption: Adoption, gather: Gather | None, *, processes: int) -> None:
+        self._forget()
+        self._notes.save()
+        if not self.on_disk and processes > 1:
+            self._share(own, gather, processes=processes)
+        adoption.report("latent", gather=gather if processes > 1 else None)
 
 
-def _stale(judged: Sequence[tuple[_Entry, Verdict]]) -> tuple[tuple[Path, str], ...]:
-    return tuple((entry.path, verdict.line) for entry, verdict in judged if verdict.kind in ("stale", "damaged"))
+def _mask_tensor(entry: LatentEntry, mask: np.ndarray | None) -> dict[str, Tensor]:
+    import torch
+
+    if mask is None:
+        if entry.item.is_masked:
+            raise ValueError(f"{entry.item.path} has a mask, but none was made of it")
+        return {}
+    return {MASK: torch.from_numpy(mask.copy())}
 
 
 def _not_finite(path: Path, dtype: str) -> str:

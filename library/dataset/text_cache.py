@@ -1,87 +1,61 @@
-"""Encoder output of every caption, computed once: kept in memory or in one file per image.
-
-A cache file ``<image file name>.<arch>-text.safetensors`` holds the tensors of each text as ``<text's hash>/<tensor name>``, and
-in its metadata ``texts`` (JSON {hash: text}, newest first) and ``captions`` (JSON list: the captions as read that the texts were
-made from). A text is what the encoder sees, so caption settings need no ingredients of their own: other settings give other
-texts. Texts that belong to no image (the empty caption, sample prompts) share ``atelier.<arch>-prompts.safetensors``.
-"""
+"""Encoder output of every caption, computed once: kept in memory or in one file per image (see ``text_files``)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from library.dataset.cache_check import TensorCheck
+from library.dataset.cache_adoption import Adoption, misfit
+from library.dataset.cache_check import CacheCheck
 from library.dataset.cache_file import (
-    MISSING,
     VALID,
     CacheState,
-    SourceHashes,
     Verdict,
-    Wanted,
-    cache_path,
-    check_header,
     clean_left_overs,
     load_cache_tensors,
     make_folder,
-    read_cache_tensors,
-    unreadable,
     write_cache_file,
 )
+from library.dataset.cache_notes import CacheNotes
 from library.dataset.cache_share import ROUND_BYTES, Gather, shared
-from library.dataset.cache_writer import CacheWriter, FillReport, report_filled, report_stale
+from library.dataset.cache_writer import CacheWriter, FillReport, progress_bar, report_filled, report_stale
 from library.dataset.captions import caption_variant, possible_variants
 from library.dataset.conditioning import Conditioning
 from library.dataset.hot_tensors import HotTensors
 from library.dataset.items import Item, TrainingSet
+from library.dataset.prefetch import prefetch
+from library.dataset.text_files import (
+    EMPTY,
+    Tensors,
+    TextFile,
+    TextFileCheck,
+    TextFiles,
+    TextRecipe,
+    TextVerdicts,
+    Users,
+    read_text,
+    read_texts,
+    shortened,
+    stored_texts,
+    text_hash,
+)
 from library.errors import CheckpointError, DatasetError
-from library.files.safetensors_file import SafetensorsHeader, read_header
+from library.files.safetensors_file import TensorFile
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["EMPTY", "TextCache", "TextRecipe", "default_variants", "text_hash"]
 
 MAX_VARIANTS = 32  # per image, unless the user asks for more
-EMPTY = ""  # always cached: caption dropout is decided while training, whatever its rate was when the cache was made
-KEEP_UNUSED = 8  # valid texts of an image that this run does not use: switching caption settings back and forth stays cheap
-KEEP_UNUSED_PROMPTS = 64
-HASH_DIGITS = 16
 HEADER_BYTES = 1024  # about what a cache file's header takes
-CHARACTER_BYTES_PER_TOKEN = 3  # UTF-8, for estimates: rather too few than too many, in any script
-CHECKERS = 8
+ADOPTERS = 2  # threads that read entries of another program
 
 Encode = Callable[[list[str]], Conditioning]  # B captions -> their conditioning
-Tensors = dict[str, "Tensor"]  # of one text, as Conditioning.cache_tensors gives them
-Read = Callable[[Path, Callable[[str], bool]], Tensors]  # the tensors of a file that a test accepts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextRecipe:
-    """What encoded text depends on beside the text. ``settings``: token lengths and the like."""
-
-    arch: str
-    encoder_fingerprint: str
-    dtype: str
-    settings: Mapping[str, object] = field(default_factory=dict)
-    bytes_per_token: int = 4096  # for estimates only
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _File:
-    """One cache file: the texts that this run needs of it, and the captions they come from."""
-
-    path: Path
-    texts: tuple[str, ...]
-    captions: tuple[str, ...]
-    keep_unused: int
-    about: str  # the image, for messages
+# An item and a text of it -> the text's tensors as another program made them, or why there are none
+ReadForeign = Callable[[Item, str], "Tensors | str"]
+Judged = tuple[TextFile, Mapping[str, Verdict]]
 
 
 def default_variants(training_set: TrainingSet, epochs: int) -> int:
@@ -116,35 +90,63 @@ class TextCache:
         self.recipe, self.on_disk, self.cache_dir, self.skip_check = recipe, on_disk, cache_dir, skip_check
         self.conditioning_type, self.variants = conditioning_type, variants
         self.round_bytes = ROUND_BYTES
-        self.tensor_check = TensorCheck()
-        self._items = training_set.items
-        self._extra_texts = tuple(dict.fromkeys((EMPTY, *extra_texts)))
+        self._files = TextFiles(training_set, recipe, variants=variants, extra_texts=extra_texts, cache_dir=cache_dir)
+        self._file_check = TextFileCheck(self._files, skip_check=skip_check)
+        self._notes = CacheNotes(f"{recipe.arch}-text")
+        self.check: CacheCheck[Users, Verdict | TextVerdicts] = CacheCheck(
+            self._notes, ask=self._files.asked, open_file=self._file_check.open_file
+        )
         self._hot = HotTensors()
+        self._compared: set[int] = set()
         self._memory: dict[str, Tensors] = {}
-        self._judged: list[tuple[_File, dict[str, Verdict]]] | None = None
+        self._state: CacheState | None = None
 
-    def state(self) -> CacheState:
+    def state(self, *, refresh: bool = False) -> CacheState:
         """How much of the cache is there, counted in texts per file (in memory: different texts).
 
-        Reads headers, and the tensors of files that are due (see ``TensorCheck``); needs no torch. The answer is kept until
-        ``fill``.
+        Reads the headers and tensors of files that earlier starts have not checked, or that have changed since (see
+        ``cache_check``); needs no torch. ``refresh`` notes what was found valid, so that the next start need not look again;
+        without it nothing is written. The answer is kept until ``fill``.
         """
-        if self._judged is None:
-            self._judged = self._judge(self._files) if self.on_disk else [self._judge_memory()]
-        found = self._judged
-        verdicts = [(file, text, verdict) for file, texts in found for text, verdict in texts.items()]
-        unwritten = [(file, text) for file, text, verdict in verdicts if not verdict.valid]
-        bytes_needed = sum(self._bytes(text) for _, text in unwritten)
-        if self.on_disk:
-            bytes_needed += HEADER_BYTES * len({file.path for file, _ in unwritten})
-        return CacheState(
-            total=len(verdicts),
-            valid=len(verdicts) - len(unwritten),
-            missing=sum(verdict.kind == "missing" for _, _, verdict in verdicts),
-            stale=_stale(found),
-            bytes_needed=bytes_needed,
-            in_memory=not self.on_disk,
-        )
+        if self._state is None:
+            self._state = self._state_on_disk() if self.on_disk else self._state_in_memory()
+        if refresh:
+            self._save_notes()
+        return self._state
+
+    def adopt(
+        self, read: ReadForeign, *, rank: int = 0, processes: int = 1, gather: Gather | None = None, progress: bool = True
+    ) -> None:
+        """Takes over what another program made of the texts that are missing, stale or damaged.
+
+        ``read`` is asked for each such text with an item that it belongs to (not for sample prompts and the empty text). What
+        it gives becomes an ordinary entry; a text says why there is nothing. One log line tells how many texts were taken over
+        and why others were not. Process ``rank`` of ``processes`` sees to a contiguous share of the images; caches in memory
+        are shared through ``gather``, with which the log line also tells of all processes.
+        """
+        share = [users for users in _share_of(self._files.all, rank, processes) if users]
+        gaps = {file: found for file, found in self._all_gaps(share).items() if found}
+        total = sum(len(texts) for texts in gaps.values())
+        if gaps and self.on_disk and self.cache_dir is not None:
+            make_folder(self.cache_dir)
+        adoption = Adoption()
+        with (
+            progress_bar("taking over text", "text", total=total, shown=progress and rank == 0) as bar,
+            CacheWriter("texts", total=total, bytes_each=HEADER_BYTES, on_written=bar.update) as writer,
+            prefetch(partial(self._read_foreign, read), gaps.items(), workers=ADOPTERS, depth=4 * ADOPTERS) as parts,
+        ):
+            for (file, texts), (made, refused) in zip(gaps.items(), parts, strict=True):
+                for reason in refused:
+                    adoption.refuse(reason, file.about)
+                bar.update(len(texts) - len(made))
+                adoption.taken += len(made)
+                if made:
+                    writer.submit(partial(self._keep, file, made), entries=len(made))
+        self._forget()
+        self._save_notes()
+        if not self.on_disk and processes > 1:
+            self._share(self._memory, gather, processes=processes)
+        adoption.report("text", gather=gather if processes > 1 else None)
 
     def fill(  # noqa: PLR0913  # the trainer's one call
         self,
@@ -169,18 +171,19 @@ class TextCache:
         Raises DatasetError for a caption whose encoding is not finite, OutputError for a full disk.
         """
         started = time.monotonic()
-        self._hot = HotTensors()  # what was read before may be made again
-        self._judged = None
-        groups = [self._texts[start : start + batch_size] for start in range(0, len(self._texts), batch_size)]
-        bar = partial(_progress_bar, shown=progress and rank == 0)
+        self._forget()
+        all_texts = self._files.texts()
+        groups = [all_texts[start : start + batch_size] for start in range(0, len(all_texts), batch_size)]
+        bar = partial(progress_bar, "caching text", "text", shown=progress and rank == 0)
         if self.on_disk:
-            written, reused = self._fill_files(encode, groups, bar=bar, share=_share_of(self._files, rank, processes))
+            written, reused = self._fill_files(encode, groups, bar=bar, share=_share_of(self._files.all, rank, processes))
             if rank == 0:
-                clean_left_overs(file.path.parent for file in self._files)
+                clean_left_overs({Path(self._files.file(users).path).parent for users in self._files.all})
         else:
             written, reused = self._fill_memory(encode, groups[rank::processes], bar=bar)
             if processes > 1:
-                self._share(groups[rank::processes], gather, processes=processes)
+                own = [text for group in groups[rank::processes] for text in group]
+                self._share(own, gather, processes=processes)
         report = FillReport(written, reused, time.monotonic() - started)
         if rank == 0:
             report_filled("text", report, self._place())
@@ -191,120 +194,75 @@ class TextCache:
 
         Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
         """
-        return self._load(self.text_of(item, variant), self._path_of(item))
+        return self._load(self.text_of(item, variant), self._files.path_of(item))
 
     def load_text(self, text: str) -> Conditioning:
         """The conditioning (B = 1) of the empty caption or of one of ``extra_texts``."""
-        return self._load(text, self._prompts_path)
+        return self._load(text, self._files.prompts_path)
 
     def text_of(self, item: Item, variant: int = 0) -> str:
         return caption_variant(item, variant)
 
-    def _load(self, text: str, path: Path) -> Conditioning:
+    def _load(self, text: str, path: str) -> Conditioning:
         if self.conditioning_type is None:
             raise ValueError("set conditioning_type before anything is loaded from the cache")
         if not self.on_disk:
             return self.conditioning_type.from_cache(self._memory[text])
-        tensors = self._hot.get((path, text), lambda: _read_text(path, text, read=load_cache_tensors))
-        return self.conditioning_type.from_cache(tensors)
+        read = partial(load_cache_tensors, compared=self._compared)
+        return self.conditioning_type.from_cache(self._hot.get((path, text), lambda: read_text(path, text, read=read)))
 
-    # what is needed, and where it lies
+    # what is there
 
-    def _path_of(self, item: Item) -> Path:
-        return cache_path(item.path, f"{self.recipe.arch}-text", self.cache_dir)
+    def _state_on_disk(self) -> CacheState:
+        total = valid = missing = bytes_needed = 0
+        stale: list[tuple[Path, str]] = []
+        for users, found in zip(self._files.all, self._judge(self._files.all), strict=True):
+            if found == VALID:
+                count = self._files.count(users)
+                total, valid = total + count, valid + count
+                continue
+            file, verdicts = self._by_text(users, found)
+            unwritten = [text for text, verdict in verdicts.items() if not verdict.valid]
+            total, valid = total + len(verdicts), valid + len(verdicts) - len(unwritten)
+            missing += sum(verdict.kind == "missing" for verdict in verdicts.values())
+            bytes_needed += HEADER_BYTES + sum(map(self._files.text_bytes, unwritten))
+            stale += _stale([(file, verdicts)])
+        return CacheState(total=total, valid=valid, missing=missing, stale=tuple(stale), bytes_needed=bytes_needed)
 
-    @property
-    def _prompts_path(self) -> Path:
-        folder = self.cache_dir or self._items[0].path.parent
-        return folder / f"atelier.{self.recipe.arch}-prompts.safetensors"
+    def _state_in_memory(self) -> CacheState:
+        texts = self._files.texts()
+        absent = [text for text in texts if text not in self._memory]
+        return CacheState(
+            total=len(texts),
+            valid=len(texts) - len(absent),
+            missing=len(absent),
+            stale=(),
+            bytes_needed=sum(map(self._files.text_bytes, absent)),
+            in_memory=True,
+        )
 
-    @cached_property
-    def _files(self) -> tuple[_File, ...]:
-        """One per image in the order of the training set, whatever the number of datasets that use it; then the prompts."""
-        users_of: dict[Path, list[Item]] = {}
-        for item in self._items:
-            users_of.setdefault(self._path_of(item), []).append(item)
-        files = [
-            _File(path, _unique(self._texts_of(items)), _unique(item.caption for item in items), KEEP_UNUSED, str(items[0].path))
-            for path, items in users_of.items()
-        ]
-        prompts = _File(self._prompts_path, self._extra_texts, (), KEEP_UNUSED_PROMPTS, "a sample prompt")
-        return (*files, prompts)
+    def _judge(self, files: Sequence[Users]) -> list[Verdict | TextVerdicts]:
+        found = self.check.judge(files)
+        self._notes.release()
+        return found
 
-    def _texts_of(self, items: Iterable[Item]) -> Iterable[str]:
-        for item in items:
-            for variant in range(self.variants if possible_variants(item, limit=2) > 1 else 1):
-                yield self.text_of(item, variant)
-
-    @cached_property
-    def _texts(self) -> tuple[str, ...]:
-        return _unique(text for file in self._files for text in file.texts)
-
-    @property
-    def _ingredients(self) -> dict[str, object]:
-        recipe = self.recipe
-        return {
-            "arch": recipe.arch,
-            "model": recipe.encoder_fingerprint,
-            "dtype": recipe.dtype,
-            "settings": dict(recipe.settings),
-        }
-
-    def _bytes(self, text: str) -> int:
-        length = len(text.encode("utf-8", errors="surrogatepass"))
-        return (length // CHARACTER_BYTES_PER_TOKEN + 2) * self.recipe.bytes_per_token
+    def _by_text(self, users: Users, found: Verdict | TextVerdicts) -> Judged:
+        file = self._files.file(users)
+        return file, found.by_text if isinstance(found, TextVerdicts) else dict.fromkeys(file.texts, found)
 
     def _place(self) -> str:
         if not self.on_disk:
             return "in memory"
         return "beside the images" if self.cache_dir is None else str(self.cache_dir)
 
-    # what is there
+    def _forget(self) -> None:
+        """What was read or judged before may be made again."""
+        self._hot = HotTensors()
+        self._state = None
 
-    def _judge(self, files: Sequence[_File]) -> list[tuple[_File, dict[str, Verdict]]]:
-        with ThreadPoolExecutor(CHECKERS) as pool:
-            if not self.skip_check:
-                self.tensor_check.choose([file.path for file in files], pool)
-            return list(pool.map(lambda file: (file, self._verdicts(file)), files))
-
-    def _judge_memory(self) -> tuple[_File, dict[str, Verdict]]:
-        file = _File(Path(), self._texts, (), 0, "")
-        return file, {text: VALID if text in self._memory else MISSING for text in self._texts}
-
-    def _verdicts(self, file: _File) -> dict[str, Verdict]:
-        """Of each text that the run needs of this file."""
-        header, verdict = self._header(file.path)
-        if header is None or verdict.kind == "damaged":
-            return dict.fromkeys(file.texts, verdict)
-        try:
-            stored = _stored_texts(header)
-            captions = json.loads(header.metadata["captions"])
-        except (KeyError, TypeError, ValueError):
-            return dict.fromkeys(file.texts, Verdict("damaged", "its description is broken"))
-        present = {text for text in file.texts if stored.get(text_hash(text)) == text}
-        if self.skip_check and present == set(file.texts):
-            return dict.fromkeys(file.texts, VALID)
-        if not verdict.valid:
-            return dict.fromkeys(file.texts, verdict)
-        absent = MISSING if not file.captions else Verdict("stale", _why_absent(file, captions))
-        broken = self._broken(header, present)
-        return {text: broken.get(text, VALID) if text in present else absent for text in file.texts}
-
-    def _broken(self, header: SafetensorsHeader, texts: Collection[str]) -> dict[str, Verdict]:
-        """Those of the file's texts whose tensors are damaged."""
-        text_by_hash = {text_hash(text): text for text in texts}
-        names = [name for name in header.tensors if name.partition("/")[0] in text_by_hash]
-        found = self.tensor_check.broken(header, names)
-        return {text_by_hash[name.partition("/")[0]]: Verdict("damaged", reason) for name, reason in found.items()}
-
-    def _header(self, path: Path) -> tuple[SafetensorsHeader | None, Verdict]:
-        if not path.is_file():
-            return None, MISSING
-        try:
-            header = read_header(path)
-        except CheckpointError as error:
-            return None, unreadable(path, error)
-        return header, check_header(header, Wanted(ingredients=self._ingredients), hashes=SourceHashes())
+    def _save_notes(self) -> None:
+        if not self.skip_check:  # what was not checked is not noted
+            self._notes.save()
 
     # making what is not there
 
@@ -321,33 +279,40 @@ class TextCache:
                         shown.update(1)
         return wanted, total - wanted
 
-    def _share(self, groups: Sequence[Sequence[str]], gather: Gather | None, *, processes: int) -> None:
-        own = {text: self._memory[text] for group in groups for text in group}
+    def _share(self, texts: Iterable[str], gather: Gather | None, *, processes: int) -> None:
+        own = {text: self._memory[text] for text in texts}
         for text, tensors in shared(own, gather, processes=processes, round_bytes=self.round_bytes):
             self._memory.setdefault(text, tensors)
 
     def _fill_files(
-        self, encode: Encode, groups: Sequence[Sequence[str]], *, bar: Callable[..., Any], share: Sequence[_File]
+        self, encode: Encode, groups: Sequence[Sequence[str]], *, bar: Callable[..., Any], share: Sequence[Users]
     ) -> tuple[int, int]:
-        judged = self._judge(share)
+        judged = [self._by_text(users, found) for users, found in zip(share, self._judge(share), strict=True)]
         report_stale("text", _stale(judged))
-        gaps = {file: _gaps(file, verdicts) for file, verdicts in judged}
-        gaps = {file: texts for file, texts in gaps.items() if texts}
+        gaps = {file: texts for file, verdicts in judged if (texts := _gaps(file, verdicts))}
         wanted = sum(len(texts) for texts in gaps.values())
         if gaps:
             if self.cache_dir is not None:
                 make_folder(self.cache_dir)
-            with bar(total=wanted) as shown:
-                self._encode_files(encode, groups, gaps=gaps, on_written=shown.update)
-        return wanted, sum(len(file.texts) for file in share) - wanted
+            try:
+                with bar(total=wanted) as shown:
+                    self._encode_files(encode, groups, gaps=gaps, on_written=shown.update)
+            finally:
+                self._save_notes()
+        return wanted, sum(len(file.texts) for file, _ in judged) - wanted
 
     def _encode_files(
-        self, encode: Encode, groups: Sequence[Sequence[str]], *, gaps: dict[_File, set[str]], on_written: Callable[[int], object]
+        self,
+        encode: Encode,
+        groups: Sequence[Sequence[str]],
+        *,
+        gaps: dict[TextFile, set[str]],
+        on_written: Callable[[int], object],
     ) -> None:
         """Goes through the texts group by group and writes each file as soon as its last text is there."""
         entries = [text for texts in gaps.values() for text in texts]
         assembly = _Assembly(gaps)
-        bytes_each = sum(map(self._bytes, entries)) / len(entries)
+        bytes_each = sum(map(self._files.text_bytes, entries)) / len(entries)
         with CacheWriter("texts", total=len(entries), bytes_each=bytes_each, on_written=on_written) as writer:
             for group in groups:
                 if not assembly.needs(group):
@@ -367,33 +332,79 @@ class TextCache:
         # clones, no views: a text that is kept must not hold its whole group in memory
         return [{name: tensor.detach().clone() for name, tensor in part.cache_tensors().items()} for part in parts]
 
-    def _write(self, file: _File, made: dict[str, Tensors]) -> None:
-        kept = self._kept(file, made)
-        texts = {**made, **kept}
+    def _write(self, file: TextFile, made: dict[str, Tensors]) -> None:
+        texts = {**made, **self._kept(file, made)}
         tensors = {f"{text_hash(text)}/{name}": tensor for text, parts in texts.items() for name, tensor in parts.items()}
         details = {
             "texts": json.dumps({text_hash(text): text for text in texts}, ensure_ascii=False),
             "captions": json.dumps(file.captions, ensure_ascii=False),
         }
-        write_cache_file(file.path, tensors, ingredients=self._ingredients, details=details)
+        write_cache_file(Path(file.path), tensors, ingredients=self._files.ingredients, details=details)
+        if set(file.texts) <= set(texts):
+            self.check.note_written(self._files.asked(file.items), ())
 
-    def _kept(self, file: _File, made: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    def _kept(self, file: TextFile, made: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """The texts of the old file that stay: those in use, and a few that are not. A damaged one is dropped."""
-        header, verdict = self._header(file.path)
-        if header is None or not verdict.valid:
+        try:
+            with TensorFile(file.path) as opened:
+                if not self._files.open_header(opened).valid:
+                    return {}
+                stored = [text for text in stored_texts(opened).values() if text not in made]
+        except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):  # missing, or damaged
             return {}
-        stored = [text for text in _stored_texts(header).values() if text not in made]
         unused = [text for text in stored if text not in file.texts][: file.keep_unused]
-        return _read_texts(file.path, [text for text in stored if text in file.texts or text in unused])
+        return read_texts(file.path, [text for text in stored if text in file.texts or text in unused])
+
+    # what another program made
+
+    def _all_gaps(self, share: Sequence[Users]) -> dict[TextFile, list[str]]:
+        """The texts of each file that are not there; in memory each text once."""
+        if self.on_disk:
+            judged = [self._by_text(users, found) for users, found in zip(share, self._judge(share), strict=True)]
+            return {file: [text for text, verdict in texts.items() if not verdict.valid] for file, texts in judged}
+        files = [self._files.file(users) for users in share]
+        first = {text: file for file in reversed(files) for text in file.texts if text not in self._memory}
+        return {file: [text for text in file.texts if first.get(text) is file] for file in files}
+
+    def _read_foreign(self, read: ReadForeign, gap: tuple[TextFile, list[str]]) -> tuple[dict[str, Tensors], list[str]]:
+        """The texts of a file that were found and fit, and why the others are not there."""
+        file, texts = gap
+        made: dict[str, Tensors] = {}
+        refused = []
+        for text in texts:
+            found = read(self._files.item_of(file.items, text), text)
+            found = found if isinstance(found, str) else self._fitting(found)
+            if isinstance(found, str):
+                refused.append(found)
+            else:
+                made[text] = found
+        return made, refused
+
+    def _fitting(self, tensors: Tensors) -> Tensors | str:
+        """The tensors as an entry has them, or why they cannot be one."""
+        import torch
+
+        dtype = getattr(torch, self.recipe.dtype)
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in cast.items() if tensor.is_floating_point()}
+        return misfit(cast, shapes) or cast
+
+    def _keep(self, file: TextFile, made: dict[str, Tensors]) -> None:
+        if self.on_disk:
+            self._write(file, made)
+        else:
+            self._memory.update(made)
+
+    # what is wrong
 
     def _check_finite(self, text: str, tensors: Tensors) -> None:
         import torch
 
         bad = [name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
         if bad:
-            about = next(file.about for file in self._files if text in file.texts)
+            about = next(file.about for file in map(self._files.file, self._files.all) if text in file.texts)
             raise DatasetError(
-                f"the text encoder gives values that are not finite ({', '.join(bad)}) for the text {_shortened(text)} of "
+                f"the text encoder gives values that are not finite ({', '.join(bad)}) for the text {shortened(text)} of "
                 f"{about}: look for a damaged text encoder file, or try another --mixed_precision"
             )
 
@@ -401,10 +412,10 @@ class TextCache:
 class _Assembly:
     """Puts encoded texts together to files. Holds a text no longer than a file waits for it."""
 
-    def __init__(self, gaps: Mapping[_File, set[str]]):
+    def __init__(self, gaps: Mapping[TextFile, set[str]]):
         self._waiting = {file: set(texts) for file, texts in gaps.items()}
-        self._made: dict[_File, dict[str, Tensors]] = {file: {} for file in gaps}
-        self._files_of: dict[str, list[_File]] = {}
+        self._made: dict[TextFile, dict[str, Tensors]] = {file: {} for file in gaps}
+        self._files_of: dict[str, list[TextFile]] = {}
         for file, texts in gaps.items():
             for text in texts:
                 self._files_of.setdefault(text, []).append(file)
@@ -412,7 +423,7 @@ class _Assembly:
     def needs(self, texts: Iterable[str]) -> bool:
         return any(text in self._files_of for text in texts)
 
-    def add(self, text: str, tensors: Tensors) -> list[tuple[_File, dict[str, Tensors]]]:
+    def add(self, text: str, tensors: Tensors) -> list[tuple[TextFile, dict[str, Tensors]]]:
         """The files that this text completes."""
         complete = []
         for file in self._files_of.pop(text, []):
@@ -423,64 +434,18 @@ class _Assembly:
         return complete
 
 
-def text_hash(text: str) -> str:
-    """Names a text inside a cache file. A text from a file's name need not be valid Unicode: each has a hash of its own."""
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:HASH_DIGITS]
-
-
-def _unique(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
-
-
-def _share_of(files: Sequence[_File], rank: int, processes: int) -> Sequence[_File]:
+def _share_of(files: Sequence[Users], rank: int, processes: int) -> Sequence[Users]:
     return files[len(files) * rank // processes : len(files) * (rank + 1) // processes]
 
 
-def _stored_texts(header: SafetensorsHeader) -> dict[str, str]:
-    """{hash: text} of the texts whose tensors are in the file."""
-    present = {name.partition("/")[0] for name in header.tensors}
-    return {key: text for key, text in json.loads(header.metadata["texts"]).items() if key in present}
-
-
-def _why_absent(file: _File, captions: Sequence[str]) -> str:
-    return "caption settings or variants changed" if set(file.captions) <= set(captions) else "caption changed"
-
-
-def _gaps(file: _File, verdicts: Mapping[str, Verdict]) -> set[str]:
+def _gaps(file: TextFile, verdicts: Mapping[str, Verdict]) -> set[str]:
     """The texts to encode. Where a file is written anew anyway, what it keeps is read first: a damaged text is encoded again."""
     gaps = {text for text, verdict in verdicts.items() if not verdict.valid}
     valid = [text for text in verdicts if text not in gaps]
     if gaps and valid:
-        gaps |= set(valid) - set(_read_texts(file.path, valid))
+        gaps |= set(valid) - set(read_texts(file.path, valid))
     return gaps
 
 
-def _read_texts(path: Path, texts: Iterable[str]) -> dict[str, Tensors]:
-    """The texts that can be read."""
-    found: dict[str, Tensors] = {}
-    for text in texts:
-        with suppress(DatasetError):
-            found[text] = _read_text(path, text)
-    return found
-
-
-def _read_text(path: Path, text: str, *, read: Read = read_cache_tensors) -> Tensors:
-    start = text_hash(text) + "/"
-    tensors = read(path, lambda name: name.startswith(start))
-    if not tensors:
-        raise DatasetError(f"the cache file {path} has no entry for the text {_shortened(text)}: start again, it will be added")
-    return {name[len(start) :]: tensor for name, tensor in tensors.items()}
-
-
-def _stale(judged: Sequence[tuple[_File, Mapping[str, Verdict]]]) -> tuple[tuple[Path, str], ...]:
-    return tuple((f.path, v.line) for f, verdicts in judged for v in verdicts.values() if v.kind in ("stale", "damaged"))
-
-
-def _progress_bar(*, total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="caching text", unit="text", disable=not shown or total == 0)
-
-
-def _shortened(text: str) -> str:
-    return f'"{text}"' if len(text) <= 60 else f'"{text[:57]}..."'
+def _stale(judged: Iterable[Judged]) -> list[tuple[Path, str]]:
+    return [(Path(f.path), v.line) for f, verdicts in judged for v in verdicts.values() if v.kind in ("stale", "damaged")]

@@ -8,13 +8,16 @@ twice against memory: once as mapped pages, once as the model.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from library.errors import CheckpointError
 from library.files.atomic import write_atomically
@@ -27,6 +30,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 # sizes in bytes; the names are the format's
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
                "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+HEAD_BYTES = 4096  # of a small file's header, and more: one read
 FINGERPRINT_CHUNKS = 64
 FINGERPRINT_CHUNK_BYTES = 65536
 
@@ -50,46 +54,126 @@ class SafetensorsHeader:
 
 def read_header(path: Path) -> SafetensorsHeader:
     """Reads and checks the header; needs no torch. Raises CheckpointError for a missing, damaged or truncated file."""
+    with TensorFile(path) as file:
+        return SafetensorsHeader(path, file.tensors(), file.metadata)
+
+
+class TensorFile:
+    """An open safetensors file, for reading a few tensors of a small file with little effort: the header comes with one read,
+    and only what is asked for is looked at. Needs no torch. Use with ``with``.
+
+    Raises CheckpointError for a missing, damaged or truncated file.
+    """
+
+    __slots__ = ("_data_start", "_entries", "_file", "metadata", "path", "stat")
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        try:
+            self._file = io.FileIO(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        try:
+            self.stat = os.fstat(self._file.fileno())
+            self._entries, self._data_start = self._read_header()
+        except OSError as error:
+            self._file.close()
+            raise _unreadable(path, error) from error
+        except BaseException:
+            self._file.close()
+            raise
+        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises KeyError where there is no such tensor."""
+        try:
+            found = _tensor_info(self.path, name, self._entries[name], self._data_start)
+        except (TypeError, ValueError) as error:
+            raise _damaged(self.path) from error
+        if found.end > self.stat.st_size:
+            raise _truncated(self.path, self.stat.st_size, found.end)
+        return found
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All of them, each checked."""
+        try:
+            found = {name: _tensor_info(self.path, name, entry, self._data_start) for name, entry in self._entries.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(self.path) from error
+        expected = max((info.end for info in found.values()), default=self._data_start)
+        if expected > self.stat.st_size:
+            raise _truncated(self.path, self.stat.st_size, expected)
+        return found
+
+    def read(self, info: TensorInfo) -> bytearray:
+        """The bytes of one tensor. Raises OSError, or CheckpointError where the file is shorter by now."""
+        data = bytearray(info.end - info.start)
+        self._file.seek(info.start)
+        _read_fully(self._file, memoryview(data), self.path)
+        return data
+
+    def _read_header(self) -> tuple[dict, int]:
+        path, size = self.path, self.stat.st_size
+        head = self._file.read(HEAD_BYTES) or b""
+        if len(head) < 8:
+            raise CheckpointError(f"{path} is not a safetensors file: it has only {size} bytes")
+        (length,) = struct.unpack_from("<Q", head)
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(path)
+        if length > size - 8:
+            raise CheckpointError(f"{path} is truncated inside its header; copy or download it again")
+        if len(head) < 8 + length:
+            rest = bytearray(8 + length - len(head))
+            _read_fully(self._file, memoryview(rest), path)
+            head += rest
+        return _parsed_header(path, head[8 : 8 + length]), 8 + length
+
+
+def tensor_of(info: TensorInfo, data: bytearray) -> Tensor:
+    """The tensor that ``data`` holds; it shares the memory."""
+    import torch
+
+    dtype = torch_dtypes()[info.dtype]
+    if not data:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+
+
+def _parsed_header(path: str | Path, text: bytes) -> dict:
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            raw, data_start = _raw_header(path, file, size)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    metadata = raw.pop("__metadata__", {})
-    try:
-        tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in raw.items()}
-    except (KeyError, TypeError, ValueError) as error:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path) from error
-    expected = max((info.end for info in tensors.values()), default=data_start)
-    if expected > size:
-        raise CheckpointError(f"{path} is truncated: it has {size:,} bytes of {expected:,}; copy or download it again")
-    return SafetensorsHeader(path, tensors, metadata)
-
-
-def _raw_header(path: Path, file: BinaryIO, size: int) -> tuple[dict, int]:
-    start = file.read(8)
-    if len(start) < 8:
-        raise CheckpointError(f"{path} is not a safetensors file: it has only {size} bytes")
-    (length,) = struct.unpack("<Q", start)
-    if length > MAX_HEADER_BYTES:
+    if not isinstance(raw, dict) or not isinstance(raw.get("__metadata__", {}), dict):
         raise _damaged(path)
-    if length > size - 8:
-        raise CheckpointError(f"{path} is truncated inside its header; copy or download it again")
-    try:
-        raw = json.loads(file.read(length))
-    except ValueError as error:
-        raise _damaged(path) from error
-    if not isinstance(raw, dict):
-        raise _damaged(path)
-    return raw, 8 + length
+    return raw
 
 
-def _damaged(path: Path) -> CheckpointError:
+def _unreadable(path: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read {path}: {error.strerror}")
+
+
+def _truncated(path: str | Path, size: int, expected: int) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated: it has {size:,} bytes of {expected:,}; copy or download it again")
+
+
+def _damaged(path: str | Path) -> CheckpointError:
     return CheckpointError(f"{path} is not a safetensors file, or its header is damaged; copy or download it again")
 
 
-def _tensor_info(path: Path, name: str, entry: dict, data_start: int) -> TensorInfo:
+def _tensor_info(path: str | Path, name: str, entry: dict, data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(int(side) for side in entry["shape"])
     count = 1
@@ -97,7 +181,7 @@ def _tensor_info(path: Path, name: str, entry: dict, data_start: int) -> TensorI
         count *= side
     if entry["dtype"] not in DTYPE_BYTES:
         raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {entry['dtype']}")
-    if end - begin != count * DTYPE_BYTES[entry["dtype"]]:
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != count * DTYPE_BYTES[entry["dtype"]]:
         raise ValueError(name)
     return TensorInfo(entry["dtype"], shape, data_start + begin, data_start + end)
 
@@ -112,7 +196,7 @@ def read_tensors(header: SafetensorsHeader, names: Iterable[str] | None = None) 
     dtypes = torch_dtypes()
     wanted = set(header.tensors if names is None else names)
     in_file_order = sorted((info.start, name) for name, info in header.tensors.items() if name in wanted)
-    with header.path.open("rb", buffering=0) as file:
+    with io.FileIO(header.path) as file:
         for start, name in in_file_order:
             info = header.tensors[name]
             buffer = torch.empty(info.end - info.start, dtype=torch.uint8)  # aligned, which a bytearray need not be
@@ -121,15 +205,16 @@ def read_tensors(header: SafetensorsHeader, names: Iterable[str] | None = None) 
             yield name, buffer.view(dtypes[info.dtype]).reshape(info.shape)
 
 
-def _read_fully(file: BinaryIO, view: memoryview, path: Path) -> None:
+def _read_fully(file: io.RawIOBase, view: memoryview, path: str | Path) -> None:
     done = 0
     while done < len(view):
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]  # raw files have it
+        got = file.readinto(view[done:])
         if not got:
             raise CheckpointError(f"{path} ended while it was read: was it replaced or truncated?")
         done += got
 
 
+@cache
 def torch_dtypes() -> dict[str, torch.dtype]:
     """The format's dtype names -> torch dtypes."""
     import torch

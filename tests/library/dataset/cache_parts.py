@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from library.dataset import cache_file, cache_notes, image_records
+from library.dataset.image_records import sha256_of
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.dataset.latent_cache import LatentCache, LatentRecipe
 from library.dataset.text_cache import TextCache, TextRecipe
@@ -139,6 +141,28 @@ def text_cache(
     training_set: TrainingSet, *, on_disk: bool = True, recipe: TextRecipe = TEXT_RECIPE, **settings: Any
 ) -> TextCache:
     return TextCache(training_set, recipe, conditioning_type=TinyConditioning, on_disk=on_disk, **settings)
+
+
+def settle(monkeypatch: Any) -> None:
+    """As if every file were older than the steps in which file systems count time."""
+    monkeypatch.setattr(cache_notes, "SETTLED_NS", -1)
+
+
+def watch_hashing(monkeypatch: Any) -> list[Path]:
+    """The files whose bytes are hashed from now on."""
+    hashed: list[Path] = []
+
+    def watched(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of(path)
+
+    for module in (cache_file, image_records):
+        monkeypatch.setattr(module, "sha256_of", watched)
+    return hashed
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def main() -> None:

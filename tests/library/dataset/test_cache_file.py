@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import struct
 import subprocess
 import sys
 import time
@@ -12,23 +14,25 @@ import pytest
 import torch
 
 from library.dataset import cache_file
-from library.dataset.cache_check import broken_tensors
 from library.dataset.cache_file import (
     DamagedCacheError,
-    SourceHashes,
+    Verdict,
     Wanted,
-    cache_path,
-    check,
+    broken_tensors,
+    check_header,
+    checksum,
     clean_left_overs,
     load_cache_tensors,
-    note_source,
     read_cache_tensors,
+    tensor_bytes,
+    unreadable,
     write_cache_file,
 )
-from library.errors import DatasetError
-from library.files.safetensors_file import read_header, save_safetensors
+from library.dataset.image_records import SourceHashes
+from library.errors import CheckpointError, DatasetError
+from library.files.safetensors_file import TensorFile, read_header, save_safetensors
 
-INGREDIENTS = {"arch": "tiny", "model": "m1", "dtype": "bfloat16", "bucket": (64, 64), "crop": (0, 0), "interpolation": ""}
+INGREDIENTS = {"arch": "tiny", "model": "m1", "dtype": "bfloat16", "bucket": [64, 64], "crop": [0, 0], "interpolation": ""}
 
 
 @pytest.fixture
@@ -39,20 +43,37 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cached(image: Path) -> Path:
-    path = cache_path(image, "64x64.tiny-latents", None)
-    tensors = {"latents": torch.arange(6).reshape(2, 3).to(torch.bfloat16)}
-    write_cache_file(path, tensors, ingredients=INGREDIENTS, source=SourceHashes().identity(image))
+def mask(tmp_path: Path) -> Path:
+    path = tmp_path / "a mask.png"
+    path.write_bytes(b"white")
     return path
 
 
-def wanted(image: Path, **changes: object) -> Wanted:
-    return Wanted(ingredients={**INGREDIENTS, **changes}, source=image, tensors=("latents",))
+@pytest.fixture
+def cached(image: Path, mask: Path) -> Path:
+    path = image.with_name("a.png.64x64.tiny-latents.safetensors")
+    tensors = {"latents": torch.arange(6).reshape(2, 3).to(torch.bfloat16), "mask": torch.ones(1, 1)}
+    sources = {"image": SourceHashes().identity(image), "mask": SourceHashes().identity(mask)}
+    write_cache_file(path, tensors, ingredients=INGREDIENTS, sources=sources)
+    return path
 
 
-def test_what_was_written_is_valid_and_keeps_its_dtype(image: Path, cached: Path) -> None:
-    assert cached.name == "a.png.64x64.tiny-latents.safetensors"
-    assert check(cached, wanted(image)).kind == "valid"
+def check(path: Path, image: Path, *, suspect: bool = False, mask: Path | str | None = None, **changes: object) -> Verdict:
+    sources = {"image": image, **({"mask": mask} if isinstance(mask, Path) else {})}
+    ingredients = {**INGREDIENTS, **({"mask": mask} if isinstance(mask, str) else {}), **changes}
+    tensors = ("latents",) if mask is None else ("latents", "mask")
+    try:
+        with TensorFile(path) as file:
+            file.tensors()
+            wanted = Wanted(ingredients=ingredients, sources=sources, tensors=tensors)
+            return check_header(file, wanted, identify=SourceHashes().identity, suspect=suspect)
+    except CheckpointError as error:
+        return unreadable(path, error)
+
+
+def test_what_was_written_is_valid_and_keeps_its_dtype(image: Path, cached: Path, mask: Path) -> None:
+    assert check(cached, image).valid
+    assert check(cached, image, mask=mask).valid
     tensor = read_cache_tensors(cached, ["latents"])["latents"]
     assert tensor.dtype == torch.bfloat16
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -63,34 +84,67 @@ def test_what_was_written_is_valid_and_keeps_its_dtype(image: Path, cached: Path
     [
         ({"model": "m2"}, "model changed"),
         ({"dtype": "float32"}, "dtype changed"),
-        ({"bucket": (64, 128)}, "size changed"),
-        ({"crop": (0, 1)}, "size changed"),
+        ({"bucket": [64, 128]}, "size changed"),
+        ({"crop": [0, 1]}, "size changed"),
         ({"arch": "other"}, "made for another architecture"),
         ({"interpolation": "area"}, "resize interpolation changed"),
+        ({"mask": "alpha"}, "mask changed"),
     ],
 )
 def test_a_changed_ingredient_is_named(image: Path, cached: Path, change: dict[str, object], reason: str) -> None:
-    verdict = check(cached, wanted(image, **change))
-    assert (verdict.kind, verdict.reason) == ("stale", reason)
+    assert check(cached, image, **change) == Verdict("stale", reason)  # type: ignore[arg-type]
 
 
 def test_an_image_with_other_bytes_is_stale(image: Path, cached: Path) -> None:
     image.write_bytes(image.read_bytes().swapcase())  # same size
     os.utime(image, ns=(1, 1))
-    assert check(cached, wanted(image)).reason == "image changed"
+    assert check(cached, image).reason == "image changed"
     image.write_bytes(b"other size")
-    assert check(cached, wanted(image)).reason == "image changed"
+    assert check(cached, image).reason == "image changed"
 
 
-def test_a_touched_image_stays_valid_and_its_new_time_can_be_noted(image: Path, cached: Path) -> None:
-    before = read_cache_tensors(cached, ["latents"])["latents"]
+def test_a_mask_with_other_bytes_is_stale_only_where_it_is_wanted(image: Path, cached: Path, mask: Path) -> None:
+    mask.write_bytes(b"black")
+    os.utime(mask, ns=(1, 1))
+    assert check(cached, image, mask=mask) == Verdict("stale", "mask changed")
+    assert check(cached, image).valid
+
+
+def test_a_mask_that_was_not_stored_is_asked_for_by_name(image: Path, cached: Path, mask: Path) -> None:
+    write_cache_file(
+        cached, {"latents": torch.ones(2)}, ingredients=INGREDIENTS, sources={"image": SourceHashes().identity(image)}
+    )
+    for wanted in (mask, "alpha"):
+        assert check(cached, image, mask=wanted) == Verdict("stale", "has no mask")
+    assert check(cached, image, mask="alpha", model="m2") == Verdict("stale", "model changed")
+
+
+def test_a_mask_of_the_alpha_channel_is_not_one_of_a_file(image: Path, cached: Path, mask: Path) -> None:
+    identity = {"image": SourceHashes().identity(image)}
+    write_cache_file(
+        cached, {"latents": torch.ones(2), "mask": torch.ones(1)}, ingredients={**INGREDIENTS, "mask": "alpha"}, sources=identity
+    )
+    assert check(cached, image, mask="alpha").valid
+    assert check(cached, image, mask=mask) == Verdict("stale", "mask changed")
+
+
+def test_bytes_under_an_old_time_are_seen_by_who_suspects_them(image: Path, cached: Path) -> None:
+    time_ns = image.stat().st_mtime_ns
+    image.write_bytes(image.read_bytes().swapcase())
+    os.utime(image, ns=(time_ns, time_ns))
+    assert check(cached, image).valid
+    assert check(cached, image, suspect=True) == Verdict("stale", "image changed")
+
+
+def test_a_touched_image_stays_valid(image: Path, cached: Path) -> None:
     os.utime(image, ns=(5, 5))
-    verdict = check(cached, wanted(image))
-    assert verdict.valid
-    assert verdict.touched
-    note_source(cached, SourceHashes().identity(image))
-    assert not check(cached, wanted(image)).touched
-    assert torch.equal(read_cache_tensors(cached, ["latents"])["latents"], before)
+    assert check(cached, image).valid
+
+
+def test_a_vanished_image_is_named(image: Path, cached: Path) -> None:
+    image.unlink()
+    with pytest.raises(DatasetError, match=r"a\.png.*moved or deleted"):
+        check(cached, image)
 
 
 def test_an_unchanged_image_is_not_read_again(image: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,29 +152,69 @@ def test_an_unchanged_image_is_not_read_again(image: Path, cached: Path, monkeyp
         raise AssertionError("the image was hashed")
 
     monkeypatch.setattr(SourceHashes, "identity", refuse)
-    assert check(cached, wanted(image)).valid
+    assert check(cached, image).valid
 
 
-def test_missing_truncated_garbage_and_foreign_files(image: Path, cached: Path) -> None:
-    assert check(cached.with_name("nothing"), wanted(image)).kind == "missing"
+def test_truncated_garbage_and_foreign_files(image: Path, cached: Path) -> None:
     data = cached.read_bytes()
     cached.write_bytes(data[:-3])
-    assert check(cached, wanted(image)).line == "damaged: truncated"
+    assert check(cached, image).line == "damaged: truncated"
     cached.write_bytes(data[:40])
-    assert check(cached, wanted(image)).line == "damaged: truncated"
+    assert check(cached, image).line == "damaged: truncated"
     cached.write_bytes(b"")
-    assert check(cached, wanted(image)).line == "damaged: not a readable cache file"
+    assert check(cached, image).line == "damaged: not a readable cache file"
     cached.write_bytes(b"\xff" * 100)
-    assert check(cached, wanted(image)).line == "damaged: not a readable cache file"
+    assert check(cached, image).line == "damaged: not a readable cache file"
     save_safetensors(cached, {"latents": torch.zeros(1)})
-    assert check(cached, wanted(image)).reason == "made by another version of this program"
+    assert check(cached, image).reason == "made by another version of this program"
 
 
 def test_a_description_that_does_not_match_its_fingerprint_is_damaged(image: Path, cached: Path) -> None:
     header = read_header(cached)
     edited = {**json.loads(header.metadata["ingredients"]), "model": "m2"}
     save_safetensors(cached, {"latents": torch.zeros(1)}, {**header.metadata, "ingredients": json.dumps(edited)})
-    assert check(cached, wanted(image, model="m2")).line == "damaged: its description is broken"
+    assert check(cached, image, model="m2").line == "damaged: its description is broken"
+
+
+@pytest.mark.parametrize("count", [0, 3, 256, 257, 2 * 256, 20 * 256 + 5])
+def test_every_flipped_bit_and_every_moved_block_changes_the_checksum(count: int) -> None:
+    rng = random.Random(count)
+    data = bytearray(rng.randbytes(8 * count + count % 8))
+    before = checksum(data)
+    assert checksum(bytes(data)) == before
+    for _ in range(min(len(data), 200)):
+        place, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+        data[place] ^= bit
+        assert checksum(data) != before
+        data[place] ^= bit
+    if count > 1000:
+        assert checksum(data[4096:8192] + data[:4096] + data[8192:]) != before  # two pages of a disk
+        assert checksum(data[8:16] + data[:8] + data[16:]) != before
+        assert checksum(bytes(4096) + data[4096:]) != before
+
+
+def test_the_checksum_of_a_tensor_is_that_of_its_bytes() -> None:
+    tensor = torch.arange(12, dtype=torch.int16).reshape(3, 4)
+    assert checksum(tensor_bytes(tensor.T)) == checksum(struct.pack("<12h", *tensor.T.flatten().tolist()))
+
+
+def test_the_damaged_tensor_is_found_by_name(tmp_path: Path) -> None:
+    path, names = tmp_path / "a.safetensors", ("latents", "latents_flipped")
+    tensors = {name: torch.arange(6000, dtype=torch.int32) + place for place, name in enumerate(names)}
+    write_cache_file(path, tensors, ingredients={"arch": "tiny"})
+    with TensorFile(path) as file:
+        assert broken_tensors(file, names) == {}
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with TensorFile(path) as file:
+        assert broken_tensors(file, names) == {"latents_flipped": cache_file.CHANGED_BYTES}
+        assert broken_tensors(file, ["latents"]) == {}
+        path.write_bytes(data[:-10])
+        assert broken_tensors(file, ["latents_flipped"]) != {}
+        for noted in ("no json", "[]", '{"latents": 1}'):
+            file.metadata["checksums"] = noted
+            assert broken_tensors(file, names)
 
 
 @pytest.fixture
@@ -131,20 +225,32 @@ def with_flipped_bit(cached: Path) -> Path:
     return cached
 
 
-def test_flipped_bits_are_found_when_the_tensor_is_read(image: Path, with_flipped_bit: Path) -> None:
-    assert check(with_flipped_bit, wanted(image)).valid  # the header alone cannot tell
-    verdict = check(with_flipped_bit, wanted(image), broken=broken_tensors)
-    assert verdict.line == "damaged: the bytes of its tensors are not those that were written"
-    with pytest.raises(DamagedCacheError, match="the bytes of latents are not those"):
+def test_flipped_bits_are_found_when_the_tensor_is_read(with_flipped_bit: Path) -> None:
+    with pytest.raises(DamagedCacheError, match=r"a\.png\.64x64.*damaged \(the bytes of latents are not"):
         read_cache_tensors(with_flipped_bit, ["latents"])
     assert with_flipped_bit.is_file()
-
-
-def test_training_deletes_a_damaged_file_and_says_so(image: Path, with_flipped_bit: Path) -> None:
-    with pytest.raises(DatasetError, match="deleted and will be made again at the next start") as caught:
+    with pytest.raises(DatasetError, match="deleted and will be made again at the next start"):
         load_cache_tensors(with_flipped_bit, ["latents"])
-    assert str(with_flipped_bit) in str(caught.value)
-    assert check(with_flipped_bit, wanted(image)).kind == "missing"
+    assert not with_flipped_bit.exists()
+
+
+def test_checksums_are_compared_once_as_long_as_the_file_stays_the_same(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: set[int] = set()
+    counted: list[int] = []
+    monkeypatch.setattr(cache_file, "checksum", lambda data: counted.append(len(data)) or checksum(data))
+    for _ in range(3):
+        load_cache_tensors(cached, ["latents"], compared=compared)
+    assert counted == [12]
+    load_cache_tensors(cached, ["mask"], compared=compared)
+    assert counted == [12, 4]
+    time_ns = cached.stat().st_mtime_ns
+    time.sleep(0.02)  # past the clock's step
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.write_bytes(data)
+    os.utime(cached, ns=(time_ns, time_ns))
+    with pytest.raises(DatasetError, match="deleted"):
+        load_cache_tensors(cached, ["latents"], compared=compared)
 
 
 def test_a_damaged_file_that_cannot_be_deleted_is_left_to_the_user(
@@ -171,7 +277,7 @@ def test_a_failing_disk_damages_a_file_and_too_many_open_files_do_not(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache_file, "read_tensors", fail)
+    monkeypatch.setattr(TensorFile, "read", fail)
     with pytest.raises(DatasetError, match=os.strerror(number)):
         load_cache_tensors(cached, ["latents"])
     assert cached.is_file() != damaged
@@ -186,19 +292,6 @@ def test_a_vanished_file_is_named_when_it_is_read(cached: Path) -> None:
 def test_an_empty_tensor_survives(tmp_path: Path) -> None:
     write_cache_file(tmp_path / "x.safetensors", {"rows": torch.empty(0, 4)}, ingredients=INGREDIENTS)
     assert read_cache_tensors(tmp_path / "x.safetensors", ["rows"])["rows"].shape == (0, 4)
-
-
-def test_a_cache_folder_keeps_equal_names_of_two_folders_apart(tmp_path: Path) -> None:
-    paths = [cache_path(tmp_path / folder / "a.png", "64x64.tiny-latents", tmp_path / "cache") for folder in ("one", "two")]
-    assert paths[0] != paths[1]
-    assert {path.parent for path in paths} == {tmp_path / "cache"}
-
-
-def test_a_very_long_name_is_shortened_and_stays_unique(tmp_path: Path) -> None:
-    long = [cache_path(tmp_path / ("ü" * 120 + f"{n}.png"), "1024x1024.tiny-latents", None) for n in (1, 2)]
-    assert long[0] != long[1]
-    write_cache_file(long[0], {"latents": torch.zeros(2)}, ingredients=INGREDIENTS)
-    assert read_cache_tensors(long[0], ["latents"])["latents"].shape == (2,)
 
 
 def test_only_dead_processes_left_overs_are_removed(tmp_path: Path) -> None:

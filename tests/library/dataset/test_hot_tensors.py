@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from library.dataset.hot_tensors import HotTensors
+from library.dataset.hot_tensors import ENTRY_BYTES, HotTensors
 
 
 def test_what_fits_is_read_once_and_the_rest_each_time():
@@ -12,11 +12,11 @@ def test_what_fits_is_read_once_and_the_rest_each_time():
 
     def read(key: str, count: int):
         reads.append(key)
-        return {"a": torch.zeros(count, dtype=torch.float32)}
+        return {"a": torch.zeros(count * ENTRY_BYTES, dtype=torch.float32)}
 
-    hot = HotTensors(room_bytes=100)
+    hot = HotTensors(room_bytes=107 * ENTRY_BYTES)
     for _ in range(2):
-        assert hot.get("small", lambda: read("small", 20))["a"].numel() == 20
-        assert hot.get("large", lambda: read("large", 20))["a"].numel() == 20  # 80 of 100 bytes are taken
-        assert hot.get("tiny", lambda: read("tiny", 5))["a"].numel() == 5
+        assert hot.get("small", lambda: read("small", 20))["a"].numel() == 20 * ENTRY_BYTES
+        assert hot.get("large", lambda: read("large", 20))["a"].numel() == 20 * ENTRY_BYTES  # 81 of 107
+        assert hot.get("tiny", lambda: read("tiny", 5))["a"].numel() == 5 * ENTRY_BYTES
     assert reads == ["small", "large", "tiny", "large"]

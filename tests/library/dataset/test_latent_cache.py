@@ -21,9 +21,20 @@ from library.dataset.images import load_pixels
 from library.dataset.latent_cache import LatentCache
 from library.errors import DatasetError, OutputError
 from library.files.safetensors_file import read_header
-from tests.library.dataset.cache_parts import NAMES, TinyVae, changed, draw, latent_cache, make_training_set
+from tests.library.dataset.cache_parts import (
+    NAMES,
+    TinyVae,
+    all_files,
+    changed,
+    draw,
+    latent_cache,
+    make_training_set,
+    settle,
+    watch_hashing,
+)
 
 REPOSITORY = Path(__file__).parents[3]
+NOTES = "atelier.tiny-latents.json"
 
 
 def fill(cache: LatentCache, vae: Any = None, **settings: Any) -> TinyVae:
@@ -131,17 +142,22 @@ def test_a_changed_image_is_made_again_alone(tmp_path: Path) -> None:
     assert [name for name in now if now[name] != files[name]] == ["blaue Blüte.png.64x64.tiny-latents.safetensors"]
 
 
-def test_a_touched_image_is_hashed_once_more_and_then_trusted(tmp_path: Path) -> None:
+def test_a_touched_image_is_hashed_once_more_and_then_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_set = make_training_set(tmp_path)
     fill(latent_cache(training_set))
-    os.utime(training_set.items[0].path, ns=(7, 7))
-    before = cache_bytes(tmp_path)
-    assert latent_cache(training_set).state().is_complete
-    assert cache_bytes(tmp_path) == before  # a dry run writes nothing
+    settle(monkeypatch)
     assert latent_cache(training_set).state(refresh=True).is_complete
+    os.utime(training_set.items[0].path, ns=(7, 7))
+    before = all_files(tmp_path)
+    hashed = watch_hashing(monkeypatch)
+    assert latent_cache(training_set).state().is_complete
+    assert all_files(tmp_path) == before  # a dry run writes nothing
+    assert latent_cache(training_set).state(refresh=True).is_complete
+    assert hashed == [training_set.items[0].path] * 2
     again = latent_cache(training_set)
-    assert not [verdict for _, verdict in again._judge(again._entries) if verdict.touched]
+    assert again.state().is_complete
     assert fill(again).batches == []
+    assert len(hashed) == 2
 
 
 def test_another_crop_is_another_size(tmp_path: Path) -> None:
@@ -219,8 +235,9 @@ def test_damage_that_the_start_did_not_look_for_is_found_by_training(tmp_path: P
     fill(latent_cache(training_set))
     victim = tmp_path / "a.png.64x64.tiny-latents.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"\xff")
+    (tmp_path / NOTES).unlink(missing_ok=True)
     cache = latent_cache(training_set)
-    cache.tensor_check.full_bytes = 0  # as if the cache were very large
+    cache.check.full_bytes = 0  # as if the cache were very large
     assert cache.state().is_complete
     with pytest.raises(DatasetError, match="at the next start"):
         cache.load(training_set.items[0])
@@ -390,7 +407,7 @@ def test_header_is_small_and_readable(tmp_path: Path) -> None:
     header = read_header(next(tmp_path.glob("*.safetensors")))
     assert header.tensors["latents"].dtype == "BF16"
     assert header.tensors["latents"].shape == (4, 8, 8)
-    assert set(header.metadata) == {"format", "fingerprint", "ingredients", "source", "crc32"}
+    assert set(header.metadata) == {"format", "fingerprint", "ingredients", "sources", "checksums"}
 
 
 def start_fill(folder: Path, *, delay_s: float, rank: int = 0, processes: int = 1) -> subprocess.Popen[str]:
