@@ -6,7 +6,6 @@ Everything happens on the upright picture: EXIF orientation is applied first (th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 from library.dataset.buckets import Placement, Size
 from library.dataset.items import Item
 from library.dataset.masks import on_latent_grid, read_mask
-from library.dataset.picture_file import alpha, loaded_upright, opened, rgb, upright
+from library.dataset.picture_file import alpha, opened, rgb, upright
 from library.dataset.resizing import AVERAGING, halved, resize
 from library.dataset.verify import SWAPS_SIDES, orientation, size_text
 from library.errors import DatasetError
@@ -64,12 +63,6 @@ def load_pixels(item: Item, *, flipped: bool = False) -> np.ndarray:
     placement = Placement.of(item)
     image, _ = _read(item, placement, wants_alpha=False)
     return _mirrored(_cut_out(image, placement, interpolation=item.subset.resize_interpolation), flipped)
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """The whole upright picture (first frame of an animation) as (H, W, 3) uint8 RGB. Raises DatasetError naming the file."""
-    with opened(path) as image:
-        return np.asarray(rgb(loaded_upright(image)))
 
 
 def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> tuple[Image.Image, Image.Image | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from library.dataset.verify import orientation, reason
+from library.dataset.verify import ALPHA_MODES, orientation, reason
 from library.errors import DatasetError
 
 UPRIGHT = {  # EXIF orientation -> what makes the picture upright
@@ -22,7 +22,6 @@ UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow before 11 opens 16-bit PNG as "I"
-ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.dataset.images import load_pixels, read_rgb
+from library.dataset.images import load_pixels
 from library.dataset.items import Item, SubsetSettings
 from library.dataset.resizing import resize
 from library.dataset.verify import read_record
@@ -44,89 +44,6 @@ def problem(path: Path) -> str:
         read_record(path)
     assert str(path) in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["a.png", "b.jpg", "c.JPEG", "d.webp", "e.BMP", "赤い絵 é.PNG"])
-def test_formats(name: str, tmp_path: Path):
-    path = tmp_path / name
-    picture().save(path, quality=95)
-    assert read_record(path).size_wh == (60, 40)
-    pixels = read_rgb(path)
-    assert pixels.shape == (40, 60, 3) and pixels.dtype == np.uint8
-    assert near(pixels[20, 10], RED) and near(pixels[8, 50], GREEN) and near(pixels[32, 50], BLUE)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_exif_orientation(orientation: int, suffix: str, tmp_path: Path):
-    path = tmp_path / f"x{suffix}"
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    # The file holds the picture as the camera sensor saw it: the inverse of what the viewer must do.
-    undo = {
-        2: "FLIP_LEFT_RIGHT",
-        3: "ROTATE_180",
-        4: "FLIP_TOP_BOTTOM",
-        5: "TRANSPOSE",
-        6: "ROTATE_90",
-        7: "TRANSVERSE",
-        8: "ROTATE_270",
-    }
-    stored = picture() if orientation == 1 else picture().transpose(Image.Transpose[undo[orientation]])
-    stored.save(path, exif=exif, quality=95)
-    assert read_record(path).size_wh == (60, 40)
-    pixels = read_rgb(path)
-    assert near(pixels[20, 10], RED) and near(pixels[8, 50], GREEN) and near(pixels[32, 50], BLUE)
-
-
-def test_damaged_exif_is_ignored(tmp_path: Path):
-    path = tmp_path / "x.jpg"
-    picture().save(path, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff broken")
-    assert read_record(path).size_wh == (60, 40) and read_rgb(path).shape == (40, 60, 3)
-
-
-def test_alpha_is_dropped_not_blended(tmp_path: Path):
-    path = tmp_path / "x.png"
-    Image.new("RGBA", (20, 20), (*GREEN, 0)).save(path)
-    assert np.array_equal(read_rgb(path)[5, 5], GREEN)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("transparency", [None, 0, b"\x00\x80"])
-def test_palette_with_transparency(transparency, tmp_path: Path):
-    path = tmp_path / "x.png"
-    image = Image.new("P", (20, 20), 1)
-    image.putpalette([*RED, *BLUE])
-    image.save(path, **({} if transparency is None else {"transparency": transparency}))
-    assert read_record(path).size_wh == (20, 20)
-    assert np.array_equal(read_rgb(path)[5, 5], BLUE)
-
-
-@pytest.mark.parametrize(("mode", "colour"), [("L", 77), ("LA", (77, 3)), ("1", 1)])
-def test_grey(mode: str, colour, tmp_path: Path):
-    path = tmp_path / "x.png"
-    Image.new(mode, (20, 20), colour).save(path)
-    assert np.array_equal(read_rgb(path)[5, 5], [77 if mode != "1" else 255] * 3)
-
-
-def test_sixteen_bit_grey_is_scaled(tmp_path: Path):
-    path = tmp_path / "x.png"
-    ramp = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
-    Image.fromarray(ramp).save(path)
-    assert np.abs(read_rgb(path)[..., 0] - ramp / 257).max() <= 0.5
-
-
-def test_cmyk(tmp_path: Path):
-    path = tmp_path / "x.jpg"
-    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(path, quality=95)
-    assert read_record(path).size_wh == (32, 32)
-    assert near(read_rgb(path)[5, 5], (255, 0, 0))
-
-
-def test_animation_shows_its_first_frame(tmp_path: Path):
-    path = tmp_path / "x.webp"
-    picture().save(path, save_all=True, append_images=[Image.new("RGB", (60, 40), BLUE)], lossless=True)
-    assert np.array_equal(read_rgb(path)[20, 10], RED)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
