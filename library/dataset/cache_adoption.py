@@ -25,8 +25,11 @@ class Adoption:
         self._examples: dict[str, str] = {}
 
     def refuse(self, reason: str, example: Path | str) -> None:
-        self._refused[reason] += 1
-        self._examples.setdefault(reason, str(example))
+        """``reason`` is read after a number of entries ("3 older than the image"); where it is empty there was nothing to take,
+        which need not be told."""
+        if reason:
+            self._refused[reason] += 1
+            self._examples.setdefault(reason, str(example))
 
     def report(self, what: str, *, gather: Gather | None = None) -> None:
         """One log line; with ``gather`` it tells of all processes, which then call this together."""
@@ -36,21 +39,22 @@ class Adoption:
         refused: Counter[str] = sum((part[1] for part in parts), Counter())
         examples = {reason: example for part in reversed(parts) for reason, example in part[2].items()}
         reasons = "; ".join(f"{count:,} {reason} ({examples[reason]})" for reason, count in refused.most_common())
-        logger.info("%s cache: %s taken over, %s not%s", what, f"{taken:,}", f"{refused.total():,}", reasons and f": {reasons}")
+        rest = f", {refused.total():,} not: {reasons}" if refused else ""
+        logger.info("%s cache: %s taken over%s", what, f"{taken:,}", rest)
 
 
 def misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why tensors of another program cannot be an entry with these shapes; None where they can."""
+    """Why tensors of another program cannot be an entry with these shapes, as ``Adoption.refuse`` takes it; None where they can."""
     import torch
 
     for name, shape in shapes.items():
-        tensor = tensors.get(name)
+        tensor, called = tensors.get(name), name.replace("_", " ")
         if tensor is None:
-            return f"without {name.replace('_', ' ')}"
+            return f"without {called}"
         if tuple(tensor.shape) != shape:
-            return f"with {name.replace('_', ' ')} of shape {tuple(tensor.shape)}, needed {shape}"
+            return f"with {called} of another shape"
         if not tensor.is_floating_point():
-            return f"with {name.replace('_', ' ')} of type {tensor.dtype}"
+            return f"with {called} that are whole numbers"
         if not bool(torch.isfinite(tensor).all()):
-            return "with values that are not finite"
+            return f"with {called} that are not finite"
     return None
