@@ -44,7 +44,7 @@ class Adoption:
 
 
 def misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why tensors of another program cannot be an entry with these shapes, as ``Adoption.refuse`` takes it; None where they can."""
+    """Why tensors of another program cannot be an entry with these shapes, as a reason for ``Adoption``; None where they can."""
     import torch
 
     for name, shape in shapes.items():

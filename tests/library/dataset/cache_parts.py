@@ -64,6 +64,18 @@ def changed(training_set: TrainingSet, index: int, **changes: Any) -> TrainingSe
     return replace(training_set, items=tuple(items))
 
 
+def with_masks(training_set: TrainingSet, folder: str = "masks") -> TrainingSet:
+    """Every image with a noise picture of its size as its mask; drawn when it is not there yet."""
+    items = []
+    for item in training_set.items:
+        path = item.path.parent / folder / item.path.name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            draw(path, item.size_wh, seed=1000 + item.index)
+        items.append(replace(item, mask_path=path))
+    return replace(training_set, items=tuple(items))
+
+
 @dataclass
 class TinyVae:
     """(B, 3, H, W) -> (B, 4, H/8, W/8): a strided convolution with fixed weights. Notes the batches it has seen."""
