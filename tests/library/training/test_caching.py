@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_encoded_and_told(filled, other_program, tmp_path, 
 def test_a_folder_without_such_files_is_no_reason_to_complain(filled, caplog):
     caplog.set_level("INFO")
     assert filled(*MEMORY, "--import_reference_caches").loaded == ["vae", "text"]
-    assert "0 taken over, 0 not" in caplog.text
+    assert "latent cache: 0 taken over\n" in caplog.text and "text cache: 0 taken over\n" in caplog.text
 
 
 def test_a_complete_cache_asks_for_nothing(filled, other_program, caplog):
