@@ -31,13 +31,14 @@ CAPTIONS_AT_ONCE = 256  # read by a thread before it reports back
 
 @dataclass(slots=True, eq=False)
 class Found:
-    """One image of one subset, not yet read. ``name`` is what the subset calls it."""
+    """One image of one subset, not yet read. ``name`` is what the subset calls it; ``file`` is its path as text."""
 
     dataset_index: int
     subset_index: int
     subset: SubsetSettings
     name: str
     path: Path
+    file: str
     caption: str
     tags: str | None  # see Item
     custom_attributes: Mapping[str, object]
@@ -81,9 +82,20 @@ def find_images(index: int, dataset: DatasetSettings, pool: ThreadPoolExecutor, 
         for image, mask in _find_in_subset(subset, search):
             own = image.custom_attributes
             attributes = {**subset.custom_attributes, **own} if own else subset.custom_attributes  # one object for all images
-            which = (os.fspath(image.path), subset.is_validation)
-            replaced += which in by_path
-            by_path[which] = Found(index, number, subset, image.name, image.path, image.caption, image.tags, attributes, mask)
+            file = os.fspath(image.path)
+            replaced += (file, subset.is_validation) in by_path
+            by_path[file, subset.is_validation] = Found(
+                dataset_index=index,
+                subset_index=number,
+                subset=subset,
+                name=image.name,
+                path=image.path,
+                file=file,
+                caption=image.caption,
+                tags=image.tags,
+                custom_attributes=attributes,
+                mask_path=mask,
+            )
     if replaced:
         findings.warnings.append(f"{dataset.place}: {replaced} images are in two subsets: the later subset has them")
     return list(by_path.values())

@@ -53,7 +53,7 @@ def file_names(folder: Path) -> list[str]:
 
 def image_names(names: Iterable[str], extensions: Iterable[str]) -> Iterator[str]:
     allowed = tuple(extensions)
-    return (name for name in names if not name.startswith(".") and name.lower().endswith(allowed))
+    return (name for name in names if name.lower().endswith(allowed) and not name.startswith("."))
 
 
 def folder_problem(folder: Path, extensions: Iterable[str]) -> str:

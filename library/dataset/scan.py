@@ -6,6 +6,7 @@ found them are not read again. All bad images and captions are reported together
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,15 +59,12 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
     """
     findings = Findings()
     records = records or ImageRecords(reads=False, writes=False)
-    try:
-        with _threads(workers) as pool:
-            found = [image for index, dataset in enumerate(datasets) for image in find_images(index, dataset, pool, findings)]
-            results = verify_images(_files(found), records, pool=pool, progress=progress)
-    finally:
-        records.save()
-    split = split_images(datasets, found, seed=seed)
-    trained = _trained_items(datasets, _placed(datasets, split.trained, results, findings))
-    validation = _validation_items(_placed(datasets, split.validation, results, findings), start=len(trained))
+    with _threads(workers) as pool:
+        found, results = _find_and_verify(datasets, findings, records, pool=pool, progress=progress)
+    with _no_garbage_collection():
+        split = split_images(datasets, found, seed=seed)
+        trained = _trained_items(datasets, _placed(datasets, split.trained, results, findings))
+        validation = _validation_items(_placed(datasets, split.validation, results, findings), start=len(trained))
     findings.warnings.extend([*_without_alpha(found, results), *split.warnings])
     findings.warnings.extend(twin_warning(trained, validation, records.sha256))
     if not findings.bad or skip_bad_images:
@@ -109,6 +107,22 @@ def regularised_repeats(images: Sequence[Found]) -> list[int]:
     return repeats
 
 
+def _find_and_verify(
+    datasets: tuple[DatasetSettings, ...],
+    findings: Findings,
+    records: ImageRecords,
+    *,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> tuple[list[Found], Results]:
+    try:
+        with _no_garbage_collection():
+            found = [image for index, dataset in enumerate(datasets) for image in find_images(index, dataset, pool, findings)]
+        return found, verify_images(_files(found), records, pool=pool, progress=progress)
+    finally:
+        records.save()
+
+
 @contextmanager
 def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool that drops what is still waiting when the scan is interrupted."""
@@ -119,11 +133,23 @@ def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _files(found: Iterable[Found]) -> Iterator[Path]:
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A scan makes a million small objects and no cycles: looking through them again and again takes a fifth of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _files(found: Iterable[Found]) -> Iterator[str]:
     for image in found:
-        yield image.path
+        yield image.file
         if image.mask_path is not None:
-            yield image.mask_path
+            yield os.fspath(image.mask_path)
 
 
 def _placed(
@@ -149,7 +175,7 @@ def _placed(
 
 def _fitting_record(image: Found, results: Results) -> ImageRecord | str:
     """What the file holds, or why it cannot be used: its own fault, or its mask's."""
-    record = results[os.fspath(image.path)]
+    record = results[image.file]
     if isinstance(record, str):
         named_by = image.subset.metadata_file
         return record if named_by is None else f"{named_by}, {image.name}: {record}"
@@ -225,7 +251,7 @@ def _item(index: int, placed: Placed, subset: SubsetSettings, *, repeats: int) -
 def _measured(found: Iterable[Found], results: Results) -> Iterator[tuple[SubsetSettings, Path, str, Size]]:
     """What info files are made of, of all images whose subset has cache_info."""
     for image in found:
-        record = results[os.fspath(image.path)]
+        record = results[image.file]
         if image.subset.cache_info and isinstance(record, ImageRecord):
             yield image.subset, image.path, image.caption, record.size_wh
 
@@ -269,7 +295,7 @@ def _without_alpha(found: Iterable[Found], results: Results) -> Iterator[str]:
     subsets: dict[tuple[int, int], SubsetSettings] = {}
     for image in found:
         if image.subset.alpha_mask and image.mask_path is None:
-            record, which = results[os.fspath(image.path)], (image.dataset_index, image.subset_index)
+            record, which = results[image.file], (image.dataset_index, image.subset_index)
             subsets[which] = image.subset
             some_have[which] = some_have.get(which, False) or (isinstance(record, ImageRecord) and record.has_alpha)
     for which, subset in subsets.items():

@@ -135,6 +135,6 @@ def _validating(datasets: Sequence[DatasetSettings], images: Sequence[Found], *,
         if subset.is_reg or share <= 0:
             continue
         seeds = (dataset.validation_seed, seed, 0)
-        paths = {os.fspath(images[position].path): position for position in positions}
+        paths = {images[position].file: position for position in positions}
         chosen = chosen_for_validation(list(paths), share, seed=next(value for value in seeds if value is not None))
         yield from (paths[path] for path in chosen)

@@ -37,21 +37,21 @@ Progress = Callable[[int, int], None]  # (images read, images to read)
 
 
 def verify_images(
-    paths: Iterable[Path], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None = None
+    paths: Iterable[str], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None = None
 ) -> dict[str, ImageRecord | str]:
     """By path: what each file holds, or the sentence that says what is wrong with it.
 
     Files that are as they were when ``records`` were made are not read; all others are, once, and go into the records.
     """
-    unique = list({os.fspath(path): path for path in paths}.values())
+    unique = list(dict.fromkeys(paths))
     results: dict[str, ImageRecord | str] = {}
-    unread: list[Path] = []
+    unread: list[str] = []
     look_up = in_chunks(lambda path: _unchanged(path, records), unique, pool, size=LOOKED_UP_AT_ONCE)
     for path, record in zip(unique, look_up, strict=True):
         if record is None:
             unread.append(path)
         else:
-            results[os.fspath(path)] = record
+            results[path] = record
     results.update(_read_all(unread, records, pool=pool, progress=progress))
     return results
 
@@ -109,23 +109,23 @@ def reason(error: Exception, path: Path) -> str:
     return str(error) or type(error).__name__
 
 
-def _unchanged(path: Path, records: ImageRecords) -> ImageRecord | None:
+def _unchanged(path: str, records: ImageRecords) -> ImageRecord | None:
     record = records.get(path)
     try:
-        return record if record is not None and record.fits(path.stat()) else None
+        return record if record is not None and record.fits(os.stat(path)) else None  # noqa: PTH116  # of very many files
     except OSError:
         return None
 
 
 def _read_all(
-    paths: Sequence[Path], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None
+    paths: Sequence[str], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None
 ) -> Iterator[tuple[str, ImageRecord | str]]:
     saved = time.monotonic()
     with python_warnings.catch_warnings():
         python_warnings.filterwarnings("ignore", module=r"PIL\.")  # large or with odd EXIF: fine, or refused with a reason
         read = in_chunks(lambda path: _record_or_problem(path, records), paths, pool, size=READ_AT_ONCE)
         for number, (path, result) in enumerate(zip(paths, read, strict=True), start=1):
-            yield os.fspath(path), result if isinstance(result, str) else records.put(path, result)
+            yield path, result if isinstance(result, str) else records.put(path, result)
             if progress is not None:
                 progress(number, len(paths))
             if time.monotonic() - saved > SAVED_EVERY_S:
@@ -133,9 +133,9 @@ def _read_all(
                 saved = time.monotonic()
 
 
-def _record_or_problem(path: Path, records: ImageRecords) -> ImageRecord | str:
+def _record_or_problem(path: str, records: ImageRecords) -> ImageRecord | str:
     try:
-        return read_record(path, records.get(path))
+        return read_record(Path(path), records.get(path))
     except DatasetError as error:
         return str(error)
 
