@@ -56,3 +56,21 @@ def test_training_on_caches_of_the_reference(run_script, tiny_anima, pictures, t
     assert "text cache: 3 taken over, 1 not: 1 made from another text than is trained" in done.stdout, done.stdout
     assert same_lora(tmp_path / "edited" / "tiny.safetensors", tmp_path / "taken" / "tiny.safetensors")
     assert not same_lora(tmp_path / "own" / "tiny.safetensors", tmp_path / "taken" / "tiny.safetensors")
+
+
+def test_two_processes_share_what_they_take_over(run_script, tiny_anima, pictures, tmp_path):
+    """In memory, where each needs all of it; the tool's own files come first, to be turned into the other program's."""
+    dataset = write_dataset(tmp_path / "my.toml", pictures, flip_aug=True)
+    flags = [*model_flags(tiny_anima), *run_flags(tmp_path / "out", dataset), "--max_train_steps=3"]
+    for tool in ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"):
+        done = run_script(tool, "--anima", *flags)
+        assert done.returncode == 0, done.stdout + done.stderr
+    write_reference_caches([*flags, *CACHED])
+    for path in pictures.glob("*.safetensors"):
+        path.unlink()
+    in_memory = ("--cache_latents", "--cache_text_encoder_outputs", "--import_reference_caches")
+    done = run_script(SCRIPT, *flags, *in_memory, launcher=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("latent cache: 4 taken over\n") == done.stdout.count("text cache: 4 taken over\n") == 1
+    assert "latent cache: 4 made" not in done.stdout and "training is done: 3 steps" in done.stdout
+    assert not list(pictures.glob("*.safetensors"))
