@@ -94,9 +94,9 @@ def test_black_masks_train_nothing_and_white_ones_all(runs, caches):
     for shade, name in ((255, "white"), (0, "black")):
         masks = runs.folder / name
         masks.mkdir()
-        for picture in runs.pictures.iterdir():
-            if picture.suffix != ".txt":
-                Image.new("L", Image.open(picture).size, shade).save(masks / f"{picture.stem}.png")
+        for caption in runs.pictures.glob("*.txt"):
+            (picture,) = (path for path in runs.pictures.glob(f"{caption.stem}.*") if path != caption)
+            Image.new("L", Image.open(picture).size, shade).save(masks / f"{picture.stem}.png")
         runs.write_dataset(runs.images_of(runs.pictures, f'conditioning_data_dir = "{masks.as_posix()}"'))
         runs.train(*plain, "--masked_loss", output=name)
     assert same_tensors(runs.lora("plain"), runs.lora("white"))

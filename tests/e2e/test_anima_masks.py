@@ -15,9 +15,7 @@ STEPS = "--max_train_steps=4"
 def write_masks(images: Path, folder: Path, *, shade: int | None = None) -> Path:
     """A mask for each picture: of one shade, or white to the left of the middle."""
     folder.mkdir()
-    for path in images.iterdir():
-        if path.suffix == ".txt":
-            continue
+    for path in images.glob("*.png"):
         with Image.open(path) as picture:
             width, height = picture.size
         mask = Image.new("L", (width, height), shade or 0)
