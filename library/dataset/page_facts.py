@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.dataset.image_records import ImageRecords, unreadable_source
+from library.dataset.image_records import ImageRecords
 from library.dataset.items import DatasetSettings, Item, TrainingSet
 from library.dataset.order import items_by_bucket
 from library.dataset.page_showings import Showings
@@ -185,24 +184,19 @@ def gather_facts(
     )
 
 
-def find_duplicates(training_set: TrainingSet, records: ImageRecords, *, workers: int = 8) -> tuple[Duplicates, ...]:
+def find_duplicates(training_set: TrainingSet) -> tuple[Duplicates, ...]:
     """Groups of image files with the same bytes, links included; the same file in two datasets is none.
 
-    Only files of equal length are hashed, where ``records`` do not know their hash. Raises DatasetError where a file has
-    vanished since the scan.
+    The scan's records know the hashes. Raises DatasetError where a file without a record cannot be read.
     """
+    records = training_set.records or ImageRecords(reads=False, writes=False)
     by_path: dict[Path, list[Item]] = defaultdict(list)
     for item in training_set.all_items:
         by_path[item.path].append(item)
-    alike: dict[int, list[Path]] = defaultdict(list)
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        paths = list(by_path)
-        for path, size in zip(paths, pool.map(_file_size, paths), strict=True):
-            alike[size].append(path)
-        suspects = [path for group in alike.values() if len(group) > 1 for path in group]
-        same: dict[str, list[Path]] = defaultdict(list)
-        for path, identity in zip(suspects, pool.map(records.identity, suspects), strict=True):
-            same[identity.sha256].append(path)
+    same: dict[bytes, list[Path]] = defaultdict(list)
+    for path in by_path:
+        record = records.get(path)
+        same[record.sha256 if record else bytes.fromhex(records.identity(path).sha256)].append(path)
     first_validation = len(training_set.items)
     groups = ([by_path[path] for path in group] for group in same.values() if len(group) > 1)
     found = [_duplicates(group, first_validation) for group in groups]
@@ -268,13 +262,6 @@ def _worst(items: Iterable[Item], measure: Callable[[Item], float]) -> tuple[Ite
 def _has_class_tokens_only(item: Item) -> bool:
     words = item.subset.class_tokens
     return bool(words) and item.subset.metadata_file is None and item.caption == words
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise unreadable_source(path, error) from error
 
 
 def _duplicates(files: list[list[Item]], first_validation: int) -> Duplicates:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from library.dataset.items import Item, TrainingSet
 from library.dataset.order import batches_per_epoch
@@ -20,6 +20,10 @@ from library.errors import ProblemList
 from library.training.architecture import Architecture
 from library.training.preflight import check_writable, option_warnings, read_training_set, worker_count
 from library.training.steps import RunLength
+from library.training.validation_plan import validation_warnings
+
+if TYPE_CHECKING:
+    from library.dataset.page_pictures import SmallPictures
 
 PAGE_ENDING = "-dataset.html"
 UNNAMED = "dataset"  # where --output_name is not given
@@ -56,9 +60,13 @@ def page_path(options: Any) -> Path:
     return Path(options.saving.output_dir or ".") / f"{options.saving.output_name or UNNAMED}{PAGE_ENDING}"
 
 
+def run_length(options: Any, training_set: TrainingSet) -> RunLength:
+    return RunLength.of(options.run, batches_per_epoch(training_set, processes=_processes()))
+
+
 def showings_of(options: Any, training_set: TrainingSet) -> Showings:
     """Draws as the run with these options would; without --seed as one with seed 0."""
-    length = RunLength.of(options.run, batches_per_epoch(training_set, processes=_processes()))
+    length = run_length(options, training_set)
     variants = None
     if options.caches.text_cached:
         from library.dataset.text_cache import default_variants
@@ -77,23 +85,15 @@ def showings_of(options: Any, training_set: TrainingSet) -> Showings:
 def _debug_dataset(
     options: Any, architecture: Architecture, training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter
 ) -> None:
-    from library.dataset.image_records import ImageRecords
     from library.dataset.page import PageContent, write_page
-    from library.dataset.page_pictures import choose, draw
 
-    workers = max(worker_count(options), 1)
-    duplicates = find_duplicates(training_set, ImageRecords(options.caches.cache_dir), workers=workers)
-    with _bar("counting tokens", "caption") as progress:
-        facts = gather_facts(
-            training_set, showings, processes=_processes(), count_tokens=count_tokens, duplicates=duplicates, progress=progress
-        )
-    items = choose(training_set.all_items, always=_notable(facts))
-    with _bar("drawing thumbnails", "image") as progress, _threads(workers) as pool:
-        pictures = {}
-        for item, drawn in zip(items, draw(items, showings, pool=pool), strict=True):
-            pictures[item.index] = drawn
-            progress(len(pictures), len(items))
-    warnings = (*option_warnings(options), *training_set.warnings)
+    facts = _facts(training_set, showings, count_tokens)
+    pictures = _pictures(training_set, showings, facts, workers=max(worker_count(options), 1))
+    warnings = [
+        *option_warnings(options),
+        *training_set.warnings,
+        *validation_warnings(options.validation, training_set, run_length(options, training_set)),
+    ]
     path = page_path(options)
     content = PageContent(
         title=f"{options.saving.output_name or UNNAMED}: what will be trained",
@@ -107,7 +107,33 @@ def _debug_dataset(
     )
     size = write_page(path, content)
     _say([*fact_lines(facts, showings), *(f"warning: {visible(warning)}" for warning in warnings)])
-    _say([f"page: {path} ({size / MIB:.1f} MiB, {len(items):,} of {facts.images:,} images shown)"])
+    _say([f"page: {path} ({size / MIB:.1f} MiB, {len(pictures):,} of {facts.images:,} images shown)"])
+
+
+def _facts(training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter) -> Facts:
+    duplicates = find_duplicates(training_set)
+    with _bar("counting tokens", "caption") as progress:
+        return gather_facts(
+            training_set,
+            showings,
+            processes=_processes(),
+            count_tokens=count_tokens,
+            duplicates=duplicates,
+            progress=progress,
+        )
+
+
+def _pictures(training_set: TrainingSet, showings: Showings, facts: Facts, *, workers: int) -> dict[int, SmallPictures]:
+    """Of the images that the page shows, by Item.index."""
+    from library.dataset.page_pictures import choose, draw
+
+    items = choose(training_set.all_items, always=_notable(facts))
+    pictures: dict[int, SmallPictures] = {}
+    with _bar("drawing thumbnails", "image") as progress, _threads(workers) as pool:
+        for item, drawn in zip(items, draw(items, showings, pool=pool), strict=True):
+            pictures[item.index] = drawn
+            progress(len(pictures), len(items))
+    return pictures
 
 
 def _notes(options: Any, showings: Showings) -> Iterator[str]:

@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from library.dataset.image_records import ImageRecords
 from library.dataset.items import SubsetSettings
 from library.dataset.page_facts import cut_away, find_duplicates, gather_facts, scale, tags_of
 from library.errors import DatasetError
@@ -106,22 +105,22 @@ def test_duplicates_are_files_with_equal_bytes(tmp_path):
     second_dataset = make_item(tmp_path, "a.png")
     held_out = make_item(tmp_path, "v.png")
     held_out.path.write_bytes(original.path.read_bytes())
-    (group,) = find_duplicates(training_set([original, copy, same_length, second_dataset], [held_out]), ImageRecords())
+    (group,) = find_duplicates(training_set([original, copy, same_length, second_dataset], [held_out]))
     assert [item.path.name for item in group.items] == ["a.png", "b.png", "v.png"]
     assert group.leak
     assert group.captions_differ
-    assert find_duplicates(training_set([original, same_length, second_dataset]), ImageRecords()) == ()
+    assert find_duplicates(training_set([original, same_length, second_dataset])) == ()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_a_link_is_a_duplicate(tmp_path):
     original, link = save_picture(make_item(tmp_path, "a.png")), make_item(tmp_path, "b.png")
     link.path.symlink_to(original.path)
-    (group,) = find_duplicates(training_set([original, link]), ImageRecords())
+    (group,) = find_duplicates(training_set([original, link]))
     assert not group.leak
     assert not group.captions_differ
 
 
 def test_a_file_that_vanished_is_named(tmp_path):
     with pytest.raises(DatasetError, match=r"a\.png"):
-        find_duplicates(training_set([make_item(tmp_path)]), ImageRecords())
+        find_duplicates(training_set([make_item(tmp_path)]))
