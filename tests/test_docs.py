@@ -17,6 +17,7 @@ from library.dataset.dataset_file import read_dataset_file
 from library.dataset.items import DatasetSettings
 from library.dataset.toml_config import read_datasets
 from library.options.anima import AnimaTrainOptions
+from library.options.cache_tool import CacheToolOptions
 from library.options.command_line import read_options
 from library.options.config_file import ConfigFileOptions, read_config
 from library.options.dataset import DatasetOptions
@@ -54,7 +55,9 @@ def code_of(page: Path) -> Iterator[str]:
 
 @cache
 def script_options():
-    return known_options([options_of(ConfigFileOptions), *map(options_of, groups_of(AnimaTrainOptions).values())])
+    return known_options(
+        [options_of(ConfigFileOptions), options_of(CacheToolOptions), *map(options_of, groups_of(AnimaTrainOptions).values())]
+    )
 
 
 def flags_in_source(path: Path) -> set[str]:

@@ -67,6 +67,11 @@ def test_models_do_not_know_the_dataset():
         "library.anima.architecture",
         "library.dataset.latent_cache",
         "library.dataset.text_cache",
+        "library.dataset.token_use",
+        "library.dataset.reference_caches",
+        "library.anima.reference_caches",
+        "library.training.cache_job",
+        "tools.cache_tool",
     ],
 )
 def test_what_checks_a_run_needs_no_torch(module):
