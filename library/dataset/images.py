@@ -15,7 +15,7 @@ from library.dataset.buckets import Placement, Size
 from library.dataset.items import Item
 from library.dataset.masks import on_latent_grid, read_mask
 from library.dataset.picture_file import alpha, opened, rgb, upright
-from library.dataset.resizing import AVERAGING, halved, resize
+from library.dataset.resizing import AVERAGING, resize
 from library.dataset.verify import SWAPS_SIDES, orientation, size_text
 from library.errors import DatasetError
 
@@ -33,6 +33,16 @@ class Picture:
     mask: np.ndarray | None  # (h, w) float32 in [0, 1], 1 = counts fully; None where the item is not masked
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """A decoded file, as it is stored."""
+
+    image: Image.Image  # RGB; of a JPEG perhaps shrunk already, but no smaller than it will be
+    covers_wh: tuple[float, float]  # how much of ``image`` is picture, in its own pixels
+    orientation: int  # EXIF
+    opacity: Image.Image | None  # in full size
+
+
 def load_picture(
     item: Item, *, placement: Placement | None = None, colours: ColourChange | None = None, flipped: bool = False
 ) -> Picture:
@@ -46,14 +56,15 @@ def load_picture(
     """
     placement = placement or Placement.of(item)
     wants_alpha = item.mask_path is None and item.subset.alpha_mask
-    image, opacity = _read(item, placement, wants_alpha=wants_alpha)
-    pixels = _cut_out(image, placement, interpolation=item.subset.resize_interpolation)
+    source = _read(item, placement, wants_alpha=wants_alpha)
+    pixels = _cut_out(source, placement, interpolation=item.subset.resize_interpolation)
     if colours is not None:
         pixels = colours.applied_to(pixels)
     mask = None
     if item.mask_path is not None:
         mask = on_latent_grid(read_mask(item.mask_path, image=item.path, size_wh=item.size_wh), placement)
     elif wants_alpha:
+        opacity = None if source.opacity is None else upright(source.opacity, source.orientation)
         mask = on_latent_grid(opacity, placement)
     return Picture(_mirrored(pixels, flipped), None if mask is None else _mirrored(mask, flipped))
 
@@ -61,37 +72,38 @@ def load_picture(
 def load_pixels(item: Item, *, flipped: bool = False) -> np.ndarray:
     """The item's own crop without its mask: (H, W, 3) uint8 RGB, contiguous. Raises as ``load_picture`` does."""
     placement = Placement.of(item)
-    image, _ = _read(item, placement, wants_alpha=False)
-    return _mirrored(_cut_out(image, placement, interpolation=item.subset.resize_interpolation), flipped)
+    source = _read(item, placement, wants_alpha=False)
+    return _mirrored(_cut_out(source, placement, interpolation=item.subset.resize_interpolation), flipped)
 
 
-def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> tuple[Image.Image, Image.Image | None]:
-    """The upright RGB image, perhaps shrunk already but no smaller than it will be, and its alpha channel in full size."""
-    may_shrink = item.subset.resize_interpolation in AVERAGING
+def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> _Source:
     with opened(item.path) as file:
         if file.format not in SCALED_BY_DECODER:
             file.load()  # first: a PNG may tell its orientation at its very end
         turn = orientation(file)
-        found_wh, goal_wh = _turned(file.size, turn), _turned(placement.resized_wh, turn)
+        found_wh = _turned(file.size, turn)
         if found_wh != item.size_wh:
             raise DatasetError(
                 f"{item.path} is {size_text(found_wh)} now but was {size_text(item.size_wh)} when the run began: start again"
             )
-        drafted = file.draft(None, goal_wh) if may_shrink else None  # only JPEG takes it
+        drafted = None
+        if item.subset.resize_interpolation in AVERAGING:  # the others are to see every pixel
+            drafted = file.draft(None, _turned(placement.resized_wh, turn))  # None: not a JPEG
         file.load()
-        opacity = alpha(file) if wants_alpha else None
-        image = rgb(file)
-        if may_shrink:
-            image = halved(image, goal_wh, covers_wh=drafted[1][2:] if drafted else None)
-        return upright(image, turn), None if opacity is None else upright(opacity, turn)
+        covers_wh = drafted[1][2:] if drafted else file.size
+        return _Source(rgb(file), covers_wh, turn, alpha(file) if wants_alpha else None)
 
 
-def _cut_out(image: Image.Image, placement: Placement, *, interpolation: str | None) -> np.ndarray:
-    """(H, W, 3) uint8"""
+def _cut_out(source: _Source, placement: Placement, *, interpolation: str | None) -> np.ndarray:
+    """(H, W, 3) uint8, upright. Turning comes last: there are fewer pixels then."""
     (left, top), (width, height) = placement.crop_left_top, placement.bucket_wh
-    if image.size == placement.resized_wh != placement.bucket_wh:
-        return np.asarray(image.crop((left, top, left + width, top + height)))
-    return resize(image, placement.resized_wh, interpolation=interpolation)[top : top + height, left : left + width]
+    size_wh = _turned(placement.resized_wh, source.orientation)
+    if source.image.size == size_wh:
+        return np.asarray(upright(source.image, source.orientation).crop((left, top, left + width, top + height)))
+    pixels = resize(source.image, size_wh, interpolation=interpolation, covers_wh=source.covers_wh)
+    if source.orientation != 1:
+        pixels = np.asarray(upright(Image.fromarray(pixels), source.orientation))
+    return pixels[top : top + height, left : left + width]
 
 
 def _turned(size_wh: Size, exif_orientation: int) -> Size:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.dataset.buckets import Placement, Size
 from library.dataset.picture_file import loaded_upright, opened, red
-from library.dataset.resizing import halved, resize
+from library.dataset.resizing import resize
 from library.dataset.verify import size_text
 from library.errors import DatasetError
 
@@ -52,6 +52,6 @@ def _cropped(mask: Image.Image, placement: Placement) -> np.ndarray:
     """(H, W) uint8"""
     goal_wh = placement.resized_wh
     shrinks = goal_wh[0] <= mask.width and goal_wh[1] <= mask.height
-    resized = resize(halved(mask, goal_wh), goal_wh, interpolation="area" if shrinks else "linear")
+    resized = resize(mask, goal_wh, interpolation="area" if shrinks else "linear")
     (left, top), (width, height) = placement.crop_left_top, placement.bucket_wh
     return resized[top : top + height, left : left + width]

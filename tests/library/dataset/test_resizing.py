@@ -38,7 +38,12 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 @pytest.mark.parametrize("channels", [(), (3,)])
 def test_averaged_is_opencv_area(width: int, height: int, size_wh: tuple[int, int], channels: tuple[int, ...]):
     pixels = noise(width, height, channels=channels)
-    assert difference(averaged(pixels, size_wh), cv2.resize(pixels, size_wh, interpolation=cv2.INTER_AREA)) <= 1
+    assert (
+        difference(
+            averaged(pixels, size_wh, covers_wh=pixels.shape[1::-1]), cv2.resize(pixels, size_wh, interpolation=cv2.INTER_AREA)
+        )
+        <= 1
+    )
 
 
 def test_averaged_at_many_sizes():
@@ -47,16 +52,33 @@ def test_averaged_at_many_sizes():
     for _ in range(300):
         width, shrink = rng.randint(20, 3000), rng.uniform(1, 2)
         pixels, size_wh = noise(width, 2), (-int(-width // shrink), 2)
-        assert difference(averaged(pixels, size_wh), cv2.resize(pixels, size_wh, interpolation=cv2.INTER_AREA)) <= 1, (
+        assert (
+            difference(
+                averaged(pixels, size_wh, covers_wh=pixels.shape[1::-1]),
+                cv2.resize(pixels, size_wh, interpolation=cv2.INTER_AREA),
+            )
+            <= 1
+        ), (
             width,
             size_wh,
         )
 
 
 def test_averaged_keeps_one_colour_and_the_brightness():
-    assert np.all(averaged(np.full((120, 160, 3), 201, np.uint8), (97, 73)) == 201)
+    assert np.all(averaged(np.full((120, 160, 3), 201, np.uint8), (97, 73), covers_wh=(160, 120)) == 201)
     pixels = noise(400, 300)
-    assert abs(averaged(pixels, (297, 223)).mean() - pixels.mean()) < 0.2
+    assert abs(averaged(pixels, (297, 223), covers_wh=(400, 300)).mean() - pixels.mean()) < 0.2
+
+
+def test_averaged_over_a_part_of_the_last_pixels():
+    """A decoder that halves 151x101 pixels gives 76x51 of which the last are half picture: exactly the mean of what is there."""
+    pixels = noise(151, 101)
+    edged = np.pad(pixels, ((0, 1), (0, 1), (0, 0)), "edge")
+    half = np.rint(edged.reshape(51, 2, 76, 2, 3).mean(axis=(1, 3))).astype(np.uint8)
+    for size_wh in ((50, 34), (30, 20)):
+        found = averaged(half, size_wh, covers_wh=(75.5, 50.5))
+        direct = cv2.resize(half.repeat(2, 0).repeat(2, 1)[:101, :151], size_wh, interpolation=cv2.INTER_AREA)
+        assert difference(found, direct) <= 1
 
 
 @pytest.mark.parametrize(
@@ -66,22 +88,20 @@ def test_averaged_keeps_one_colour_and_the_brightness():
         ((400, 300), (100, 75), (100, 75)),
         ((400, 300), (210, 150), (400, 300)),
         ((400, 300), (30, 50), (100, 75)),  # the side that shrinks less decides
-        ((401, 303), (100, 75), (100, 76)),  # a last column of one of four pixels goes, one of three stays
+        ((401, 303), (100, 75), (101, 76)),
         ((30, 20), (60, 40), (30, 20)),
     ],
 )
 def test_halved(size_wh: tuple[int, int], goal_wh: tuple[int, int], expected: tuple[int, int]):
-    assert halved(Image.new("RGB", size_wh), goal_wh).size == expected
+    image, covers_wh = halved(Image.new("RGB", size_wh), goal_wh, covers_wh=size_wh)
+    assert image.size == expected
+    assert covers_wh[0] / covers_wh[1] == size_wh[0] / size_wh[1] and 0 <= image.width - covers_wh[0] < 1
 
 
 def test_halved_is_exact_where_the_factor_divides_the_size():
     image = Image.fromarray(noise(80, 64))
     means = np.asarray(image).reshape(16, 4, 20, 4, 3).mean(axis=(1, 3))
-    assert np.abs(np.asarray(halved(image, (19, 15))) - means).max() <= 0.5
-
-
-def test_half_a_pixel_that_a_decoder_added_is_cut_off():
-    assert halved(Image.new("RGB", (101, 76)), (100, 75), covers_wh=(100.125, 75.75)).size == (100, 76)
+    assert np.abs(np.asarray(halved(image, (19, 15), covers_wh=(80, 64))[0]) - means).max() <= 0.5
 
 
 def test_resize_to_the_same_size_changes_nothing():
