@@ -43,7 +43,7 @@ class Measured:
 
     @property
     def mean(self) -> float:
-        return math.fsum(self.by_timestep.values()) / len(self.by_timestep)
+        return sum(self.by_timestep.values()) / len(self.by_timestep)
 
 
 @dataclass(frozen=True, kw_only=True)

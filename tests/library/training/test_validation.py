@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from library.errors import OptionError
 from library.randomness import torch_generator
+from library.training.state import read_description
 from library.training.validation import FixedLosses
 from library.training.validation_plan import noise_seed
 from tests.tiny_arch import TinyTrainer
@@ -323,27 +325,54 @@ def test_a_new_network_that_cannot_be_switched_off_stands_for_the_base_model(run
 TWO = """
 import json, sys
 from pathlib import Path
-from tests.library.training.test_validation import SPLIT, BY_STEPS, Watched
+from tests.library.training.test_validation import BY_STEPS, SPLIT, Stopped, Watched
 from tests.tiny_runs import TinyRuns
-folder = Path(sys.argv[1])
+folder, stops = Path(sys.argv[1]), sys.argv[2] == "1"
 runs = TinyRuns.__new__(TinyRuns)
 runs.folder, runs.pictures = folder, folder / "pictures"
-trainer = runs.train(SPLIT, *BY_STEPS, "--max_train_steps=3", "--save_best", output="two", trainer_class=Watched)
+flags = (SPLIT, *BY_STEPS, "--max_train_steps=3", "--save_best")
+trainer = runs.train(*flags, output="two", trainer_class=Stopped if stops else Watched)
 (folder / f"curves{trainer.rank}.json").write_text(json.dumps([trainer.curves, trainer.processes]))
 """
 
 
+def train_in_two(folder: Path, environment: dict[str, str], *, stops: tuple[bool, bool] = (False, False)) -> list[int]:
+    """Runs TWO as two processes that train together; ``stops``: which of them gets a signal. Returns their exit statuses."""
+    (folder / "two.py").write_text(TWO)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**environment, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "two.py"), str(folder), str(int(stop))],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank, stop in enumerate(stops)
+    ]
+    try:
+        return [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_two_processes_measure_what_one_does(runs, script_environment, tmp_path):
-    runs.write_dataset(dataset="batch_size = 2")
     one = watched(runs, SPLIT, *BY_STEPS, "--max_train_steps=3", "--save_best", output="one")
     runs.write_dataset(dataset="batch_size = 1")
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "two.py")]
-    done = subprocess.run([*command, str(tmp_path)], env=script_environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert train_in_two(tmp_path, script_environment) == [0, 0]
     results = [json.loads((tmp_path / f"curves{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0] == results[1] and results[0][1] == 2
     for name, curve in one.curves.items():
         if not name.endswith("divergence"):
             assert results[0][0][name] == pytest.approx({str(step): value for step, value in curve.items()}, rel=1e-5), name
     assert runs.metadata("two", "t-best")["ss_steps"] == runs.metadata("one", "t-best")["ss_steps"]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(runs, script_environment, tmp_path):
+    runs.write_dataset(dataset="batch_size = 1")
+    assert train_in_two(tmp_path, script_environment, stops=(False, True)) == [143, 143]
+    state = read_description(runs.folder / "two" / "t-step00000002-state")
+    assert state.progress.step == 2 and state.validation.finished_step == 1
