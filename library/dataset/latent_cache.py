@@ -107,7 +107,6 @@ class LatentCache:
         self._notes = CacheNotes(f"{recipe.arch}-latents")
         self.check: CacheCheck[LatentEntry, Verdict] = CacheCheck(self._notes, ask=self._entries.asked, open_file=self._open)
         self._hot = HotTensors()
-        self._compared: set[int] = set()
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._state: CacheState | None = None
 
@@ -210,7 +209,7 @@ class LatentCache:
     def _load(self, item: Item, name: str) -> Tensor:
         path = self._entries.path_of(item)
         if self.on_disk:
-            return self._hot.get((path, name), lambda: load_cache_tensors(path, [name], compared=self._compared))[name]
+            return self._hot.get((path, name), lambda: load_cache_tensors(path, [name]))[name]
         return self._memory[path][name]
 
     # what is there

@@ -97,7 +97,6 @@ class TextCache:
             self._notes, ask=self._files.asked, open_file=self._file_check.open_file
         )
         self._hot = HotTensors()
-        self._compared: set[int] = set()
         self._memory: dict[str, Tensors] = {}
         self._state: CacheState | None = None
 
@@ -208,8 +207,8 @@ class TextCache:
             raise ValueError("set conditioning_type before anything is loaded from the cache")
         if not self.on_disk:
             return self.conditioning_type.from_cache(self._memory[text])
-        read = partial(load_cache_tensors, compared=self._compared)
-        return self.conditioning_type.from_cache(self._hot.get((path, text), lambda: read_text(path, text, read=read)))
+        tensors = self._hot.get((path, text), lambda: read_text(path, text, read=load_cache_tensors))
+        return self.conditioning_type.from_cache(tensors)
 
     # what is there
 

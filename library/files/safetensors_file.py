@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from library.errors import CheckpointError
 from library.files.atomic import write_atomically
@@ -35,8 +36,7 @@ FINGERPRINT_CHUNKS = 64
 FINGERPRINT_CHUNK_BYTES = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where one tensor lies: ``start`` and ``end`` are byte offsets in the file."""
 
     dtype: str
@@ -65,7 +65,7 @@ class TensorFile:
     Raises CheckpointError for a missing, damaged or truncated file.
     """
 
-    __slots__ = ("_data_start", "_entries", "_file", "metadata", "path", "stat")
+    __slots__ = ("_data_start", "_entries", "_file", "metadata", "path")
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -74,7 +74,6 @@ class TensorFile:
         except OSError as error:
             raise _unreadable(path, error) from error
         try:
-            self.stat = os.fstat(self._file.fileno())
             self._entries, self._data_start = self._read_header()
         except OSError as error:
             self._file.close()
@@ -97,14 +96,12 @@ class TensorFile:
         return list(self._entries)
 
     def info(self, name: str) -> TensorInfo:
-        """Raises KeyError where there is no such tensor."""
+        """Raises KeyError where there is no such tensor. Whether the file is long enough shows when it is read."""
+        entry = self._entries[name]
         try:
-            found = _tensor_info(self.path, name, self._entries[name], self._data_start)
-        except (TypeError, ValueError) as error:
+            return _tensor_info(self.path, name, entry, self._data_start)
+        except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.path) from error
-        if found.end > self.stat.st_size:
-            raise _truncated(self.path, self.stat.st_size, found.end)
-        return found
 
     def tensors(self) -> dict[str, TensorInfo]:
         """All of them, each checked."""
@@ -113,32 +110,39 @@ class TensorFile:
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(self.path) from error
         expected = max((info.end for info in found.values()), default=self._data_start)
-        if expected > self.stat.st_size:
-            raise _truncated(self.path, self.stat.st_size, expected)
+        if expected > self._size():
+            raise _truncated(self.path, self._size(), expected)
         return found
 
     def read(self, info: TensorInfo) -> bytearray:
-        """The bytes of one tensor. Raises OSError, or CheckpointError where the file is shorter by now."""
+        """The bytes of one tensor. Raises OSError, or CheckpointError where the file is too short."""
         data = bytearray(info.end - info.start)
         self._file.seek(info.start)
-        _read_fully(self._file, memoryview(data), self.path)
+        if self._file.readinto(data) != len(data):
+            if info.end > self._size():
+                raise _truncated(self.path, self._size(), info.end)
+            self._file.seek(info.start)
+            _read_fully(self._file, memoryview(data), self.path)
         return data
 
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
     def _read_header(self) -> tuple[dict, int]:
-        path, size = self.path, self.stat.st_size
+        path = self.path
         head = self._file.read(HEAD_BYTES) or b""
         if len(head) < 8:
-            raise CheckpointError(f"{path} is not a safetensors file: it has only {size} bytes")
-        (length,) = struct.unpack_from("<Q", head)
-        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is not a safetensors file: it has only {len(head)} bytes")
+        end = 8 + int.from_bytes(head[:8], "little")
+        if end > 8 + MAX_HEADER_BYTES:
             raise _damaged(path)
-        if length > size - 8:
-            raise CheckpointError(f"{path} is truncated inside its header; copy or download it again")
-        if len(head) < 8 + length:
-            rest = bytearray(8 + length - len(head))
+        if len(head) < end:
+            if end > self._size():
+                raise CheckpointError(f"{path} is truncated inside its header; copy or download it again")
+            rest = bytearray(end - len(head))
             _read_fully(self._file, memoryview(rest), path)
             head += rest
-        return _parsed_header(path, head[8 : 8 + length]), 8 + length
+        return _parsed_header(path, head[8:end]), end
 
 
 def tensor_of(info: TensorInfo, data: bytearray) -> Tensor:
@@ -153,7 +157,7 @@ def tensor_of(info: TensorInfo, data: bytearray) -> Tensor:
 
 def _parsed_header(path: str | Path, text: bytes) -> dict:
     try:
-        raw = json.loads(text)
+        raw = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _damaged(path) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("__metadata__", {}), dict):
@@ -175,13 +179,10 @@ def _damaged(path: str | Path) -> CheckpointError:
 
 def _tensor_info(path: str | Path, name: str, entry: dict, data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
-    shape = tuple(int(side) for side in entry["shape"])
-    count = 1
-    for side in shape:
-        count *= side
+    shape = tuple(map(int, entry["shape"]))
     if entry["dtype"] not in DTYPE_BYTES:
         raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {entry['dtype']}")
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != count * DTYPE_BYTES[entry["dtype"]]:
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * DTYPE_BYTES[entry["dtype"]]:
         raise ValueError(name)
     return TensorInfo(entry["dtype"], shape, data_start + begin, data_start + end)
 
