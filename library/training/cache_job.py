@@ -117,9 +117,7 @@ def is_done(data: CheckedData, part: str) -> bool:
     cache = job_cache(data)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not cache.state().is_complete:
         return False
-    if data.latent_cache is not None:
-        data.latent_cache.state(refresh=True)
-    say_done(cache.state(), part)
+    say_done(cache.state(refresh=True), part)
     return True
 
 

@@ -78,7 +78,7 @@ class CacheFilling(ArchitectureHooks):
                 if self.lacks(latents.state()):
                     self.fill_latent_cache(latents)
                     self.after_caching()
-            if texts is not None and self.lacks(texts.state()):
+            if texts is not None and self.lacks(texts.state(refresh=True)):
                 self.adopt_text(texts)
                 if self.lacks(texts.state()):
                     self.fill_text_cache(texts)
