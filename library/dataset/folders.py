@@ -87,16 +87,25 @@ def _has_images(folder: Path, extensions: tuple[str, ...]) -> bool:
 
 def text_problem(path: str) -> str | None:
     """Linux allows any bytes in a file name; such a name fits into no caption, cache or metadata file."""
+    return None if is_text(path) else f"the name {printable(path)} is not valid UTF-8: rename it"
+
+
+def is_text(value: str) -> bool:
+    """File names can hold bytes, and JSON can write halves of characters, that no encoder takes."""
     try:
-        path.encode("utf-8")
-        return None
+        value.encode("utf-8")
     except UnicodeEncodeError:
-        shown = path.encode("utf-8", "surrogateescape") if os.name != "nt" else path.encode("utf-8", "backslashreplace")
-        return f"the name {shown.decode('utf-8', 'backslashreplace')} is not valid UTF-8: rename it"
+        return False
+    return True
 
 
-def plugin_package(extension: str) -> str:
-    return {".avif": "pillow-avif-plugin (or a newer Pillow)", ".jxl": "pillow-jxl-plugin"}[extension]
+def printable(name: str) -> str:
+    r"""The name with \xff in place of what is no text."""
+    try:
+        data = os.fsencode(name)
+    except UnicodeEncodeError:
+        data = name.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def unread_images_warning(folder: Path, extensions: Iterable[str], names: Iterable[str] | None = None) -> str | None:

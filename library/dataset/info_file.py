@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.dataset.folders import caption_lines, caption_paths, file_names, image_names
+from library.dataset.folders import caption_lines, caption_paths, file_names, image_names, is_text, printable
 from library.dataset.items import SubsetSettings
-from library.dataset.metadata_file import is_text, read_json
+from library.dataset.metadata_file import read_json
 from library.errors import DatasetError, OutputError
 from library.files.atomic import write_text_atomically
 
@@ -56,7 +56,7 @@ def read_info(subset: SubsetSettings, extensions: tuple[str, ...]) -> FolderInfo
     for key, entry in document.items():
         caption = entry.get("caption") if isinstance(entry, dict) else None
         if not isinstance(caption, str) or not is_text(caption):
-            raise DatasetError(f'{path}: the entry of {key} must be an object with a text "caption"{cure}')
+            raise DatasetError(f'{path}: the entry of {printable(key)} must be an object with a text "caption"{cure}')
         image = _image_path(key, path.parent, names)
         if image is None:
             gone.append(key)
@@ -64,7 +64,7 @@ def read_info(subset: SubsetSettings, extensions: tuple[str, ...]) -> FolderInfo
             found[image] = caption_lines(caption, all_lines=subset.enable_wildcard)
     info = FolderInfo(sorted(found.items()))
     if gone:
-        info.problems.append(f"{path} lists {len(gone)} images that are gone (such as {gone[0]}){cure}")
+        info.problems.append(f"{path} lists {len(gone)} images that are gone (such as {printable(gone[0])}){cure}")
     info.warnings.extend(_stale_warnings(subset, names, [image for image, _ in info.captions], extensions))
     return info
 

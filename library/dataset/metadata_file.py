@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.dataset.folders import caption_lines, text_problem
+from library.dataset.folders import caption_lines, is_text, printable
 from library.dataset.items import SubsetSettings
 from library.dataset.schema import attributes_problem
 from library.errors import DatasetError
@@ -45,7 +45,7 @@ def read_metadata(subset: SubsetSettings, extensions: tuple[str, ...]) -> tuple[
         try:
             entries.append(_entry(key, record, subset, extensions))
         except ValueError as error:
-            problems.append(f"{path}, {text_problem(key) or key}: {error}")
+            problems.append(f"{path}, {printable(key)}: {error}")
     return entries, problems
 
 
@@ -80,11 +80,6 @@ def read_json(path: Path, *, cure: str = "") -> object:
         raise DatasetError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}{cure}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise DatasetError(f"{path} cannot be read: {error}{cure}") from error
-
-
-def is_text(value: str) -> bool:
-    """JSON can write halves of characters, which no encoder takes."""
-    return value.isascii() or text_problem(value) is None
 
 
 def _json_records(path: Path) -> Iterable[tuple[str, object]]:
