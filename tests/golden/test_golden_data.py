@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from golden_files import load_golden, load_golden_json
+from library.dataset.augment import told_crop
 from library.dataset.buckets import Buckets, bucket_problems, bucket_sizes, rounded_limits
 from library.dataset.captions import Moment, caption_for
 from library.dataset.images import load_pixels
@@ -51,6 +52,21 @@ def test_bucket_of_every_image(number: int):
         placed = buckets.place(tuple(image["size"]))
         actual = (placed.bucket_wh, placed.resized_wh, placed.crop_left_top)
         assert actual == (tuple(image["bucket"]), tuple(image["resized"]), tuple(image["crop_offset_xy"])), image
+        # The model is told the crop that was made; "sdxl" and "crop_ltrb" hold the reference's, which were not.
+        left, top = image["crop_offset_xy"]
+        assert told_crop(placed, flipped=False) == (left, top)
+        assert told_crop(placed, flipped=True) == (image["resized"][0] - image["bucket"][0] - left, top)
+
+
+def test_every_recorded_case_is_run():
+    recorded = load_golden_json("data/buckets.json")
+    assert len(recorded["settings"]) == len(BUCKET_SETTINGS) and len(recorded["make_bucket_resolutions"]) == 3
+    assert sum("assertion" in settings for settings in recorded["settings"]) == 2
+    images = [image for settings in recorded["settings"] for image in settings.get("images", ())]
+    refused = [image for image in images if "exception" in image or 0 in image["bucket"]]
+    assert len(images) == 240 and len(refused) > 3
+    assert all(image["covers_bucket"] for image in images if image not in refused)
+    assert len(load_golden("data/resize_crop.safetensors").about["cases"]) == len(RESIZED)
 
 
 def test_bucket_lists():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
-from library.dataset.buckets import Buckets, bucket_problems
-from library.dataset.items import DatasetSettings
+from library.dataset.buckets import Buckets, Placement, bucket_problems
+from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.errors import DatasetError
 
 
@@ -23,16 +24,42 @@ def problems(*arguments, **changes) -> str:
 
 @pytest.mark.parametrize("no_upscale", [False, True])
 @pytest.mark.parametrize("resolution", [(512, 512), (1024, 1024), (768, 512)])
-def test_every_placement_covers_its_bucket(no_upscale: bool, resolution: tuple[int, int]):
-    buckets = Buckets(settings(resolution, bucket_no_upscale=no_upscale))
+@pytest.mark.parametrize("steps", [16, 64])
+def test_every_placement_covers_its_bucket(no_upscale: bool, resolution: tuple[int, int], steps: int):
+    buckets = Buckets(settings(resolution, bucket_no_upscale=no_upscale, bucket_reso_steps=steps))
+    assert not list(bucket_problems(buckets.settings, bucket_step=16))
     rng = random.Random(0)
     for _ in range(300):
         size = (rng.randint(128, 5000), rng.randint(128, 5000))
         placed = buckets.place(size)
         for side in (0, 1):
-            assert placed.bucket_wh[side] % 64 == 0
+            assert placed.bucket_wh[side] % steps == 0
             assert 0 <= placed.crop_left_top[side] <= placed.resized_wh[side] - placed.bucket_wh[side]
             assert not no_upscale or placed.resized_wh[side] <= size[side]
+
+
+def test_several_resolutions_of_one_image():
+    """Three datasets with the same folder: one item each, in buckets of about the resolution's area."""
+    for resolution in (512, 768, 1024):
+        placed = Buckets(settings((resolution, resolution), bucket_reso_steps=16, max_bucket_reso=2048)).place((3000, 2000))
+        width, height = placed.bucket_wh
+        assert 0.9 * resolution**2 < width * height <= resolution**2
+        assert abs(width / height - 1.5) < 0.05 and min(placed.resized_wh[0] - width, placed.resized_wh[1] - height) == 0
+
+
+def test_finer_steps_crop_less():
+    lost = []
+    for steps in (64, 16):
+        placed = Buckets(settings((512, 512), bucket_reso_steps=steps)).place((1000, 700))
+        lost.append(1 - placed.bucket_wh[0] * placed.bucket_wh[1] / (placed.resized_wh[0] * placed.resized_wh[1]))
+    assert lost[1] < lost[0] / 2
+
+
+def test_own_placement_of_an_item():
+    subset = SubsetSettings(place="test", image_dir=None)
+    item = Item(index=0, key="x", path=Path("x.png"), caption="", dataset_index=0, subset=subset, repeats=1, size_wh=(100, 80),
+                bucket_wh=(64, 64), resized_wh=(80, 64), crop_left_top=(8, 0))  # fmt: skip
+    assert Placement.of(item) == Placement((64, 64), (80, 64), (8, 0))
 
 
 def test_without_buckets_everything_trains_at_the_resolution():
