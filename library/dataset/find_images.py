@@ -15,6 +15,7 @@ from library.dataset.folders import (
     folder_problem,
     image_extensions,
     image_names,
+    printable,
     read_caption,
     text_problem,
     unread_images_warning,
@@ -211,7 +212,7 @@ def _find_in_metadata(subset: SubsetSettings, search: _Search) -> Iterator[Named
     without_text = [entry.key for entry in last.values() if not entry.caption]
     if without_text:
         findings.warnings.append(
-            f"{subset.place}: {len(without_text)} images have neither caption nor tags (such as {without_text[0]}): "
+            f"{subset.place}: {len(without_text)} images have neither caption nor tags (such as {printable(without_text[0])}): "
             "they train with an empty caption"
         )
     for entry in last.values():

@@ -108,6 +108,10 @@ def printable(name: str) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
+def plugin_package(extension: str) -> str:
+    return {".avif": "pillow-avif-plugin (or a newer Pillow)", ".jxl": "pillow-jxl-plugin"}[extension]
+
+
 def unread_images_warning(folder: Path, extensions: Iterable[str], names: Iterable[str] | None = None) -> str | None:
     """AVIF and JPEG XL files that are left out because this installation cannot read them; ``names``: the folder's files."""
     names = file_names(folder) if names is None else names
