@@ -9,13 +9,16 @@ from PIL import Image
 
 from library.dataset.folders import (
     ALWAYS_READ,
+    caption_paths,
     caption_warnings,
     folder_problem,
     image_extensions,
     layout_problem,
     list_images,
     named_folders,
+    printable,
     read_caption,
+    text_problem,
     unread_images_warning,
 )
 from library.dataset.items import SubsetSettings
@@ -116,3 +119,25 @@ def test_layout_is_explained(tmp_path: Path):
     make_image(tmp_path / "x.png")
     text = layout_problem("--train_data_dir", tmp_path, [])
     assert "has images directly inside" in text and "N_name" in text
+
+
+def test_captions_of_face_crops(tmp_path: Path):
+    (tmp_path / "girl.txt").write_text("whole picture")
+    (tmp_path / "girl_1_2_3_4.txt").write_text("own")
+    assert read_caption(tmp_path / "girl_1_2_3_4.png", subset()) == "own"
+    assert read_caption(tmp_path / "girl_10_20_30_40.png", subset()) == "whole picture"
+    assert read_caption(tmp_path / "girl_in_a_red_dress.png", subset()) is None
+    assert list(caption_paths("/some_data_of_2_3_4_5/x.png", ".txt")) == ["/some_data_of_2_3_4_5/x.txt"]
+
+
+def test_a_caption_file_that_is_a_folder(tmp_path: Path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(DatasetError, match=r"a\.txt is a folder, but a caption file of that name would be read"):
+        read_caption(tmp_path / "a.png", subset())
+
+
+@pytest.mark.parametrize(("name", "shown"), [("a\udcff.png", r"a\xff.png"), ("a\ud800.png", r"a\ud800.png")])
+def test_names_that_are_no_text(name: str, shown: str):
+    assert printable(name) == shown
+    assert text_problem(name) == f"the name {shown} is not valid UTF-8: rename it"
+    assert text_problem("日本.png") is None and printable("日本.png") == "日本.png"

@@ -97,3 +97,56 @@ def test_bad_entries_are_named(tmp_path: Path):
     assert [entry.key for entry in entries] == ["c.png"]
     assert "m.json, a.png: the entry must be an object" in problems[0]
     assert 'm.json, b.png: "tags" must be a text' in problems[1]
+
+
+def test_attributes_of_single_images(tmp_path: Path):
+    path = write(
+        tmp_path / "m.json", {"a.png": {"custom_attributes": {"diff_output_preservation": True, "x": [1, "y"]}}, "b.png": {}}
+    )
+    entries, problems = read_metadata(subset(path, image_dir=tmp_path), ALWAYS_READ)
+    assert [entry.custom_attributes for entry in entries] == [{"diff_output_preservation": True, "x": [1, "y"]}, None]
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"custom_attributes": [1]}, '"custom_attributes" must be an object'),
+        ({"custom_attributes": {"diff_output_preservation": "yes"}}, "must be true or false"),
+        ({"caption": "\ud800"}, '"caption" has half a character'),
+        ({"tags": "\udfff"}, '"tags" has half a character'),
+        ({"caption": 0}, '"caption" must be a text'),
+    ],
+)
+def test_wrong_entries(record: dict, words: str, tmp_path: Path):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"a.png": record}))
+    entries, (problem,) = read_metadata(subset(path, image_dir=tmp_path), ALWAYS_READ)
+    assert entries == [] and f"{path}, a.png: " in problem and words in problem
+
+
+def test_what_other_tools_note_is_left_alone(tmp_path: Path):
+    image(tmp_path / "a.png")
+    record = {
+        "caption": "c",
+        "tags": None,
+        "image_size": [1, 2],
+        "train_resolution": [512, 512],
+        "rating": "g",
+        "latents": {"x": 1},
+    }
+    path = write(tmp_path / "m.json", {"a.png": record})
+    entries, problems = read_metadata(subset(path, image_dir=tmp_path), ALWAYS_READ)
+    assert [entry.caption for entry in entries] == ["c"] and problems == []
+
+
+def test_several_entries_for_one_image_stay_in_their_order(tmp_path: Path):
+    path = write(tmp_path / "m.jsonl", '{"image_path": "a.png", "caption": "1"}\n{"image_path": "a.png", "caption": "2"}')
+    entries, _ = read_metadata(subset(path, image_dir=tmp_path), ALWAYS_READ)
+    assert [entry.caption for entry in entries] == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_thousands_of_brackets(name: str, tmp_path: Path):
+    with pytest.raises(DatasetError, match="cannot be read"):
+        read_metadata(subset(write(tmp_path / name, "[" * 100_000)), ALWAYS_READ)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.dataset import verify
+from library.dataset.image_records import RECORDS_NAME, ImageRecords
 from library.dataset.images import load_pixels
 from library.dataset.items import DatasetSettings, SubsetSettings, TrainingSet
 from library.dataset.scan import scan
@@ -244,3 +251,286 @@ def test_bucket_counts(tmp_path: Path):
         picture(tmp_path / "a" / f"{number}.png", size)
     data = scan((dataset(subset(tmp_path / "a"), enable_bucket=True),))
     assert Counter(item.bucket_wh for item in data.items) == {(64, 64): 2, (80, 48): 1, (48, 80): 1}
+
+
+# ---------------------------------------------------------------------- what is remembered
+
+
+def remembered(*datasets: DatasetSettings, **options) -> tuple[TrainingSet, int]:
+    """The training set of a start that remembers, and how many images it had to read."""
+    told = [(0, 0)]
+    data = scan(datasets, records=ImageRecords(), progress=lambda done, total: told.append((done, total)), **options)
+    return data, told[-1][0]
+
+
+def test_a_second_start_reads_nothing_and_finds_the_same(tmp_path: Path):
+    for number in range(4):
+        picture(tmp_path / "a" / f"{number}.png", (64 + number, 64))
+    settings = dataset(subset(tmp_path / "a"), enable_bucket=True)
+    first, second = remembered(settings), remembered(settings)
+    assert (first[1], second[1]) == (4, 0) and first[0] == second[0] == scan((settings,))
+
+
+def test_what_was_read_is_remembered_when_the_scan_fails(tmp_path: Path):
+    bad_folder(tmp_path / "a")
+    settings = dataset(subset(tmp_path / "a"), **LARGE)
+    with pytest.raises(DatasetError):
+        remembered(settings)
+    assert remembered(settings, skip_bad_images=True)[1] == 5  # all that was not good
+
+
+def test_what_was_read_is_remembered_when_the_scan_is_interrupted(tmp_path: Path):
+    for number in range(40):
+        picture(tmp_path / "a" / f"{number:02}.png")
+    settings = dataset(subset(tmp_path / "a"))
+
+    def ctrl_c(done: int, total: int) -> None:
+        if done == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan((settings,), records=ImageRecords(), progress=ctrl_c)
+    assert remembered(settings)[1] == 10
+
+
+def test_by_default_nothing_is_left_in_the_folder(tmp_path: Path):
+    picture(tmp_path / "a" / "x.png")
+    scan((dataset(subset(tmp_path / "a", cache_info=True)),))
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"x.png", "x.txt"}
+
+
+def test_records_are_no_images_of_the_folder(tmp_path: Path):
+    picture(tmp_path / "a" / "x.png")
+    remembered(dataset(subset(tmp_path / "a")))
+    assert (tmp_path / "a" / RECORDS_NAME).exists()
+    assert remembered(dataset(subset(tmp_path / "a")))[0].warnings == ()
+
+
+# ---------------------------------------------------------------------- attributes of images
+
+
+def test_custom_attributes_are_the_subsets_and_the_images_own(tmp_path: Path):
+    for name in ("x.png", "y.png"):
+        picture(tmp_path / "a" / name)
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"x.png": {"caption": "x", "custom_attributes": {"b": 3, "c": [1]}}, "y.png": {"caption": "y"}}))
+    attributes = {"a": 1, "b": 2}
+    x, y = scan((dataset(subset(tmp_path / "a", metadata_file=meta, custom_attributes=attributes)),)).items
+    assert x.custom_attributes == {"a": 1, "b": 3, "c": [1]}
+    assert y.custom_attributes is attributes  # one object for all that have nothing of their own
+
+
+def test_equal_sizes_are_one_object(tmp_path: Path):
+    for number in range(3):
+        picture(tmp_path / "a" / f"{number}.png", (100, 50))
+    first, second, _ = scan((dataset(subset(tmp_path / "a"), enable_bucket=True),)).items
+    for name in ("size_wh", "bucket_wh", "resized_wh", "crop_left_top", "custom_attributes"):
+        assert getattr(first, name) is getattr(second, name)
+
+
+# ---------------------------------------------------------------------- odd folders
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_links_that_lead_nowhere_or_round_in_circles(tmp_path: Path):
+    folder = picture(tmp_path / "a" / "good.png").parent
+    (folder / "parent").symlink_to(folder)
+    (folder / "parent.png").symlink_to(folder)
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    (folder / "there.png").symlink_to(folder / "back.png")
+    (folder / "back.png").symlink_to(folder / "there.png")
+    (folder / "broken.png").symlink_to(folder / "nothing.png")
+    found = problems(dataset(subset(folder)))
+    for words in ("parent.png cannot be read: it is a folder", "itself.png cannot be read: it is a link that leads back",
+                  "there.png cannot be read: it is a link that leads back", "back.png cannot be read: it is a link that leads",
+                  "broken.png cannot be read: it is a link to a file that is not there"):  # fmt: skip
+        assert sum(words in text for text in found) == 1, words
+    assert len(found) == 6
+    assert [item.path.name for item in scan((dataset(subset(folder)),), skip_bad_images=True).items] == ["good.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_caption_file_that_links_to_itself(tmp_path: Path):
+    picture(tmp_path / "a" / "x.png", caption=None)
+    (tmp_path / "a" / "x.txt").symlink_to(tmp_path / "a" / "x.txt")
+    assert problems(dataset(subset(tmp_path / "a")))[0].startswith(f"{tmp_path / 'a' / 'x.txt'} cannot be read: Too many levels")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_folder_of_nothing_but_links_to_itself(tmp_path: Path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "loop").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
+    assert problems(dataset(subset(folder)))[0].startswith(f"my.toml, subset a: no images in {folder}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_linked_image_is_read_where_it_lies(tmp_path: Path):
+    target = picture(tmp_path / "store" / "0001.png", (100, 50))
+    picture(tmp_path / "a" / "other.png")
+    (tmp_path / "a" / "x.png").symlink_to(target)
+    settings = dataset(subset(tmp_path / "a"), enable_bucket=True)
+    assert [item.size_wh for item in remembered(settings)[0].items] == [(64, 64), (100, 50)]
+    picture(target, (50, 100))
+    assert [item.size_wh for item in remembered(settings)[0].items] == [(64, 64), (50, 100)]
+
+
+def test_fifty_thousand_other_files_cost_next_to_nothing(tmp_path: Path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for number in range(50_000):
+        os.close(os.open(folder / f"{number}.json", os.O_CREAT | os.O_WRONLY))
+    assert problems(dataset(subset(folder)))[0].startswith("my.toml, subset a: no images in")
+    for number in range(3):
+        picture(folder / f"{number}.png")
+    started = time.process_time()
+    data = scan((dataset(subset(folder)),))
+    assert len(data.items) == 3 and data.warnings == ()
+    assert time.process_time() - started < 2.0
+
+
+def test_a_caption_file_that_is_a_folder(tmp_path: Path):
+    picture(tmp_path / "a" / "x.png", caption=None)
+    picture(tmp_path / "a" / "y.png")
+    (tmp_path / "a" / "x.txt").mkdir()
+    found = problems(dataset(subset(tmp_path / "a")))
+    assert (
+        found[0] == f"{tmp_path / 'a' / 'x.txt'} is a folder, but a caption file of that name would be read: rename or remove it"
+    )
+    assert [item.path.name for item in scan((dataset(subset(tmp_path / "a")),), skip_bad_images=True).items] == ["y.png"]
+
+
+def test_metadata_whose_images_are_gone_lists_all_of_them(tmp_path: Path):
+    picture(tmp_path / "a" / "here.png")
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({name: {"caption": "x"} for name in ("here.png", "gone.png", "sub/lost.png", "/no/where.png")}))
+    found = problems(dataset(subset(tmp_path / "a", metadata_file=meta)))
+    for name, path in (
+        ("gone.png", tmp_path / "a/gone.png"),
+        ("sub/lost.png", tmp_path / "a/sub/lost.png"),
+        ("/no/where.png", "/no/where.png"),
+    ):
+        assert f"{meta}, {name}: {path} cannot be read: the file is not there" in found
+    assert found[-1].startswith("3 bad image(s)")
+
+
+def test_metadata_that_names_an_image_twice(tmp_path: Path):
+    path = picture(tmp_path / "a" / "x.png")
+    meta = tmp_path / "meta.jsonl"
+    lines = [
+        {"image_path": "x.png", "caption": "first"},
+        {"image_path": "x.png", "caption": "second"},
+        {"image_path": str(path), "caption": "third"},
+    ]
+    meta.write_text("\n".join(json.dumps(line) for line in lines))
+    data = scan((dataset(subset(tmp_path / "a", metadata_file=meta)),))
+    assert [item.caption for item in data.items] == ["third"]
+    assert data.warnings == (
+        f"my.toml, subset a: 2 entries of {meta} name an image that a later entry names again: the last one counts",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf8(tmp_path: Path):
+    folder = tmp_path / "a"
+    picture(folder / "good.png")
+    shutil.copy(folder / "good.png", folder / os.fsdecode(b"caf\xe9.png"))
+    (text, summary) = problems(dataset(subset(folder)))
+    assert text == f"the name {folder}/caf\\xe9.png is not valid UTF-8: rename it" and summary.startswith("1 bad")
+    text.encode("utf-8")
+    data = scan((dataset(subset(folder)),), skip_bad_images=True)
+    assert [item.path.name for item in data.items] == ["good.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("key", ["image_dir", "conditioning_data_dir"])
+def test_folders_whose_names_are_not_utf8(key: str, tmp_path: Path):
+    folder = tmp_path / os.fsdecode(b"bilder-\xfc")
+    picture(folder / "x.png")
+    picture(tmp_path / "a" / "x.png")
+    (text,) = problems(dataset(subset(tmp_path / "a", **{key: folder})))
+    assert text == f"my.toml, subset a: the name {tmp_path}/bilder-\\xfc is not valid UTF-8: rename it"
+
+
+def test_metadata_with_names_that_no_file_can_have(tmp_path: Path):
+    picture(tmp_path / "a" / "x.png")
+    meta = tmp_path / "meta.json"
+    meta.write_text('{"x.png": {"caption": "x"}, "nul\\u0000.png": {}, "half\\ud800.png": {"caption": "y"}}')
+    found = problems(dataset(subset(tmp_path / "a", metadata_file=meta)))
+    assert any("no file can have a name with the character" in text for text in found)
+    assert any("half\\ud800.png is not valid UTF-8" in text for text in found)
+    "".join(found).encode("utf-8")
+
+
+@pytest.fixture
+def locked_folder() -> Iterator[Path]:
+    """A folder with an image that this process may not list; root is let in everywhere, so it becomes somebody else."""
+    if os.name == "nt":
+        pytest.skip("permissions work differently on Windows")
+    parent = Path(tempfile.mkdtemp())
+    folder = picture(parent / "locked" / "x.png").parent
+    parent.chmod(0o755)
+    folder.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(stat.S_IRWXU)
+    shutil.rmtree(parent)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_info": True}])
+def test_a_folder_that_may_not_be_read(settings: dict, locked_folder: Path):
+    (text,) = problems(dataset(subset(locked_folder, **settings)), skip_bad_images=True)
+    assert text == f"my.toml, subset locked: {locked_folder} cannot be read: Permission denied"
+
+
+def test_a_mask_folder_that_may_not_be_read(locked_folder: Path):
+    folder = Path(tempfile.mkdtemp())
+    try:
+        Image.new("RGB", (64, 64)).save(folder / "x.png")
+        text = problems(dataset(subset(folder, conditioning_data_dir=locked_folder)))[0]
+        assert f"conditioning_data_dir {locked_folder} cannot be read: Permission denied" in text
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_an_empty_parent_with_a_locked_child(locked_folder: Path):
+    (text,) = problems(dataset(subset(locked_folder.parent)))
+    assert f"no images in {locked_folder.parent}" in text
+
+
+def test_verification_keeps_several_images_in_the_air(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each thread works on its own image: with two workers two are read at the same moment."""
+    import threading
+
+    for number in range(verify.READ_AT_ONCE * 2):
+        picture(tmp_path / "a" / f"{number:02}.png")
+    both = threading.Barrier(2, timeout=20)
+    decode = verify._decode
+    monkeypatch.setattr(verify, "_decode", lambda data: (both.wait(), decode(data))[1])
+    assert len(scan((dataset(subset(tmp_path / "a")),), workers=2).items) == verify.READ_AT_ONCE * 2
+
+
+def test_memory_for_each_image_is_small(tmp_path: Path):
+    """Beyond the path and the caption, an image leaves less than 1 KiB behind: item, key and record."""
+    import tracemalloc
+
+    content = picture(tmp_path / "a" / "00000.png").read_bytes()
+    for number in range(1, 2000):
+        (tmp_path / "a" / f"{number:05}.png").write_bytes(content)
+        (tmp_path / "a" / f"{number:05}.txt").write_text(f"caption {number}")
+    settings = (dataset(subset(tmp_path / "a")),)
+    tracemalloc.start()
+    try:
+        data = scan(settings, records=ImageRecords())
+        used = tracemalloc.get_traced_memory()[0]
+        paths = [Path(str(item.path)) for item in data.items]
+        texts = [(hash(path), os.fspath(path), item.caption + " ") for path, item in zip(paths, data.items, strict=True)]
+        beside = tracemalloc.get_traced_memory()[0] - used
+    finally:
+        tracemalloc.stop()
+    assert len(texts) == 2000
+    assert (used - beside) / 2000 < 1024
