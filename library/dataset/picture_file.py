@@ -67,7 +67,7 @@ def red(image: Image.Image) -> Image.Image:
 def alpha(image: Image.Image) -> Image.Image | None:
     """How opaque each pixel is, 8 bit, mode L; None where the picture has no transparency of any kind."""
     if image.mode in ALPHA_MODES:
-        return image.getchannel("A")
+        return image.getchannel(len(image.getbands()) - 1)
     key = image.info.get("transparency")
     if key is None:
         return None

@@ -37,6 +37,7 @@ class Placed(NamedTuple):
     image: Found
     record: ImageRecord
     placement: Placement
+    is_bucketed: bool
 
 
 def scan(  # noqa: PLR0913  # all but the datasets have a default
@@ -170,7 +171,7 @@ def _placed(
         if isinstance(placement, str):
             findings.bad.append(f"{image.path} {placement}")
         else:
-            yield Placed(image, record, placement)
+            yield Placed(image, record, placement, datasets[image.dataset_index].enable_bucket)
 
 
 def _fitting_record(image: Found, results: Results) -> ImageRecord | str:
@@ -229,7 +230,7 @@ def _validation_items(placed: Iterable[Placed], *, start: int) -> list[Item]:
 
 
 def _item(index: int, placed: Placed, subset: SubsetSettings, *, repeats: int) -> Item:
-    image, record, placement = placed
+    image, record, placement, is_bucketed = placed
     return Item(
         index=index,
         key=f"{image.dataset_index}:{image.subset_index}:{image.name}",
@@ -245,6 +246,7 @@ def _item(index: int, placed: Placed, subset: SubsetSettings, *, repeats: int) -
         bucket_wh=placement.bucket_wh,
         resized_wh=placement.resized_wh,
         crop_left_top=placement.crop_left_top,
+        is_bucketed=is_bucketed,
     )
 
 

@@ -16,6 +16,7 @@ from library.dataset.buckets import Buckets, Placement
 from library.dataset.images import load_picture
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.dataset.resizing import resize
+from library.dataset.scan import scan
 
 
 def item(*, size_wh=(300, 200), resolution=(64, 64), buckets=False, path: Path = Path("x.png"), **settings: object) -> Item:
@@ -65,6 +66,17 @@ def test_random_crop_without_buckets_is_a_window_of_the_full_size_image():
     lefts, tops = zip(*(placement.crop_left_top for placement in found), strict=True)
     assert min(lefts) < 10 and max(lefts) > 226 and min(tops) < 6 and max(tops) > 130
     assert abs(np.mean(lefts) - 118) < 12 and abs(np.mean(tops) - 68) < 8  # uniform: means in the middle
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_random_crop_of_a_scanned_folder(buckets: bool, tmp_path: Path):
+    """The scan tells whether there are buckets."""
+    Image.new("RGB", (300, 200)).save(tmp_path / "x.png")
+    subset = SubsetSettings(place="test", image_dir=tmp_path, random_crop=True)
+    dataset = DatasetSettings(place="test", resolution_wh=(64, 64), enable_bucket=buckets, min_bucket_reso=32, max_bucket_reso=128,
+                              bucket_reso_steps=16, subsets=(subset,))  # fmt: skip
+    (found,) = scan((dataset,)).items
+    assert {placement.resized_wh for placement in placements(found)} == {found.resized_wh if buckets else (300, 200)}
 
 
 def test_random_crop_takes_every_place_alike():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.dataset import images
 from library.dataset.augment import ColourChange
 from library.dataset.buckets import Placement
 from library.dataset.images import load_picture, load_pixels
@@ -192,14 +193,17 @@ def test_explicit_area_is_the_default(tmp_path: Path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_photo_is_shrunk_by_its_own_sides(orientation: int, tmp_path: Path):
-    """Stored 240x1200 and shown 1200x240, or the other way round: the wrong sides would shrink it too much or not at all."""
+def test_turned_photo_is_shrunk_by_its_own_sides(orientation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stored 240x1200 and shown 1200x240: measured by the wrong sides the decoder would not shrink it at all."""
     path = tmp_path / "x.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = (1200, 240) if orientation < 5 else (240, 1200)
     photo(*stored).save(path, exif=exif, quality=92)
+    decoded: list[tuple[int, int]] = []
+    monkeypatch.setattr(images, "rgb", lambda image: decoded.append(image.size) or rgb(image))
     found = load_pixels(whole(path, (1200, 240), (290, 58)))
+    assert decoded == [(stored[0] // 4, stored[1] // 4)]
     assert found.shape == (58, 290, 3) and mean_difference(found, fully_decoded(path, (290, 58))) < 1.0
 
 
