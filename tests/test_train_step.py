@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,6 @@ from tests.tiny_arch import TinyTrainer
 from tests.tiny_runs import TinyRuns, same_tensors
 
 PRESERVED = "custom_attributes = { diff_output_preservation = true }"
-
-
-@pytest.fixture(autouse=True)
-def every_line_is_seen(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("library"), "propagate", True)  # a script's start in this process switches it off
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import socket
 import subprocess
@@ -38,11 +37,6 @@ class Watched(TinyTrainer):
     def log(self, values, step):
         for name, value in values.items():
             self.curves.setdefault(name, {})[step] = value
-
-
-@pytest.fixture(autouse=True)
-def every_line_is_seen(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("library"), "propagate", True)  # a script's start in this process switches it off
 
 
 @pytest.fixture
