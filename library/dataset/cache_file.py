@@ -224,15 +224,16 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 def broken_tensors(file: TensorFile, names: Collection[str]) -> dict[str, str]:
     """{name: what is wrong} of those of the file's tensors ``names`` whose bytes do not have the noted checksum."""
     try:
-        return {name: CHANGED_BYTES for name in names if not _is_intact(file, name, file.read(file.info(name)))}
+        parts = file.read([file.info(name) for name in names])
+        return {name: CHANGED_BYTES for name, part in zip(names, parts, strict=True) if not _is_intact(file, name, part)}
     except OSError as error:
         return dict.fromkeys(names, f"cannot be read ({error.strerror or error})")
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         return dict.fromkeys(names, "truncated" if "truncated" in str(error) else BROKEN_DESCRIPTION)
 
 
-def _is_intact(file: TensorFile, name: str, data: bytearray) -> bool:
-    return checksum(data) == file.metadata[CHECKSUM + name]
+def _is_intact(file: TensorFile, name: str, data: memoryview) -> bool:
+    return checksum(data) == file.note(CHECKSUM + name)
 
 
 Names = Collection[str] | Callable[[str], bool]  # tensors by name, or those that a test accepts
@@ -258,24 +259,21 @@ def read_cache_tensors(path: str | Path, names: Names) -> dict[str, Tensor]:
 
     Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
     """
-    found, broken = {}, []
     try:
         with TensorFile(path) as file:
-            for name in filter(names, file.names()) if callable(names) else names:
-                if name not in file:
-                    raise DatasetError(f"the cache file {path} lacks {name}: delete it and start again")
-                info = file.info(name)
-                data = file.read(info)
-                if not _is_intact(file, name, data):
-                    broken.append(name)
-                found[name] = tensor_of(info, data)
+            wanted = list(filter(names, file.names()) if callable(names) else names)
+            if missing := [name for name in wanted if name not in file]:
+                raise DatasetError(f"the cache file {path} lacks {', '.join(missing)}: delete it and start again")
+            infos = [file.info(name) for name in wanted]
+            parts = file.read(infos)
+            broken = [name for name, part in zip(wanted, parts, strict=True) if not _is_intact(file, name, part)]
     except (CheckpointError, OSError) as error:
         raise _unusable(path, error) from error
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, BROKEN_DESCRIPTION) from error
     if broken:
         raise _damaged(path, f"the bytes of {', '.join(broken)} are not those that were written")
-    return found
+    return {name: tensor_of(info, part) for name, info, part in zip(wanted, infos, parts, strict=True)}
 
 
 def _unusable(path: str | Path, error: CheckpointError | OSError) -> DatasetError:

@@ -1,4 +1,4 @@
-"""What was read from cache files, kept in memory while there is room: small sets are read once, large ones as they come."""
+"""What was read from cache files, kept in memory while there is room: small sets are read twice, large ones as they come."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ Tensors = Mapping[str, "Tensor"]
 
 
 class HotTensors:
-    """Tensors by key. Nothing is ever dropped, and nothing is added once ``room_bytes`` are taken: an epoch shows every image
-    once, so what was used last is no likelier to come next. Safe in threads.
+    """Tensors by key, kept from the second time on that they are asked for: what is used once takes no memory, and new memory
+    for it would take longer than reading it.
+
+    Nothing is ever dropped, and nothing is added once ``room_bytes`` are taken: an epoch shows every image once, so what was
+    used last is no likelier to come next. Safe in threads.
     """
 
     def __init__(self, room_bytes: int = ROOM_BYTES):
         self._room_bytes = room_bytes
         self._kept: dict[Hashable, Tensors] = {}
+        self._read_once: set[int] = set()  # hashes of keys; two equal ones only make the second be kept early
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, read: Callable[[], Tensors]) -> Tensors:
         """What ``read`` gave for ``key``, now or earlier. The tensors are shared: callers must not change them."""
         found = self._kept.get(key)
-        if found is None:
-            found = read()
-            if self._room_bytes > ENTRY_BYTES:
+        if found is not None:
+            return found
+        found = read()
+        if self._room_bytes > ENTRY_BYTES:
+            if hash(key) in self._read_once:
                 self._keep(key, found)
+            else:
+                self._read_once.add(hash(key))
         return found
 
     def _keep(self, key: Hashable, tensors: Tensors) -> None:
@@ -40,3 +48,4 @@ class HotTensors:
             if size <= self._room_bytes and key not in self._kept:
                 self._room_bytes -= size
                 self._kept[key] = tensors
+                self._read_once.discard(hash(key))

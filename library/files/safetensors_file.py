@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own reader
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
                "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 HEAD_BYTES = 4096  # of a small file's header, and more: one read
+METADATA = b'{"__metadata__":'
+METADATA_END = b'},"'  # metadata holds only texts, and in a text a quotation mark is escaped: the first of these is its end
 FINGERPRINT_CHUNKS = 64
 FINGERPRINT_CHUNK_BYTES = 65536
 
@@ -60,12 +62,12 @@ def read_header(path: Path) -> SafetensorsHeader:
 
 class TensorFile:
     """An open safetensors file, for reading a few tensors of a small file with little effort: the header comes with one read,
-    and only what is asked for is looked at. Needs no torch. Use with ``with``.
+    and only what is asked for is looked at. Needs no torch. Use with ``with``, in one thread.
 
     Raises CheckpointError for a missing, damaged or truncated file.
     """
 
-    __slots__ = ("_data_start", "_entries", "_file", "metadata", "path")
+    __slots__ = ("_data_start", "_entries", "_file", "_metadata", "_metadata_text", "path")
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -73,15 +75,18 @@ class TensorFile:
             self._file = io.FileIO(path)
         except OSError as error:
             raise _unreadable(path, error) from error
+        self._metadata: dict[str, str] | None = None
+        self._metadata_text = b""
         try:
-            self._entries, self._data_start = self._read_header()
+            text = self._read_header()
+            self._entries = self._parsed(text)
         except OSError as error:
             self._file.close()
             raise _unreadable(path, error) from error
         except BaseException:
             self._file.close()
             raise
-        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
+        self._data_start = 8 + len(text)
 
     def __enter__(self) -> TensorFile:
         return self
@@ -91,6 +96,22 @@ class TensorFile:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        if self._metadata is None:
+            self._metadata = _json_object(self.path, self._metadata_text) if self._metadata_text else {}
+        return self._metadata
+
+    def note(self, key: str) -> str:
+        """``metadata[key]``, found without taking all of it apart. Raises KeyError."""
+        if self._metadata is None:
+            mark = b'"%b":"' % key.encode("utf-8")
+            start = self._metadata_text.find(mark) + len(mark)
+            value = self._metadata_text[start : self._metadata_text.find(b'"', start)]
+            if start >= len(mark) and b"\\" not in value:
+                return value.decode("utf-8", "replace")
+        return self.metadata[key]
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -114,21 +135,29 @@ class TensorFile:
             raise _truncated(self.path, self._size(), expected)
         return found
 
-    def read(self, info: TensorInfo) -> bytearray:
-        """The bytes of one tensor. Raises OSError, or CheckpointError where the file is too short."""
-        data = bytearray(info.end - info.start)
-        self._file.seek(info.start)
+    def read(self, infos: Sequence[TensorInfo]) -> list[memoryview]:
+        """The bytes of each tensor; neighbours are read at once. Raises OSError, or CheckpointError for too short a file."""
+        start = min((info.start for info in infos), default=0)
+        end = max((info.end for info in infos), default=0)
+        if end - start > sum(info.end - info.start for info in infos):
+            return [memoryview(self._read_range(info.start, info.end)) for info in infos]
+        data = memoryview(self._read_range(start, end))
+        return [data[info.start - start : info.end - start] for info in infos]
+
+    def _read_range(self, start: int, end: int) -> bytearray:
+        data = bytearray(end - start)
+        self._file.seek(start)
         if self._file.readinto(data) != len(data):
-            if info.end > self._size():
-                raise _truncated(self.path, self._size(), info.end)
-            self._file.seek(info.start)
+            if end > self._size():
+                raise _truncated(self.path, self._size(), end)
+            self._file.seek(start)
             _read_fully(self._file, memoryview(data), self.path)
         return data
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
-    def _read_header(self) -> tuple[dict, int]:
+    def _read_header(self) -> bytes:
         path = self.path
         head = self._file.read(HEAD_BYTES) or b""
         if len(head) < 8:
@@ -142,10 +171,22 @@ class TensorFile:
             rest = bytearray(end - len(head))
             _read_fully(self._file, memoryview(rest), path)
             head += rest
-        return _parsed_header(path, head[8:end]), end
+        return head[8:end]
+
+    def _parsed(self, text: bytes) -> dict:
+        """The tensors' entries; the metadata, often most of the header, waits until it is asked for."""
+        end = text.find(METADATA_END) if text.startswith(METADATA) else -1
+        if end > 0:
+            self._metadata_text = text[len(METADATA) : end + 1]
+            return _json_object(self.path, b"{" + text[end + 2 :])
+        entries = _json_object(self.path, text)
+        self._metadata = entries.pop("__metadata__", {})
+        if not isinstance(self._metadata, dict):
+            raise _damaged(self.path)
+        return entries
 
 
-def tensor_of(info: TensorInfo, data: bytearray) -> Tensor:
+def tensor_of(info: TensorInfo, data: bytearray | memoryview) -> Tensor:
     """The tensor that ``data`` holds; it shares the memory."""
     import torch
 
@@ -155,14 +196,14 @@ def tensor_of(info: TensorInfo, data: bytearray) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
 
 
-def _parsed_header(path: str | Path, text: bytes) -> dict:
+def _json_object(path: str | Path, text: bytes) -> dict:
     try:
-        raw = json.loads(text.decode("utf-8"))
+        found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _damaged(path) from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("__metadata__", {}), dict):
+    if not isinstance(found, dict):
         raise _damaged(path)
-    return raw
+    return found
 
 
 def _unreadable(path: str | Path, error: OSError) -> CheckpointError:
