@@ -25,6 +25,7 @@ from library.dataset.verify import MAX_PIXELS, Progress, size_text, verify_image
 from library.errors import DatasetError
 
 PROBLEMS_SHOWN = 20
+LOOKERS = 8  # threads that read captions and compare times of files; it is the disk or the network that they wait for
 LARGE_UPSCALE = 2.0  # beyond this an image trains visibly soft
 SKIP_HINT = "mend or remove them, or leave them out with --skip_bad_images"
 
@@ -49,7 +50,7 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
     records: ImageRecords | None = None,
     seed: int | None = None,
 ) -> TrainingSet:
-    """Reads every image with ``workers`` threads and assigns buckets, repeats and what validates.
+    """Decodes new images with ``workers`` threads and assigns buckets, repeats and what validates.
 
     ``records`` of earlier starts save reading; they are saved even when the scan fails or is interrupted, and where they may be
     written, so are the files of cache_info. None: nothing is remembered. ``seed``: --seed, for the choice of validation images.
@@ -60,8 +61,8 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
     """
     findings = Findings()
     records = records or ImageRecords(reads=False, writes=False)
-    with _threads(workers) as pool:
-        found, results = _find_and_verify(datasets, findings, records, pool=pool, progress=progress)
+    with _threads(max(workers, LOOKERS)) as lookers, _threads(workers) as readers:
+        found, results = _find_and_verify(datasets, findings, records, pools=(lookers, readers), progress=progress)
     with _no_garbage_collection():
         split = split_images(datasets, found, seed=seed)
         trained = _trained_items(datasets, _placed(datasets, split.trained, results, findings))
@@ -113,13 +114,14 @@ def _find_and_verify(
     findings: Findings,
     records: ImageRecords,
     *,
-    pool: ThreadPoolExecutor,
+    pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor],
     progress: Progress | None,
 ) -> tuple[list[Found], Results]:
+    lookers, readers = pools
     try:
         with _no_garbage_collection():
-            found = [image for index, dataset in enumerate(datasets) for image in find_images(index, dataset, pool, findings)]
-        return found, verify_images(_files(found), records, pool=pool, progress=progress)
+            found = [image for index, dataset in enumerate(datasets) for image in find_images(index, dataset, lookers, findings)]
+        return found, verify_images(_files(found), records, lookers=lookers, readers=readers, progress=progress)
     finally:
         records.save()
 

@@ -37,22 +37,28 @@ Progress = Callable[[int, int], None]  # (images read, images to read)
 
 
 def verify_images(
-    paths: Iterable[str], records: ImageRecords, *, pool: ThreadPoolExecutor, progress: Progress | None = None
+    paths: Iterable[str],
+    records: ImageRecords,
+    *,
+    lookers: ThreadPoolExecutor,
+    readers: ThreadPoolExecutor,
+    progress: Progress | None = None,
 ) -> dict[str, ImageRecord | str]:
     """By path: what each file holds, or the sentence that says what is wrong with it.
 
     Files that are as they were when ``records`` were made are not read; all others are, once, and go into the records.
+    ``lookers`` compare times, which is waiting for the disk; ``readers`` decode, which takes a core and memory each.
     """
     unique = list(dict.fromkeys(paths))
     results: dict[str, ImageRecord | str] = {}
     unread: list[str] = []
-    look_up = in_chunks(lambda path: _unchanged(path, records), unique, pool, size=LOOKED_UP_AT_ONCE)
+    look_up = in_chunks(lambda path: _unchanged(path, records), unique, lookers, size=LOOKED_UP_AT_ONCE)
     for path, record in zip(unique, look_up, strict=True):
         if record is None:
             unread.append(path)
         else:
             results[path] = record
-    results.update(_read_all(unread, records, pool=pool, progress=progress))
+    results.update(_read_all(unread, records, pool=readers, progress=progress))
     return results
 
 

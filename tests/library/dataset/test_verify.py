@@ -30,7 +30,7 @@ def verified(*paths: Path, records: ImageRecords | None = None, told: list[tuple
     progress = None if told is None else (lambda done, total: told.append((done, total)))
     with ThreadPoolExecutor(2) as pool:
         records = ImageRecords() if records is None else records
-        found = verify_images([str(path) for path in paths], records, pool=pool, progress=progress)
+        found = verify_images([str(path) for path in paths], records, lookers=pool, readers=pool, progress=progress)
     records.save()
     return {Path(path).name: result for path, result in found.items()}
 
@@ -162,7 +162,7 @@ def test_a_long_check_is_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.
     paths = [picture(tmp_path / f"{number}.png") for number in range(3)]
     seen: list[bool] = []
     with ThreadPoolExecutor(1) as pool:
-        verify_images([str(path) for path in paths], ImageRecords(), pool=pool,
+        verify_images([str(path) for path in paths], ImageRecords(), lookers=pool, readers=pool,
                       progress=lambda done, total: seen.append((tmp_path / RECORDS_NAME).exists()))  # fmt: skip
     assert seen == [False, True, True]
 
