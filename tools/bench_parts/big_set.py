@@ -25,7 +25,7 @@ IMAGES, FOLDERS = 100_000, 4
 SIDE_PX = 64
 START_S, BYTES_PER_IMAGE = 30.0, 1024  # targets
 DIFFERENT_PICTURES = 200  # files repeat their bytes; names, captions and caches are each image's own
-WORDS = "cat dog tree lake boat cloud stone river bird light morning evening quiet old small large red green blue".split()
+WORDS = ("cat", "dog", "tree", "lake", "boat", "cloud", "stone", "river", "bird", "light", "morning", "quiet", "old", "red")
 # A start up to the first batch, in a process of its own, with the memory that it leaves behind if asked for.
 START = """
 import json, sys, time, tracemalloc
@@ -45,14 +45,15 @@ complete = run.latent_cache.state().is_complete and run.text_cache.state().is_co
 plan_lines(run, NetworkSize(0, 0, 0))
 planned = time.perf_counter() - began
 held = tracemalloc.get_traced_memory()[0] - before if traced else 0
-names = sum(sys.getsizeof(str(item.path)) + sys.getsizeof(item.path) + sys.getsizeof(item.caption) for item in run.training_set.items)
+items = run.training_set.items
+names = sum(sys.getsizeof(str(item.path)) + sys.getsizeof(item.path) + sys.getsizeof(item.caption) for item in items)
 from library.anima.text import AnimaConditioning
 from library.dataset.loader import BatchSource
 run.text_cache.conditioning_type = AnimaConditioning
 source = BatchSource(run.training_set, seed=1, latent_cache=run.latent_cache, text_cache=run.text_cache)
 with source.batches(1, 0, workers=worker_count(options)) as batches:
     _, _, batch = next(batches)
-print(json.dumps({"images": len(run.training_set.items), "complete": complete, "planned_s": planned,
+print(json.dumps({"images": len(items), "complete": complete, "planned_s": planned,
                   "batch_s": time.perf_counter() - began, "held": held, "names": names, "size": batch.global_size}))
 """
 
