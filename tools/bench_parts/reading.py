@@ -46,9 +46,9 @@ class CachedSet:
         return [str(path) for path in sorted(self.folder.glob("*.safetensors")) if "prompts" not in path.name]
 
 
-def measure(repeats: int) -> list[Figure]:
+def measure(repeats: int, *, images: int = IMAGES, side_px: int = SIDE_PX) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
-        cached = make_cached_set(Path(folder))
+        cached = make_cached_set(Path(folder), images=images, side_px=side_px)
         return [reading_rate(cached, repeats), waiting_share(cached)]
 
 
@@ -97,19 +97,19 @@ def read_whole(files: list[str]) -> int:
 
 def read_epoch(cached: CachedSet) -> None:
     with cached.source().batches(1, 0, workers=WORKERS) as batches:
-        for _ in range(IMAGES // BATCH):
+        for _ in range(len(cached.training_set.items) // BATCH):
             next(batches)
 
 
-def make_cached_set(folder: Path) -> CachedSet:
+def make_cached_set(folder: Path, *, images: int, side_px: int) -> CachedSet:
     from PIL import Image
 
     subset = SubsetSettings(place="bench", image_dir=folder)
-    wh = (SIDE_PX, SIDE_PX)
+    wh = (side_px, side_px)
     Image.new("RGB", wh).save(folder / "0000.png")
     picture = (folder / "0000.png").read_bytes()
     items = []
-    for index in range(IMAGES):
+    for index in range(images):
         path = folder / f"{index:04}.png"
         path.write_bytes(picture)
         items.append(Item(index=index, key=f"0:0:{path.name}", path=path, caption=f"picture {index}, " + "a word, " * 30,

@@ -312,6 +312,29 @@ def test_default_variants_are_enough_for_the_run_and_bounded(tmp_path: Path) -> 
     assert default_variants(wild, epochs=1000) == 32
 
 
+def test_validation_captions_are_cached_in_one_variant(tmp_path: Path) -> None:
+    whole = make_training_set(tmp_path, 3, shuffle_caption=True)
+    split = replace(whole, items=whole.items[:2], validation=whole.items[2:])
+    cache = text_cache(split, variants=4)
+    fill(cache)
+    texts = json.loads(read_header(tmp_path / "blaue Blüte.png.tiny-text.safetensors").metadata["texts"])
+    assert list(texts.values()) == [caption_variant(split.validation[0], 0)]
+    assert same(cache.load(split.validation[0]), TinyTextEncoder.one(caption_variant(split.validation[0], 0)))
+    assert text_cache(split, variants=4).state().is_complete
+    assert default_variants(replace(split, items=make_training_set(tmp_path, 2).items), epochs=9) == 1  # only what is trained
+
+
+def test_one_image_in_two_datasets_has_one_file_with_both_texts(tmp_path: Path) -> None:
+    training_set = make_training_set(tmp_path, 1)
+    other = replace(training_set.items[0], index=1, caption="another caption", dataset_index=1)
+    training_set = replace(training_set, items=(*training_set.items, other))
+    cache = text_cache(training_set)
+    fill(cache)
+    assert len(list(tmp_path.glob("*-text.safetensors"))) == 1
+    assert [same(cache.load(item), TinyTextEncoder.one(item.caption)) for item in training_set.items] == [True, True]
+    assert cache.state().total == 3
+
+
 def big_set(folder: Path) -> TrainingSet:
     """What the script of cache_parts fills."""
     return make_training_set(folder, len(NAMES), flip_aug=True, shuffle_caption=True)
