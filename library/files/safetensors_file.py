@@ -140,18 +140,20 @@ class TensorFile:
         start = min((info.start for info in infos), default=0)
         end = max((info.end for info in infos), default=0)
         if end - start > sum(info.end - info.start for info in infos):
-            return [memoryview(self._read_range(info.start, info.end)) for info in infos]
-        data = memoryview(self._read_range(start, end))
+            return [self._read_range(info.start, info.end) for info in infos]
+        data = self._read_range(start, end)
         return [data[info.start - start : info.end - start] for info in infos]
 
-    def _read_range(self, start: int, end: int) -> bytearray:
-        data = bytearray(end - start)
+    def _read_range(self, start: int, end: int) -> memoryview:
+        import numpy as np
+
+        data = memoryview(np.empty(end - start, np.uint8))  # unlike a bytearray not filled with zeros first
         self._file.seek(start)
         if self._file.readinto(data) != len(data):
             if end > self._size():
                 raise _truncated(self.path, self._size(), end)
             self._file.seek(start)
-            _read_fully(self._file, memoryview(data), self.path)
+            _read_fully(self._file, data, self.path)
         return data
 
     def _size(self) -> int:
@@ -186,7 +188,7 @@ class TensorFile:
         return entries
 
 
-def tensor_of(info: TensorInfo, data: bytearray | memoryview) -> Tensor:
+def tensor_of(info: TensorInfo, data: memoryview) -> Tensor:
     """The tensor that ``data`` holds; it shares the memory."""
     import torch
 

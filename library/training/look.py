@@ -20,7 +20,6 @@ from library.errors import ProblemList
 from library.training.architecture import Architecture
 from library.training.preflight import check_writable, option_warnings, read_training_set, worker_count
 from library.training.steps import RunLength
-from library.training.validation_plan import validation_warnings
 
 if TYPE_CHECKING:
     from library.dataset.page_pictures import SmallPictures
@@ -92,7 +91,6 @@ def _debug_dataset(
     warnings = [
         *option_warnings(options),
         *training_set.warnings,
-        *validation_warnings(options.validation, training_set, run_length(options, training_set)),
     ]
     path = page_path(options)
     content = PageContent(

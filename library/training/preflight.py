@@ -36,7 +36,7 @@ from library.training.schedule_names import schedule_notices, schedule_problems
 from library.training.state import StateDescription, check_identity, find_state, read_description, state_settings
 from library.training.steps import Progress, RunLength, initial_progress
 from library.training.trackers import tracker_problems
-from library.training.validation_plan import split_text, validation_warnings
+from library.training.validation_plan import split_text
 
 if TYPE_CHECKING:
     from library.dataset.latent_cache import LatentCache
@@ -153,7 +153,6 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             *changes,
             *option_warnings(options),
             *training_set.warnings,
-            *validation_warnings(options.validation, training_set, length),
             *prompt_warnings(prompts, architecture),
         ),
     )

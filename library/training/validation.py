@@ -177,7 +177,7 @@ class Validation:
         return {key: str(value) for key, value in values.items() if value is not None}
 
     def _kinds(self, progress: Progress) -> tuple[str, ...]:
-        return self._schedule.due(progress.step, self._run.length.ended_epoch(progress.position))
+        return self._schedule.due(progress, self._run.length)
 
     def _first_record(self) -> ValidationRecord:
         """That of the state the run goes on from; what it says of other images, noise or kinds of loss does not count."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from library.dataset.items import TrainingSet
 from library.dataset.order import items_by_bucket
 from library.options.validation import ValidationOptions
-from library.training.steps import RunLength
+from library.training.steps import Progress, RunLength
 
 LEVELS = 4  # noise levels at which each image is shown
 HIGHEST_TIMESTEP = 1000
@@ -40,19 +39,20 @@ class ValidationSchedule:
         """For people: "after every epoch and every 100 steps"."""
         epochs = "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
         steps = "" if self.every_n_steps is None else f" and every {self.every_n_steps} steps"
-        return f"after {epochs}{steps}"
+        return f"after {epochs}{steps}, and at the end"
 
-    def due(self, step: int, ended_epoch: int | None) -> tuple[str, ...]:
-        """The names of the curves that get a point after ``step``: "step", "epoch", both or none."""
+    def due(self, progress: Progress, length: RunLength) -> tuple[str, ...]:
+        """The names of the curves that get a point now: "step", "epoch", both or none. A run's end ends its last epoch."""
+        step, ended_epoch = progress.step, length.ended_epoch(progress.position)
         by_step = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
-        by_epoch = ended_epoch is not None and ended_epoch % self.every_n_epochs == 0
+        by_epoch = step == length.total_steps or (ended_epoch is not None and ended_epoch % self.every_n_epochs == 0)
         return (("step",) if by_step else ()) + (("epoch",) if by_epoch else ())
 
     def times(self, length: RunLength) -> int:
         """How many validations a whole run has, apart from the base model's."""
         steps = set(range(self.every_n_steps, length.total_steps + 1, self.every_n_steps)) if self.every_n_steps else set()
         epochs = range(self.every_n_epochs, length.total_steps // length.steps_per_epoch + 1, self.every_n_epochs)
-        return len(steps | {epoch * length.steps_per_epoch for epoch in epochs})
+        return len(steps | {epoch * length.steps_per_epoch for epoch in epochs} | {length.total_steps})
 
 
 def validation_batch_count(training_set: TrainingSet, limit: int | None) -> int:
@@ -75,16 +75,6 @@ class ValidationRecord:
     best: float | None = None
     best_step: int | None = None
     finished_step: int | None = None
-
-
-def validation_warnings(options: ValidationOptions, training_set: TrainingSet, length: RunLength) -> Iterator[str]:
-    """Images that are kept out of training for nothing."""
-    if training_set.validation and ValidationSchedule.of(options).times(length) == 0:
-        epoch = length.steps_per_epoch
-        yield (
-            f"the run ends at step {length.total_steps}, before its first validation ({epoch} steps are an epoch): "
-            "give --validate_every_n_steps, or train longer"
-        )
 
 
 def noise_seed(options: Any) -> int:

@@ -95,7 +95,7 @@ def test_the_curves_and_their_names(runs):
                      "timestep_400", "timestep_600", "timestep_800")
     }  # fmt: skip
     assert sorted(curves[CURVE]) == [2, 4]
-    assert sorted(curves["loss/validation/epoch_average"]) == [step for step in range(1, 6) if step % epoch == 0]
+    assert sorted(curves["loss/validation/epoch_average"]) == [step for step in range(1, 6) if step % epoch == 0 or step == 5]
     assert len(set(curves["loss/validation/baseline"].values())) == 1 and 0 in curves["loss/validation/baseline"]
     steps = [curves[f"loss/validation/timestep_{t}"][4] for t in (200, 400, 600, 800)]
     assert curves[CURVE][4] == pytest.approx(sum(steps) / 4)
@@ -312,7 +312,10 @@ def test_a_new_network_that_cannot_be_switched_off_stands_for_the_base_model(run
     assert trainer.validation.record.baseline is None and "cannot be switched off" in caplog.text
     assert sorted(trainer.curves) == sorted(
         f"loss/validation/{name}"
-        for name in ("step_average", "step_divergence", *(f"timestep_{t}" for t in (200, 400, 600, 800)))
+        for name in (
+            *("step_average", "step_divergence", "epoch_average", "epoch_divergence"),
+            *(f"timestep_{t}" for t in (200, 400, 600, 800)),
+        )
     )
 
 

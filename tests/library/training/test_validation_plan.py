@@ -8,12 +8,11 @@ import pytest
 
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.options.validation import ValidationOptions
-from library.training.steps import RunLength
+from library.training.steps import Progress, RunLength
 from library.training.validation_plan import (
     ValidationSchedule,
     validation_batch_count,
     validation_timesteps,
-    validation_warnings,
 )
 
 LENGTH = RunLength(batches_per_epoch=5, accumulation=2, total_steps=10)  # 3 steps an epoch
@@ -39,18 +38,18 @@ def schedule(**options: object) -> ValidationSchedule:
 
 
 def due(when: ValidationSchedule) -> dict[int, tuple[str, ...]]:
-    found = {step: when.due(step, LENGTH.ended_epoch(step)) for step in range(LENGTH.total_steps + 1)}
+    found = {step: when.due(Progress(step, step), LENGTH) for step in range(LENGTH.total_steps + 1)}
     return {step: kinds for step, kinds in found.items() if kinds}
 
 
 def test_after_every_epoch():
-    assert due(schedule()) == {3: ("epoch",), 6: ("epoch",), 9: ("epoch",)}
-    assert due(schedule(validate_every_n_epochs=2)) == {6: ("epoch",)}
+    assert due(schedule()) == {3: ("epoch",), 6: ("epoch",), 9: ("epoch",), 10: ("epoch",)}
+    assert due(schedule(validate_every_n_epochs=2)) == {6: ("epoch",), 10: ("epoch",)}
 
 
 def test_after_steps_as_well():
     when = schedule(validate_every_n_steps=3, validate_every_n_epochs=2)
-    assert due(when) == {3: ("step",), 6: ("step", "epoch"), 9: ("step",)}
+    assert due(when) == {3: ("step",), 6: ("step", "epoch"), 9: ("step",), 10: ("epoch",)}
 
 
 @pytest.mark.parametrize(
@@ -89,11 +88,3 @@ def test_batches_are_of_one_bucket():
     found = training_set(images(3, (64, 64)) + images(1, (48, 80)))
     assert validation_batch_count(found, None) == 3
     assert validation_batch_count(found, 2) == 2
-
-
-def test_images_that_are_kept_out_for_nothing_are_told():
-    found = training_set(images(3, (64, 64)))
-    (warning,) = validation_warnings(ValidationOptions(validate_every_n_epochs=4), found, LENGTH)
-    assert "the run ends at step 10, before its first validation (3 steps are an epoch)" in warning
-    assert list(validation_warnings(ValidationOptions(), found, LENGTH)) == []
-    assert list(validation_warnings(ValidationOptions(validate_every_n_epochs=4), training_set([]), LENGTH)) == []
