@@ -147,7 +147,7 @@ class TensorFile:
     def _read_range(self, start: int, end: int) -> memoryview:
         import numpy as np
 
-        data = memoryview(np.empty(end - start, np.uint8))  # unlike a bytearray not filled with zeros first
+        data = np.empty(end - start, np.uint8).data  # unlike a bytearray not filled with zeros first
         self._file.seek(start)
         if self._file.readinto(data) != len(data):
             if end > self._size():
