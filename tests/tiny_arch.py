@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from library.dataset.latent_cache import LatentRecipe
-from library.dataset.text_cache import TextRecipe
+from library.dataset.caches.latent_cache import LatentRecipe
+from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenUse
 from library.training.objective import FlowObjective
 from train_network import NetworkTrainer

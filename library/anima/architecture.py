@@ -10,8 +10,8 @@ from library.anima.layout import DenoiserLayout, read_denoiser_layout
 from library.anima.text_layout import TextEncoderLayout, read_text_encoder_layout
 from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
-from library.dataset.latent_cache import LatentRecipe
-from library.dataset.text_cache import TextRecipe
+from library.dataset.caches.latent_cache import LatentRecipe
+from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenUse
 from library.errors import CheckpointError, ProblemList
 from library.files.safetensors_file import file_fingerprint

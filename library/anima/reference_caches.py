@@ -8,11 +8,11 @@ from threading import Lock
 import numpy as np
 
 from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles
-from library.dataset.reference_caches import Arrays, MisfitError
+from library.dataset.caches.reference_caches import Arrays, MisfitError
 
 
 class AnimaReferenceFormat:
-    """See ``library/dataset/reference_caches.py``. ``width``: of the text encoder's states."""
+    """See ``library/dataset/caches/reference_caches.py``. ``width``: of the text encoder's states."""
 
     latents_ending = "_anima.npz"
     text_ending = "_anima_te.npz"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 from library.dataset.augment import told_crop
 from library.dataset.batch import Batch, normalized_pixels
 from library.dataset.buckets import Placement
+from library.dataset.caches.latent_cache import LatentCache
+from library.dataset.caches.text_cache import EMPTY, TextCache
 from library.dataset.conditioning import Conditioning
 from library.dataset.images import Picture, load_picture
 from library.dataset.items import DatasetSettings
-from library.dataset.latent_cache import LatentCache
 from library.dataset.showing import Showing
-from library.dataset.text_cache import EMPTY, TextCache
 from library.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from library.dataset.batch import Batch
 from library.dataset.batch_maker import BatchMaker
+from library.dataset.caches.latent_cache import LatentCache
+from library.dataset.caches.text_cache import TextCache
 from library.dataset.captions import Moment
 from library.dataset.items import TrainingSet
-from library.dataset.latent_cache import LatentCache
 from library.dataset.order import Entry, EpochOrder, OrderSource, rank_positions, validation_batches
 from library.dataset.prefetch import Prefetch, prefetch
 from library.dataset.showing import FixedShowing, TrainingShowing, When
-from library.dataset.text_cache import TextCache
 
 BATCHES_PER_WORKER = 2  # made ahead of the one in use
 

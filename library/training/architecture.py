@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from library.dataset.latent_cache import LatentRecipe
-    from library.dataset.reference_caches import ReferenceFormat
-    from library.dataset.text_cache import TextRecipe
+    from library.dataset.caches.latent_cache import LatentRecipe
+    from library.dataset.caches.reference_caches import ReferenceFormat
+    from library.dataset.caches.text_cache import TextRecipe
     from library.dataset.token_use import TokenCounter
 
 

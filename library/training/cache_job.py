@@ -29,9 +29,9 @@ from library.training.preflight import (
 from library.training.steps import RunLength
 
 if TYPE_CHECKING:
-    from library.dataset.cache_file import CacheState
-    from library.dataset.latent_cache import LatentCache
-    from library.dataset.text_cache import TextCache
+    from library.dataset.caches.cache_file import CacheState
+    from library.dataset.caches.latent_cache import LatentCache
+    from library.dataset.caches.text_cache import TextCache
     from library.training.caching import CacheFilling
 
 NAMES = {"vae": "latents", "text": "text outputs"}  # of what a part of the model makes

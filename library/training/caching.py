@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.dataset.reference_caches import reference_latents, reference_text
+from library.dataset.caches.reference_caches import reference_latents, reference_text
 from library.errors import OptionError
 from library.training import trackers
 from library.training.hooks import ArchitectureHooks
@@ -22,10 +22,10 @@ from library.training.processes import HostGroup
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from library.dataset.cache_file import CacheState
-    from library.dataset.latent_cache import LatentCache
-    from library.dataset.reference_caches import ReferenceFormat
-    from library.dataset.text_cache import TextCache
+    from library.dataset.caches.cache_file import CacheState
+    from library.dataset.caches.latent_cache import LatentCache
+    from library.dataset.caches.reference_caches import ReferenceFormat
+    from library.dataset.caches.text_cache import TextCache
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from library.dataset.items import Item, TrainingSet
 from library.dataset.order import batches_per_epoch
-from library.dataset.page_facts import Facts, find_duplicates, gather_facts
-from library.dataset.page_showings import Showings
-from library.dataset.page_text import caption_lines, fact_lines, visible
+from library.dataset.page.facts import Facts, find_duplicates, gather_facts
+from library.dataset.page.showings import Showings
+from library.dataset.page.text import caption_lines, fact_lines, visible
 from library.dataset.token_use import TokenCounter
 from library.errors import ProblemList
 from library.training.architecture import Architecture
@@ -22,7 +22,7 @@ from library.training.preflight import check_writable, option_warnings, read_tra
 from library.training.steps import RunLength
 
 if TYPE_CHECKING:
-    from library.dataset.page_pictures import SmallPictures
+    from library.dataset.page.pictures import SmallPictures
 
 PAGE_ENDING = "-dataset.html"
 UNNAMED = "dataset"  # where --output_name is not given
@@ -68,7 +68,7 @@ def showings_of(options: Any, training_set: TrainingSet) -> Showings:
     length = run_length(options, training_set)
     variants = None
     if options.caches.text_cached:
-        from library.dataset.text_cache import default_variants
+        from library.dataset.caches.text_cache import default_variants
 
         variants = options.caches.caption_variants or default_variants(training_set, length.epochs)
     return Showings(
@@ -84,7 +84,7 @@ def showings_of(options: Any, training_set: TrainingSet) -> Showings:
 def _debug_dataset(
     options: Any, architecture: Architecture, training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter
 ) -> None:
-    from library.dataset.page import PageContent, write_page
+    from library.dataset.page.page import PageContent, write_page
 
     facts = _facts(training_set, showings, count_tokens)
     pictures = _pictures(training_set, showings, facts, workers=max(worker_count(options), 1))
@@ -123,7 +123,7 @@ def _facts(training_set: TrainingSet, showings: Showings, count_tokens: TokenCou
 
 def _pictures(training_set: TrainingSet, showings: Showings, facts: Facts, *, workers: int) -> dict[int, SmallPictures]:
     """Of the images that the page shows, by Item.index."""
-    from library.dataset.page_pictures import choose, draw
+    from library.dataset.page.pictures import choose, draw
 
     items = choose(training_set.all_items, always=_notable(facts))
     pictures: dict[int, SmallPictures] = {}

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.dataset.cache_size import memory_warning
+from library.dataset.caches.size import memory_warning
 from library.dataset.items import DatasetSettings, Item
 from library.training.preflight import CheckedRun
 from library.training.preservation import is_preserved
 from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count
 
 if TYPE_CHECKING:
-    from library.dataset.latent_cache import LatentCache
-    from library.dataset.text_cache import TextCache
+    from library.dataset.caches.latent_cache import LatentCache
+    from library.dataset.caches.text_cache import TextCache
 
 MIB = 2**20
 MAX_BUCKET_LINES = 12

@@ -39,8 +39,8 @@ from library.training.trackers import tracker_problems
 from library.training.validation_plan import split_text
 
 if TYPE_CHECKING:
-    from library.dataset.latent_cache import LatentCache
-    from library.dataset.text_cache import TextCache
+    from library.dataset.caches.latent_cache import LatentCache
+    from library.dataset.caches.text_cache import TextCache
 
 MIB = 2**20
 DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
@@ -236,8 +236,8 @@ def worker_count(options: Any) -> int:
 
 def make_caches(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet,
                 prompts: tuple[SamplePrompt, ...], length: RunLength) -> tuple[LatentCache | None, TextCache | None]:  # fmt: skip
-    from library.dataset.latent_cache import LatentCache
-    from library.dataset.text_cache import TextCache, default_variants
+    from library.dataset.caches.latent_cache import LatentCache
+    from library.dataset.caches.text_cache import TextCache, default_variants
 
     caches = options.caches
     latent_cache = text_cache = None

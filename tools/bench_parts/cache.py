@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from anima_train_network import AnimaNetworkTrainer
-from library.dataset.latent_cache import LatentCache
+from library.dataset.caches.latent_cache import LatentCache
 from tools.bench_parts.figures import Figure, seconds
 from tools.bench_parts.tiny_run import CACHED_ON_DISK, TinyRun, make_tiny_run
 

@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 
 from library.anima.text import AnimaConditioning
+from library.dataset.caches.latent_cache import LatentCache, LatentRecipe
+from library.dataset.caches.text_cache import TextCache, TextRecipe
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
-from library.dataset.latent_cache import LatentCache, LatentRecipe
 from library.dataset.loader import BatchSource
-from library.dataset.text_cache import TextCache, TextRecipe
 from tools.bench_parts.figures import Figure, alternate
 
 IMAGES, BATCH, WORKERS = 400, 4, 2

@@ -7,7 +7,7 @@ import pytest
 
 from library.anima.reference_caches import AnimaReferenceFormat
 from library.anima.tokenizers import TokenizerFiles
-from library.dataset.reference_caches import MisfitError
+from library.dataset.caches.reference_caches import MisfitError
 from tests.library.anima.reference_files import write_text
 
 CAPTION = "1girl, a cat, in a garden"

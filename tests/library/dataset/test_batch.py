@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from library.dataset.batch import MOVED, Batch
-from tests.library.dataset.cache_parts import TinyConditioning, TinyTextEncoder
+from tests.library.dataset.caches.cache_parts import TinyConditioning, TinyTextEncoder
 
 
 def make_batch(**changes) -> Batch:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from library.dataset.cache_names import CacheNames
+from library.dataset.caches.names import CacheNames
 from library.dataset.image_records import (
     RECORDS_NAME,
     ImageRecord,

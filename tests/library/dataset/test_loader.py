@@ -20,7 +20,7 @@ from library.dataset.order import Entry, batches_per_epoch, epoch_batches, is_fl
 from library.dataset.showing import TrainingShowing, When
 from library.dataset.validation_split import without_chance
 from library.errors import DatasetError
-from tests.library.dataset.cache_parts import (
+from tests.library.dataset.caches.cache_parts import (
     TinyTextEncoder,
     TinyVae,
     changed,

@@ -1,0 +1,304 @@
+"""One cache file: what it says about how it was made, and whether that is still what a run wants.
+
+A cache file is a safetensors file with this metadata (all strings, JSON where said):
+
+- ``format``: the version of this layout and of the code that makes the content;
+- ``ingredients``: JSON, all that the content depends on, readable, so that a mismatch can be named;
+- ``fingerprint``: hex digest of format and ingredients; a file whose two disagree is damaged;
+- ``sources`` (latents): JSON {"image": {size, mtime_ns}} of the image, and under "mask" of its mask file. While both numbers are
+  unchanged a file is trusted to be the one whose sha256 stands in the ingredients; otherwise it is hashed again, and equal
+  content stays valid;
+- ``checksum <tensor name>`` of each tensor, compared whenever it is read, and at a start as ``cache_check`` says.
+
+A damaged file is made again. One that is found damaged at the start is mended in that run. Training cannot mend: the encoders
+are gone by then, so it deletes the file and ends with a message that names it, and the next start makes it again.
+
+All but the tensors for training is read without torch, so a dry run can tell the state of a cache at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.dataset.caches.names import SUFFIX
+from library.dataset.image_records import SourceIdentity, sha256_of, unreadable_source
+from library.errors import CheckpointError, DatasetError, os_error_text
+from library.files.atomic import TEMPORARY_MARK
+from library.files.left_overs import remove_left_overs
+from library.files.safetensors_file import TensorFile, save_safetensors, tensor_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "2"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
+# Words of a checksum's row. Enough for the processor's vector units, and odd, so that a sector or page of a disk that is at
+# another's place changes the sums.
+ROW_WORDS = 257
+WORD_BYTES = 8
+CHECKSUM = "checksum "
+
+REASONS = {
+    "format": "made by another version of this program",
+    "arch": "made for another architecture",
+    "model": "model changed",
+    "dtype": "dtype changed",
+    "bucket": "size changed",
+    "resized": "size changed",
+    "crop": "size changed",
+    "interpolation": "resize interpolation changed",
+    "settings": "encoder settings changed",
+    "image": "image changed",
+    "mask": "mask changed",
+}
+ABSENT = {"latents_flipped": "has no flipped latents", "mask": "has no mask"}
+CHANGED_BYTES = "the bytes of its tensors are not those that were written"
+BROKEN_DESCRIPTION = "its description is broken"
+
+Identify = Callable[[Path], SourceIdentity]  # an image file as it is now
+
+
+class DamagedCacheError(DatasetError):
+    """A cache file does not hold what was written. A sentence without its end: what follows depends on who reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``kind`` is "valid", "missing", "stale" or "damaged"; the last two carry a reason."""
+
+    kind: str
+    reason: str = ""
+
+    @property
+    def valid(self) -> bool:
+        return self.kind == "valid"
+
+    @property
+    def line(self) -> str:
+        return f"damaged: {self.reason}" if self.kind == "damaged" else self.reason
+
+
+VALID = Verdict("valid")
+MISSING = Verdict("missing")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """What a run finds in its cache: ``total == valid + missing + len(stale)``.
+
+    Counts images for latents, and different texts per file for text. ``stale`` holds (cache file, reason), damaged ones
+    included; ``bytes_needed`` is about what the missing and the stale will take, on disk or (``in_memory``) in each process.
+    """
+
+    total: int
+    valid: int
+    missing: int
+    stale: tuple[tuple[Path, str], ...]
+    bytes_needed: int
+    in_memory: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        return self.valid == self.total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a run expects of one cache file. ``ingredients``, as JSON gives them (no tuples), leaves the hashes of ``sources``
+    ({"image": file}) out: those come from the files."""
+
+    ingredients: Mapping[str, object]
+    sources: Mapping[str, Path] = field(default_factory=dict)
+    tensors: Collection[str] = ()
+
+
+def fingerprint(ingredients: str) -> str:
+    """Hex digest of the format and of the ingredients' JSON."""
+    return hashlib.sha256(f"{FORMAT} {ingredients}".encode()).hexdigest()
+
+
+def unreadable(path: str | Path, error: Exception) -> Verdict:
+    return Verdict("damaged", "truncated" if "truncated" in str(error).replace(str(path), "") else "not a readable cache file")
+
+
+def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify, suspect: bool = False) -> Verdict:
+    """Compares a cache file's header with what a run wants.
+
+    A source is read only when it may have changed: its size or mtime is another than noted, or it is ``suspect``.
+    """
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
+        return Verdict("stale", REASONS["format"])
+    try:
+        stored = json.loads(metadata["ingredients"])
+        noted = json.loads(metadata.get("sources", "{}"))
+        intact = metadata["fingerprint"] == fingerprint(metadata["ingredients"]) and isinstance(noted, dict)
+    except (KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        return Verdict("damaged", BROKEN_DESCRIPTION)
+    if reason := _first_difference(file, wanted, stored):
+        return Verdict("stale", reason)
+    for name, path in wanted.sources.items():
+        if not _is_same_source(path, noted.get(name), stored.get(name), identify=None if suspect else identify):
+            return Verdict("stale", REASONS[name])
+    return VALID
+
+
+def _first_difference(file: TensorFile, wanted: Wanted, stored: Mapping[str, object]) -> str | None:
+    """Of the ingredients and the tensors' names; None where all are as wanted."""
+    absent = [name for name in wanted.tensors if name not in file]
+    for name, value in wanted.ingredients.items():
+        if stored.get(name) != value and name not in absent:
+            return REASONS.get(name, f"{name} changed")
+    return ABSENT.get(absent[0], "incomplete") if absent else None
+
+
+def _is_same_source(path: Path, noted: object, sha256: object, *, identify: Identify | None) -> bool:
+    """``identify=None``: its bytes are read whatever is known about it."""
+    try:
+        stat = path.stat()
+        if not isinstance(noted, dict) or noted.get("size") != stat.st_size:
+            return False
+        if identify is None:
+            return sha256_of(path) == sha256
+    except OSError as error:
+        raise unreadable_source(path, error) from error
+    return noted.get("mtime_ns") == stat.st_mtime_ns or identify(path).sha256 == sha256
+
+
+def write_cache_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    ingredients: Mapping[str, object],
+    sources: Mapping[str, SourceIdentity] | None = None,
+    details: Mapping[str, str] | None = None,
+) -> None:
+    """Writes atomically; equal arguments give equal bytes. ``details`` is metadata beyond the common keys.
+
+    Raises OutputError when the disk is full or the folder cannot be written.
+    """
+    metadata, sources = dict(details or {}), sources or {}
+    hashes = {name: source.sha256 for name, source in sources.items()}
+    if sources:
+        noted = {name: {"size": source.size, "mtime_ns": source.mtime_ns} for name, source in sources.items()}
+        metadata["sources"] = json.dumps(noted, sort_keys=True)
+    metadata["format"] = FORMAT
+    metadata["ingredients"] = json.dumps({**ingredients, **hashes}, sort_keys=True)
+    metadata["fingerprint"] = fingerprint(metadata["ingredients"])
+    for name, tensor in tensors.items():
+        metadata[CHECKSUM + name] = checksum(tensor_bytes(tensor))
+    save_safetensors(path, tensors, metadata)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor."""
+    import torch
+
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(data: bytes | bytearray | memoryview) -> str:
+    """CRC-32, as hex digits, of the sums of the columns of a table of 64-bit words, and of the bytes that fill no row.
+
+    Reading waits for it, and it takes a fifth of the time of a CRC-32 of all bytes. What the sums do not see are changes of two
+    words or more that cancel each other in a column.
+    """
+    import numpy as np
+
+    rest = len(data) % (ROW_WORDS * WORD_BYTES)
+    value = zlib.crc32(memoryview(data)[len(data) - rest :])
+    if rest < len(data):
+        words = np.frombuffer(data, "<u8", count=(len(data) - rest) // WORD_BYTES)
+        value = zlib.crc32(np.add.reduce(words.reshape(-1, ROW_WORDS), axis=0), value)
+    return f"{value:08x}"
+
+
+def broken_tensors(file: TensorFile, names: Collection[str]) -> dict[str, str]:
+    """{name: what is wrong} of those of the file's tensors ``names`` whose bytes do not have the noted checksum."""
+    try:
+        parts = file.read([file.info(name) for name in names])
+        return {name: CHANGED_BYTES for name, part in zip(names, parts, strict=True) if not _is_intact(file, name, part)}
+    except OSError as error:
+        return dict.fromkeys(names, f"cannot be read ({error.strerror or error})")
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        return dict.fromkeys(names, "truncated" if "truncated" in str(error) else BROKEN_DESCRIPTION)
+
+
+def _is_intact(file: TensorFile, name: str, data: memoryview) -> bool:
+    return checksum(data) == file.note(CHECKSUM + name)
+
+
+Names = Collection[str] | Callable[[str], bool]  # tensors by name, or those that a test accepts
+
+
+def load_cache_tensors(path: str | Path, names: Names) -> dict[str, Tensor]:
+    """For training: as ``read_cache_tensors``, but a damaged file is deleted, so that the next start makes it again.
+
+    Raises DatasetError that names the file and says so.
+    """
+    try:
+        return read_cache_tensors(path, names)
+    except DamagedCacheError as error:
+        try:
+            Path(path).unlink(missing_ok=True)
+        except OSError:  # Windows, while another thread reads it; or a folder that cannot be written
+            raise DatasetError(f"{error}: delete it and start again, it will be made anew") from error
+        raise DatasetError(f"{error}. It has been deleted and will be made again at the next start") from error
+
+
+def read_cache_tensors(path: str | Path, names: Names) -> dict[str, Tensor]:
+    """The named tensors in the dtype they were stored in, with their checksums compared.
+
+    Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
+    """
+    try:
+        with TensorFile(path) as file:
+            wanted = list(filter(names, file.names()) if callable(names) else names)
+            if missing := [name for name in wanted if name not in file]:
+                raise DatasetError(f"the cache file {path} lacks {', '.join(missing)}: delete it and start again")
+            infos = [file.info(name) for name in wanted]
+            parts = file.read(infos)
+            broken = [name for name, part in zip(wanted, parts, strict=True) if not _is_intact(file, name, part)]
+    except (CheckpointError, OSError) as error:
+        raise _unusable(path, error) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, BROKEN_DESCRIPTION) from error
+    if broken:
+        raise _damaged(path, f"the bytes of {', '.join(broken)} are not those that were written")
+    return {name: tensor_of(info, part) for name, info, part in zip(wanted, infos, parts, strict=True)}
+
+
+def _unusable(path: str | Path, error: CheckpointError | OSError) -> DatasetError:
+    """A failing disk damages a file; a file that is gone, or may not be read now, may be as it was."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError):
+        return _damaged(path, unreadable(path, error).reason)
+    why = cause.strerror or str(cause)
+    if cause.errno == errno.EIO:
+        return _damaged(path, why)
+    return DatasetError(f"cannot read the cache file {path} ({why}): start again, and if it is gone it will be made anew")
+
+
+def _damaged(path: str | Path, why: str) -> DamagedCacheError:
+    return DamagedCacheError(f"the cache file {path} is damaged ({why})")
+
+
+def clean_left_overs(folders: Iterable[Path]) -> int:
+    """Removes temporary cache files that killed runs left in ``folders``; says how many."""
+    return remove_left_overs(folders, f"*{SUFFIX}{TEMPORARY_MARK}*")
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a cache folder. Raises DatasetError naming it when that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"cannot create the cache folder {folder}: {os_error_text(error)}") from error
