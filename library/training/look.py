@@ -24,8 +24,7 @@ from library.training.steps import RunLength
 if TYPE_CHECKING:
     from library.dataset.page.pictures import SmallPictures
 
-PAGE_ENDING = "-dataset.html"
-UNNAMED = "dataset"  # where --output_name is not given
+PAGE = "dataset.html"  # behind --output_name
 MIB = 2**20
 SHOWN_FROM = 200  # what a progress bar must have to do before it is shown
 NOTABLE = 20  # of each kind of image worth a look: these are on the page whatever else is
@@ -56,7 +55,8 @@ def look(options: Any, architecture: Architecture) -> None:
 
 def page_path(options: Any) -> Path:
     """Where --debug_dataset writes its page."""
-    return Path(options.saving.output_dir or ".") / f"{options.saving.output_name or UNNAMED}{PAGE_ENDING}"
+    name = options.saving.output_name
+    return Path(options.saving.output_dir or ".") / (f"{name}-{PAGE}" if name else PAGE)
 
 
 def run_length(options: Any, training_set: TrainingSet) -> RunLength:
@@ -94,7 +94,7 @@ def _debug_dataset(
     ]
     path = page_path(options)
     content = PageContent(
-        title=f"{options.saving.output_name or UNNAMED}: what will be trained",
+        title=f"{options.saving.output_name or 'dataset'}: what will be trained",
         architecture=architecture.name,
         facts=facts,
         showings=showings,

@@ -21,7 +21,7 @@ def test_page_and_captions_of_a_folder(run_script, picture_folder, tmp_path):
     assert "2 of 6 captions" in done.stdout
     assert "does not see the last" in done.stdout
     assert "Qwen3: at most" in done.stdout
-    html = (tmp_path / "out" / "dataset-dataset.html").read_text(encoding="utf-8")
+    html = (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
     assert html.count("<article") == 6
     assert done.stdout.rstrip().splitlines()[-1].startswith("page: out")
 
@@ -46,7 +46,7 @@ def test_masks_validation_and_bad_images_are_on_the_page(run_script, picture_fol
     assert 1 <= held_out <= 2
     assert "6 masked" in done.stdout
     assert "left out (--skip_bad_images): 1 bad image or caption" in done.stdout
-    html = (tmp_path / "out" / "dataset-dataset.html").read_text(encoding="utf-8")
+    html = (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
     assert html.count('class="mask"') == 6
     assert "broken.png" in html
     assert html.count('class="badge validation"') == held_out

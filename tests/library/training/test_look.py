@@ -73,10 +73,10 @@ def test_the_page_and_its_facts(options_for, tmp_path, capsys):
 def test_without_a_folder_the_page_lies_here(options_for, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     look(options_for(debug_dataset=True, saving=SavingOptions(), run=RunOptions(seed=3)), WordArchitecture())
-    html = (tmp_path / "dataset-dataset.html").read_text(encoding="utf-8")
+    html = (tmp_path / "dataset.html").read_text(encoding="utf-8")
     assert "seed 3" in html
     assert "No --seed" not in html
-    assert "page: dataset-dataset.html" in capsys.readouterr().out
+    assert "page: dataset.html" in capsys.readouterr().out
 
 
 def test_captions_alone_write_nothing(options_for, tmp_path, capsys):
