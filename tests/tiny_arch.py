@@ -67,8 +67,8 @@ class TinyConditioning:
         return {"lengths": self.lengths[0]}
 
     @classmethod
-    def from_cache(cls, tensors):
-        return cls(tensors["lengths"][None])
+    def from_cache(cls, tensors, lengths):
+        return cls(tensors["lengths"])
 
     @classmethod
     def stack(cls, parts):

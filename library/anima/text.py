@@ -73,17 +73,21 @@ class AnimaConditioning:
         }
 
     @classmethod
-    def from_cache(cls, tensors: Mapping[str, Tensor]) -> AnimaConditioning:
-        embeds, ids = tensors["prompt_embeds"], tensors["t5_ids"].to(torch.int64)
-        if len(embeds) == 0:
-            embeds, qwen_mask = embeds.new_zeros(1, embeds.shape[1]), ids.new_zeros(1, dtype=torch.bool)
-        else:
-            qwen_mask = ids.new_ones(len(embeds), dtype=torch.bool)
-        return cls(embeds[None], qwen_mask[None], ids[None], torch.ones_like(ids, dtype=torch.bool)[None])
+    def from_cache(cls, tensors: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]]) -> AnimaConditioning:
+        embeds, ids = tensors["prompt_embeds"], tensors["t5_ids"].to(torch.int64)  # (B, N, D), (B, M)
+        if embeds.shape[1] == 0:  # only empty captions
+            embeds = embeds.new_zeros(len(embeds), 1, embeds.shape[2])
+        qwen_mask = _first(lengths["prompt_embeds"], embeds.shape[1])
+        return cls(embeds, qwen_mask, ids, _first(lengths["t5_ids"], ids.shape[1]))
 
     @classmethod
     def stack(cls, parts: Sequence[AnimaConditioning]) -> AnimaConditioning:
         return cls(*(_joined([part._tensors[place] for part in parts]) for place in range(4)))
+
+
+def _first(lengths: Sequence[int], longest: int) -> Tensor:
+    """(B, longest) bool: True at the first ``lengths`` places of each row."""
+    return torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

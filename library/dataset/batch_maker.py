@@ -13,11 +13,12 @@ from library.dataset.caches.latent_cache import LatentCache
 from library.dataset.caches.text_cache import EMPTY, TextCache
 from library.dataset.conditioning import Conditioning
 from library.dataset.images import Picture, load_picture
-from library.dataset.items import DatasetSettings
+from library.dataset.items import DatasetSettings, Item
 from library.dataset.showing import Showing
 from library.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 Part = TypeVar("Part")
@@ -40,12 +41,12 @@ class BatchMaker:
         import torch
 
         first = showings[0].item
-        pixels, latents, masks = self._pictures(showings)
-        captions, text = self._texts(showings)
+        pixels, latents, mask = _done(showings, self._pictures)
+        captions, text = _done(showings, self._texts)
         batch = Batch(
             pixels=pixels,
             latents=latents,
-            mask=stacked_masks(masks),
+            mask=mask,
             text=text,
             captions=captions,
             loss_weights=torch.tensor([showing.loss_weight for showing in showings], dtype=torch.float32),
@@ -60,21 +61,15 @@ class BatchMaker:
         )
         return batch.pin_memory() if self.pin_memory else batch
 
-    def _pictures(self, showings: Sequence[Showing]) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-        """Pixels (B, 3, H, W) or latents (B, C, h, w), and the mask (h, w) of each image that has one."""
+    def _pictures(self, showings: Sequence[Showing]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Pixels (B, 3, H, W) or latents (B, C, h, w), and masks (B, 1, h, w) where an image has one."""
         import torch
 
         if self.latent_cache is not None:
-            latents, masks = zip(*_each(showings, self._cached_picture), strict=True)
-            return None, torch.stack(latents), list(masks)
-        pictures = _each(showings, _live_picture)
+            return None, *self.latent_cache.load_batch([(showing.item, showing.is_flipped) for showing in showings])
+        pictures = [_live_picture(showing) for showing in showings]
         pixels = torch.from_numpy(normalized_pixels([picture.pixels for picture in pictures]))  # (B, 3, H, W)
-        return pixels, None, [None if picture.mask is None else torch.from_numpy(picture.mask) for picture in pictures]
-
-    def _cached_picture(self, showing: Showing) -> tuple[Tensor, Tensor | None]:
-        cache, item, flipped = self.latent_cache, showing.item, showing.is_flipped
-        assert cache is not None
-        return cache.load(item, flipped=flipped), cache.load_mask(item, flipped=flipped)
+        return pixels, None, stacked_masks([picture.mask for picture in pictures])
 
     def _told_crop(self, showing: Showing) -> tuple[int, int]:
         """Of the crop that was made: cached latents are never cropped at random."""
@@ -83,42 +78,44 @@ class BatchMaker:
 
     def _texts(self, showings: Sequence[Showing]) -> tuple[tuple[str, ...], Conditioning | None]:
         """The captions as the encoder gets them or got them, and what it made of them if that is cached."""
-        if self.text_cache is None:
-            return tuple(showing.caption for showing in showings), None
-        captions, parts = zip(*_each(showings, self._cached_text), strict=True)
-        return captions, type(parts[0]).stack(parts)
-
-    def _cached_text(self, showing: Showing) -> tuple[str, Conditioning]:
         cache = self.text_cache
-        assert cache is not None
-        if showing.is_caption_dropped:
-            return EMPTY, cache.load_text(EMPTY)
-        variant = showing.variant(cache.variants)
-        return cache.text_of(showing.item, variant), cache.load(showing.item, variant)
+        if cache is None:
+            return tuple(showing.caption for showing in showings), None
+        texts = [_cached_text(showing, cache) for showing in showings]
+        return tuple(text for _, text in texts), cache.load_batch(texts)
 
 
-def stacked_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+def _cached_text(showing: Showing, cache: TextCache) -> tuple[Item | None, str]:
+    """The text that is shown, and the item that it is cached with."""
+    if showing.is_caption_dropped:
+        return None, EMPTY
+    return showing.item, cache.text_of(showing.item, showing.variant(cache.variants))
+
+
+def stacked_masks(masks: Sequence[np.ndarray | None]) -> Tensor | None:
     """B masks (h, w) -> (B, 1, h, w) float32, with ones where an image has none; None where none has one."""
+    import numpy as np
     import torch
 
     first = next((mask for mask in masks if mask is not None), None)
     if first is None:
         return None
-    return torch.stack([torch.ones_like(first) if mask is None else mask for mask in masks])[:, None]
+    return torch.from_numpy(np.stack([np.ones_like(first) if mask is None else mask for mask in masks])[:, None])
 
 
 def _live_picture(showing: Showing) -> Picture:
     return load_picture(showing.item, placement=showing.placement, colours=showing.colours, flipped=showing.is_flipped)
 
 
-def _each(showings: Sequence[Showing], make: Callable[[Showing], Part]) -> list[Part]:
-    """``make`` of each. What goes wrong names the image, also where it is no mistake of the user's."""
-    parts = []
-    for showing in showings:
-        try:
-            parts.append(make(showing))
-        except UserError:
-            raise  # names its file
-        except Exception as error:
-            raise RuntimeError(f"{showing.item.path} could not be made ready for training: {error}") from error
-    return parts
+def _done(showings: Sequence[Showing], make: Callable[[Sequence[Showing]], Part]) -> Part:
+    """``make`` of all. What goes wrong names the image, also where it is no mistake of the user's."""
+    try:
+        return make(showings)
+    except UserError:
+        raise  # names its file
+    except Exception as error:
+        if len(showings) > 1:
+            for showing in showings:
+                _done([showing], make)
+        paths = ", ".join(str(showing.item.path) for showing in showings)
+        raise RuntimeError(f"{paths} could not be made ready for training: {error}") from error

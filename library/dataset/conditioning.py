@@ -25,11 +25,12 @@ class Conditioning(Protocol):
         """B conditionings of one caption each."""
 
     def cache_tensors(self) -> dict[str, Tensor]:
-        """For ONE caption (B = 1): what a cache stores, only the valid rows, without the batch axis."""
+        """For ONE caption (B = 1): what a cache stores, only the valid rows, without the batch axis. Each has an axis."""
 
     @classmethod
-    def from_cache(cls: type[Self], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of ``cache_tensors``: a conditioning of one caption."""
+    def from_cache(cls: type[Self], tensors: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]]) -> Self:
+        """The inverse of ``cache_tensors`` for B captions: what was stored as (L, ...) for each of them comes as one tensor
+        (B, longest L, ...) with zeros past the ``lengths`` of the B."""
 
     @classmethod
     def stack(cls: type[Self], parts: Sequence[Self]) -> Self:

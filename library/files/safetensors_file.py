@@ -67,7 +67,7 @@ class TensorFile:
     Raises CheckpointError for a missing, damaged or truncated file.
     """
 
-    __slots__ = ("_data_start", "_entries", "_file", "_metadata", "_metadata_text", "path")
+    __slots__ = ("_data_start", "_entries", "_file", "_head", "_metadata", "_metadata_text", "path")
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -92,6 +92,9 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
     def __contains__(self, name: str) -> bool:
@@ -148,13 +151,22 @@ class TensorFile:
         import numpy as np
 
         data = np.empty(end - start, np.uint8).data  # unlike a bytearray not filled with zeros first
-        self._file.seek(start)
-        if self._file.readinto(data) != len(data):
-            if end > self._size():
-                raise _truncated(self.path, self._size(), end)
-            self._file.seek(start)
-            _read_fully(self._file, data, self.path)
+        self.read_into(start, data)
         return data
+
+    def read_into(self, start: int, place: memoryview) -> None:
+        """Fills ``place`` with the file's bytes from ``start`` on. Raises as ``read`` does."""
+        head = self._head[start : start + len(place)]
+        place[: len(head)] = head
+        if len(head) == len(place):
+            return
+        rest = place[len(head) :]
+        self._file.seek(start + len(head))
+        if self._file.readinto(rest) != len(rest):
+            if start + len(place) > self._size():
+                raise _truncated(self.path, self._size(), start + len(place))
+            self._file.seek(start + len(head))
+            _read_fully(self._file, rest, self.path)
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
@@ -173,6 +185,7 @@ class TensorFile:
             rest = bytearray(end - len(head))
             _read_fully(self._file, memoryview(rest), path)
             head += rest
+        self._head = head  # with the first bytes of the data, or all of a small file
         return head[8:end]
 
     def _parsed(self, text: bytes) -> dict:
@@ -186,16 +199,6 @@ class TensorFile:
         if not isinstance(self._metadata, dict):
             raise _damaged(self.path)
         return entries
-
-
-def tensor_of(info: TensorInfo, data: memoryview) -> Tensor:
-    """The tensor that ``data`` holds; it shares the memory."""
-    import torch
-
-    dtype = torch_dtypes()[info.dtype]
-    if not data:
-        return torch.empty(info.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
 
 
 def _json_object(path: str | Path, text: bytes) -> dict:

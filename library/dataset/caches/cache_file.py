@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from library.dataset.caches.names import SUFFIX
@@ -32,7 +33,7 @@ from library.dataset.image_records import SourceIdentity, sha256_of, unreadable_
 from library.errors import CheckpointError, DatasetError, os_error_text
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
-from library.files.safetensors_file import TensorFile, save_safetensors, tensor_of
+from library.files.safetensors_file import TensorFile, save_safetensors, torch_dtypes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,11 @@ Identify = Callable[[Path], SourceIdentity]  # an image file as it is now
 
 
 class DamagedCacheError(DatasetError):
-    """A cache file does not hold what was written. A sentence without its end: what follows depends on who reads."""
+    """The cache file ``path`` does not hold what was written. A sentence without its end: what follows depends on who reads."""
+
+    def __init__(self, path: str, why: str):
+        super().__init__(f"the cache file {path} is damaged ({why})")
+        self.path = path
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,47 +241,79 @@ def _is_intact(file: TensorFile, name: str, data: memoryview) -> bool:
     return checksum(data) == file.note(CHECKSUM + name)
 
 
-Names = Collection[str] | Callable[[str], bool]  # tensors by name, or those that a test accepts
+# Of the names of a file's tensors those that are wanted: {name: name in the file}
+Pick = Callable[[Collection[str]], Mapping[str, str]]
 
 
-def load_cache_tensors(path: str | Path, names: Names) -> dict[str, Tensor]:
-    """For training: as ``read_cache_tensors``, but a damaged file is deleted, so that the next start makes it again.
-
-    Raises DatasetError that names the file and says so.
-    """
-    try:
-        return read_cache_tensors(path, names)
-    except DamagedCacheError as error:
-        try:
-            Path(path).unlink(missing_ok=True)
-        except OSError:  # Windows, while another thread reads it; or a folder that cannot be written
-            raise DatasetError(f"{error}: delete it and start again, it will be made anew") from error
-        raise DatasetError(f"{error}. It has been deleted and will be made again at the next start") from error
-
-
-def read_cache_tensors(path: str | Path, names: Names) -> dict[str, Tensor]:
-    """The named tensors in the dtype they were stored in, with their checksums compared.
+class CacheEntry:
+    """An open cache file and the tensors that were picked from it, which are not read yet. Use with ``with``, or close it.
 
     Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
     """
-    try:
-        with TensorFile(path) as file:
-            wanted = list(filter(names, file.names()) if callable(names) else names)
-            if missing := [name for name in wanted if name not in file]:
-                raise DatasetError(f"the cache file {path} lacks {', '.join(missing)}: delete it and start again")
-            infos = [file.info(name) for name in wanted]
-            parts = file.read(infos)
-            broken = [name for name, part in zip(wanted, parts, strict=True) if not _is_intact(file, name, part)]
-    except (CheckpointError, OSError) as error:
-        raise _unusable(path, error) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, BROKEN_DESCRIPTION) from error
-    if broken:
-        raise _damaged(path, f"the bytes of {', '.join(broken)} are not those that were written")
-    return {name: tensor_of(info, part) for name, info, part in zip(wanted, infos, parts, strict=True)}
+
+    __slots__ = ("_file", "_picked", "layout", "path")
+
+    def __init__(self, path: str | Path, pick: Pick):
+        self.path = str(path)
+        with _Reading(self.path):
+            self._file = TensorFile(path)
+            try:
+                self._picked = {name: (stored, self._file.info(stored)) for name, stored in pick(self._file.names()).items()}
+                dtypes = torch_dtypes()
+                self.layout = {name: (dtypes[info.dtype], info.shape) for name, (_, info) in self._picked.items()}
+            except BaseException:
+                self._file.close()
+                raise
+
+    def read_into(self, name: str, place: memoryview) -> None:
+        """Fills ``place`` with a tensor's bytes and compares their checksum."""
+        stored, info = self._picked[name]
+        with _Reading(self.path):
+            self._file.read_into(info.start, place)
+            intact = _is_intact(self._file, stored, place)
+        if not intact:
+            raise _damaged(self.path, f"the bytes of {stored} are not those that were written")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> CacheEntry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
-def _unusable(path: str | Path, error: CheckpointError | OSError) -> DatasetError:
+class _Reading:
+    """What goes wrong inside is told as a mistake of the cache file."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, (CheckpointError, OSError)):
+            raise _unusable(self._path, error) from error
+        if isinstance(error, (KeyError, TypeError, ValueError)):
+            raise _damaged(self._path, BROKEN_DESCRIPTION) from error
+
+
+def tensors_named(path: str | Path, names: Mapping[str, str]) -> Pick:
+    """Picks ``names``, {name: name in the file}; the file must have all."""
+
+    def pick(stored: Collection[str]) -> Mapping[str, str]:
+        if missing := [name for name in names.values() if name not in stored]:
+            raise DatasetError(f"the cache file {path} lacks {', '.join(missing)}: delete it and start again")
+        return names
+
+    return pick
+
+
+def _unusable(path: str, error: CheckpointError | OSError) -> DatasetError:
     """A failing disk damages a file; a file that is gone, or may not be read now, may be as it was."""
     cause = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(cause, OSError):
@@ -287,8 +324,8 @@ def _unusable(path: str | Path, error: CheckpointError | OSError) -> DatasetErro
     return DatasetError(f"cannot read the cache file {path} ({why}): start again, and if it is gone it will be made anew")
 
 
-def _damaged(path: str | Path, why: str) -> DamagedCacheError:
-    return DamagedCacheError(f"the cache file {path} is damaged ({why})")
+def _damaged(path: str, why: str) -> DamagedCacheError:
+    return DamagedCacheError(path, why)
 
 
 def clean_left_overs(folders: Iterable[Path]) -> int:

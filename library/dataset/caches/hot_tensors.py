@@ -29,18 +29,18 @@ class HotTensors:
         self._read_once: set[int] = set()  # hashes of keys; two equal ones only make the second be kept early
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, read: Callable[[], Tensors]) -> Tensors:
-        """What ``read`` gave for ``key``, now or earlier. The tensors are shared: callers must not change them."""
-        found = self._kept.get(key)
-        if found is not None:
-            return found
-        found = read()
-        if self._room_bytes > ENTRY_BYTES:
-            if hash(key) in self._read_once:
-                self._keep(key, found)
-            else:
-                self._read_once.add(hash(key))
-        return found
+    def find(self, key: Hashable) -> Tensors | None:
+        """What was kept. The tensors are shared: callers must not change them."""
+        return self._kept.get(key)
+
+    def offer(self, key: Hashable, copy: Callable[[], Tensors]) -> None:
+        """Tells that ``key`` was asked for; ``copy`` makes what would be kept."""
+        if self._room_bytes <= ENTRY_BYTES or key in self._kept:
+            return
+        if hash(key) in self._read_once:
+            self._keep(key, copy())
+        else:
+            self._read_once.add(hash(key))
 
     def _keep(self, key: Hashable, tensors: Tensors) -> None:
         size = ENTRY_BYTES + sum(tensor.nbytes for tensor in tensors.values())

@@ -20,13 +20,12 @@ from library.dataset.caches.cache_file import (
     broken_tensors,
     check_header,
     clean_left_overs,
-    load_cache_tensors,
     make_folder,
+    tensors_named,
     unreadable,
     write_cache_file,
 )
 from library.dataset.caches.check import CacheCheck, Found, source_stamps
-from library.dataset.caches.hot_tensors import HotTensors
 from library.dataset.caches.latent_entries import (
     FLIPPED,
     HEADER_BYTES,
@@ -38,6 +37,7 @@ from library.dataset.caches.latent_entries import (
     sources,
 )
 from library.dataset.caches.notes import CacheNotes
+from library.dataset.caches.rows import Column, MemoryEntry, RowReader, RowSource, stacked
 from library.dataset.caches.share import ROUND_BYTES, Gather, shared
 from library.dataset.caches.writer import CacheWriter, FillReport, progress_bar, report_filled, report_stale
 from library.dataset.image_records import SourceHashes, SourceIdentity
@@ -106,7 +106,7 @@ class LatentCache:
         self._identify = (training_set.records or SourceHashes()).identity
         self._notes = CacheNotes(f"{recipe.arch}-latents")
         self.check: CacheCheck[LatentEntry, Verdict] = CacheCheck(self._notes, ask=self._entries.asked, open_file=self._open)
-        self._hot = HotTensors()
+        self._rows = RowReader()
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._state: CacheState | None = None
 
@@ -192,25 +192,30 @@ class LatentCache:
         return report
 
     def load(self, item: Item, *, flipped: bool = False) -> Tensor:
-        """(C, h, w) in the dtype they were cached in. Safe in threads.
+        """An image's latents (C, h, w), as ``load_batch``."""
+        latents, _ = self.load_batch([(item, flipped)])
+        return latents[0]
+
+    def load_batch(self, shown: Sequence[tuple[Item, bool]]) -> tuple[Tensor, Tensor | None]:
+        """The latents (B, C, h, w) of items of one size, in the dtype they were cached in, of the mirrored image where the item's
+        flag says so; and their loss masks (B, 1, h, w), float32 in [0, 1], mirrored with their images: ones where an item has
+        none, None where no item has one. Safe in threads.
 
         Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
         """
-        return self._load(item, FLIPPED if flipped else LATENTS)
+        sources = [self._source(item, flipped=flipped) for item, flipped in shown]
+        columns = self._rows.load(sources) if self.on_disk else self._from_memory(sources)
+        masks = columns.get(MASK)
+        return columns[LATENTS].tensor, None if masks is None else _mask_batch(masks, [flipped for _, flipped in shown])
 
-    def load_mask(self, item: Item, *, flipped: bool = False) -> Tensor | None:
-        """The item's loss mask (h, w), float32 in [0, 1], mirrored with its image; None where the item has none. Raises as
-        ``load`` does."""
-        if not item.is_masked:
-            return None
-        mask = self._load(item, MASK)
-        return mask.flip(-1) if flipped else mask
-
-    def _load(self, item: Item, name: str) -> Tensor:
+    def _source(self, item: Item, *, flipped: bool) -> RowSource:
         path = self._entries.path_of(item)
-        if self.on_disk:
-            return self._hot.get((path, name), lambda: load_cache_tensors(path, [name]))[name]
-        return self._memory[path][name]
+        names = {LATENTS: FLIPPED if flipped else LATENTS, **({MASK: MASK} if item.is_masked else {})}
+        return RowSource(path, (path, *names.values()), tensors_named(path, names))
+
+    def _from_memory(self, sources: Sequence[RowSource]) -> dict[str, Column]:
+        kept = [(path, self._memory[path], pick) for path, _, pick in sources]
+        return stacked([MemoryEntry(path, {name: own[stored] for name, stored in pick(own).items()}) for path, own, pick in kept])
 
     # what is there
 
@@ -281,7 +286,7 @@ class LatentCache:
 
     def _forget(self) -> None:
         """What was read or judged before may be made again."""
-        self._hot = HotTensors()
+        self._rows = RowReader()
         self._state = None
 
     def _prepare(self, rank: int, *, anything: bool) -> None:
@@ -387,6 +392,21 @@ class LatentCache:
         if not self.on_disk and processes > 1:
             self._share(own, gather, processes=processes)
         adoption.report("latent", gather=gather if processes > 1 else None)
+
+
+def _mask_batch(masks: Column, flipped: Sequence[bool]) -> Tensor:
+    """Masks (h, w) of some items of a batch, as they are stored -> (B, 1, h, w), ones for the other items."""
+    import torch
+
+    if len(masks.entries) == len(flipped):
+        batch = masks.tensor
+    else:
+        batch = torch.ones((len(flipped), *masks.tensor.shape[1:]))
+        batch[masks.entries] = masks.tensor
+    mirrored = [number for number in masks.entries if flipped[number]]
+    if mirrored:
+        batch[mirrored] = batch[mirrored].flip(-1)
+    return batch[:, None]
 
 
 def _mask_tensor(entry: LatentEntry, mask: np.ndarray | None) -> dict[str, Tensor]:

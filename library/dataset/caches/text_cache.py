@@ -15,13 +15,12 @@ from library.dataset.caches.cache_file import (
     CacheState,
     Verdict,
     clean_left_overs,
-    load_cache_tensors,
     make_folder,
     write_cache_file,
 )
 from library.dataset.caches.check import CacheCheck
-from library.dataset.caches.hot_tensors import HotTensors
 from library.dataset.caches.notes import CacheNotes
+from library.dataset.caches.rows import Column, MemoryEntry, RowReader, RowSource, stacked
 from library.dataset.caches.share import ROUND_BYTES, Gather, shared
 from library.dataset.caches.text_files import (
     EMPTY,
@@ -32,10 +31,10 @@ from library.dataset.caches.text_files import (
     TextRecipe,
     TextVerdicts,
     Users,
-    read_text,
     read_texts,
     shortened,
     stored_texts,
+    tensors_of_text,
     text_hash,
 )
 from library.dataset.caches.writer import CacheWriter, FillReport, progress_bar, report_filled, report_stale
@@ -96,7 +95,7 @@ class TextCache:
         self.check: CacheCheck[Users, Verdict | TextVerdicts] = CacheCheck(
             self._notes, ask=self._files.asked, open_file=self._file_check.open_file
         )
-        self._hot = HotTensors()
+        self._rows = RowReader()
         self._memory: dict[str, Tensors] = {}
         self._state: CacheState | None = None
 
@@ -189,26 +188,34 @@ class TextCache:
         return report
 
     def load(self, item: Item, variant: int = 0) -> Conditioning:
-        """One caption's conditioning (B = 1). Safe in threads.
-
-        Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
-        """
-        return self._load(self.text_of(item, variant), self._files.path_of(item))
+        """The conditioning (B = 1) of a caption, as ``load_batch``."""
+        return self.load_batch([(item, self.text_of(item, variant))])
 
     def load_text(self, text: str) -> Conditioning:
         """The conditioning (B = 1) of the empty caption or of one of ``extra_texts``."""
-        return self._load(text, self._files.prompts_path)
+        return self.load_batch([(None, text)])
 
     def text_of(self, item: Item, variant: int = 0) -> str:
         return caption_variant(item, variant)
 
-    def _load(self, text: str, path: str) -> Conditioning:
+    def load_batch(self, texts: Sequence[tuple[Item | None, str]]) -> Conditioning:
+        """The conditioning of B texts, each with the item that has it as a caption; None for the empty caption and for
+        ``extra_texts``. Safe in threads.
+
+        Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
+        """
         if self.conditioning_type is None:
             raise ValueError("set conditioning_type before anything is loaded from the cache")
-        if not self.on_disk:
-            return self.conditioning_type.from_cache(self._memory[text])
-        tensors = self._hot.get((path, text), lambda: read_text(path, text, read=load_cache_tensors))
-        return self.conditioning_type.from_cache(tensors)
+        columns = self._rows.load(self._sources(texts)) if self.on_disk else self._from_memory(texts)
+        tensors = {name: column.tensor for name, column in columns.items()}
+        return self.conditioning_type.from_cache(tensors, {name: column.lengths for name, column in columns.items()})
+
+    def _sources(self, texts: Sequence[tuple[Item | None, str]]) -> list[RowSource]:
+        paths = [self._files.prompts_path if item is None else self._files.path_of(item) for item, _ in texts]
+        return [RowSource(path, (path, text), tensors_of_text(path, text)) for path, (_, text) in zip(paths, texts, strict=True)]
+
+    def _from_memory(self, texts: Sequence[tuple[Item | None, str]]) -> dict[str, Column]:
+        return stacked([MemoryEntry(shortened(text), self._memory[text]) for _, text in texts])
 
     # what is there
 
@@ -256,7 +263,7 @@ class TextCache:
 
     def _forget(self) -> None:
         """What was read or judged before may be made again."""
-        self._hot = HotTensors()
+        self._rows = RowReader()
         self._state = None
 
     def _save_notes(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 from library.dataset.caches.cache_file import (
     BROKEN_DESCRIPTION,
     VALID,
+    Pick,
     Verdict,
     Wanted,
     broken_tensors,
     check_header,
-    read_cache_tensors,
     unreadable,
 )
 from library.dataset.caches.check import Asked, Found
 from library.dataset.caches.names import SUFFIX, CacheNames
+from library.dataset.caches.rows import read_row
 from library.dataset.captions import caption_variant, possible_variants
 from library.dataset.image_records import SourceHashes
 from library.dataset.items import Item, TrainingSet
@@ -46,7 +47,6 @@ KEY_DIGITS = 12
 CHARACTER_BYTES_PER_TOKEN = 3  # UTF-8, for estimates: rather too few than too many, in any script
 
 Tensors = dict[str, "Tensor"]  # of one text, as Conditioning.cache_tensors gives them
-Read = Callable[[str, Callable[[str], bool]], Tensors]  # the tensors of a file that a test accepts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,12 +244,23 @@ def read_texts(path: str, texts: Iterable[str]) -> dict[str, Tensors]:
     return found
 
 
-def read_text(path: str, text: str, *, read: Read = read_cache_tensors) -> Tensors:
-    start = text_hash(text) + "/"
-    tensors = read(path, lambda name: name.startswith(start))
-    if not tensors:
-        raise DatasetError(f"the cache file {path} has no entry for the text {shortened(text)}: start again, it will be added")
-    return {name[len(start) :]: tensor for name, tensor in tensors.items()}
+def read_text(path: str, text: str) -> Tensors:
+    return read_row(path, tensors_of_text(path, text))
+
+
+def tensors_of_text(path: str, text: str) -> Pick:
+    """Picks the tensors of a text, by the names that the conditioning gives them."""
+
+    def pick(stored: Collection[str]) -> Mapping[str, str]:
+        start = text_hash(text) + "/"
+        found = {name[len(start) :]: name for name in stored if name.startswith(start)}
+        if not found:
+            raise DatasetError(
+                f"the cache file {path} has no entry for the text {shortened(text)}: start again, it will be added"
+            )
+        return found
+
+    return pick
 
 
 def shortened(text: str) -> str:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
 from library.anima.text_layout import read_text_encoder_layout
@@ -21,9 +24,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> AnimaTextEncoder:
 
 
 def conditioning(*sizes: tuple[int, int], width: int = 6, dtype: torch.dtype = torch.float32) -> AnimaConditioning:
-    """Captions of (Qwen3 tokens, T5 tokens), stacked."""
-    parts = [{"prompt_embeds": torch.randn(n, width).to(dtype), "t5_ids": torch.randint(2, 99, (m,))} for n, m in sizes]
-    return AnimaConditioning.stack([AnimaConditioning.from_cache(part) for part in parts])
+    """Captions of (Qwen3 tokens, T5 tokens)."""
+    embeds, ids = [torch.randn(n, width).to(dtype) for n, _ in sizes], [torch.randint(2, 99, (m,)) for _, m in sizes]
+    tensors = {"prompt_embeds": pad_sequence(embeds, batch_first=True), "t5_ids": pad_sequence(ids, batch_first=True)}
+    lengths = {"prompt_embeds": [n for n, _ in sizes], "t5_ids": [m for _, m in sizes]}
+    return AnimaConditioning.from_cache(tensors, lengths)
+
+
+def from_cache(tensors: Mapping[str, torch.Tensor]) -> AnimaConditioning:
+    """One caption as it was cached."""
+    lengths = {name: [len(tensor)] for name, tensor in tensors.items()}
+    return AnimaConditioning.from_cache({name: tensor[None] for name, tensor in tensors.items()}, lengths)
 
 
 def assert_equal(a: AnimaConditioning, b: AnimaConditioning) -> None:
@@ -102,7 +113,16 @@ def test_a_cache_entry_comes_back_from_a_file(tmp_path, size, dtype):
     assert tensors["prompt_embeds"].shape == (size[0], 6) and tensors["prompt_embeds"].dtype == dtype
     assert tensors["t5_ids"].dtype == torch.int32
     save_safetensors(tmp_path / "text.safetensors", tensors)
-    assert_equal(AnimaConditioning.from_cache(dict(read_tensors(read_header(tmp_path / "text.safetensors")))), text)
+    assert_equal(from_cache(dict(read_tensors(read_header(tmp_path / "text.safetensors")))), text)
+
+
+def test_a_batch_from_the_cache_is_its_captions_stacked():
+    parts = [conditioning(size) for size in ((3, 4), (0, 1), (5, 2))]
+    tensors = [part.cache_tensors() for part in parts]
+    columns = {name: [one[name] for one in tensors] for name in tensors[0]}
+    lengths = {name: [len(row) for row in column] for name, column in columns.items()}
+    padded = {name: pad_sequence(column, batch_first=True) for name, column in columns.items()}
+    assert_equal(AnimaConditioning.from_cache(padded, lengths), AnimaConditioning.stack(parts))
 
 
 def test_split_undoes_stack():
@@ -117,7 +137,7 @@ def test_split_undoes_stack():
 
 def test_empty_is_the_cached_empty_caption():
     empty = AnimaConditioning.empty(6, torch.bfloat16)
-    assert_equal(empty, AnimaConditioning.from_cache(empty.cache_tensors()))
+    assert_equal(empty, from_cache(empty.cache_tensors()))
     assert empty.cache_tensors()["prompt_embeds"].shape == (0, 6)
     assert empty.t5_ids.tolist() == [[1]] and empty.t5_mask.tolist() == [[True]] and empty.qwen_mask.tolist() == [[False]]
 

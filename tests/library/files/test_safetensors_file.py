@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.dataset.caches.cache_file import tensor_bytes
 from library.errors import CheckpointError
-from library.files.safetensors_file import TensorFile, read_header, read_tensors, save_safetensors, tensor_of
+from library.files.safetensors_file import HEAD_BYTES, TensorFile, read_header, read_tensors, save_safetensors, torch_dtypes
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
@@ -42,9 +43,8 @@ def test_what_was_written_is_read(path: Path) -> None:
         assert set(file.names()) == set(TENSORS)
         infos = [file.info(name) for name in TENSORS]
         for name, info, data in zip(TENSORS, infos, file.read(infos), strict=True):
-            tensor = tensor_of(info, data)
-            assert tensor.dtype == TENSORS[name].dtype
-            assert torch.equal(tensor, TENSORS[name])
+            assert (torch_dtypes()[info.dtype], info.shape) == (TENSORS[name].dtype, TENSORS[name].shape)
+            assert bytes(data) == tensor_bytes(TENSORS[name])
     assert {name: tensor.tolist() for name, tensor in read_tensors(read_header(path))} == {
         name: tensor.tolist() for name, tensor in TENSORS.items()
     }
@@ -142,6 +142,26 @@ def test_a_header_that_is_none_is_damage(tmp_path: Path, text: bytes) -> None:
         read_header(write(tmp_path / "x", None, text=text))
 
 
+def test_bytes_are_read_into_place_from_anywhere(tmp_path: Path) -> None:
+    """From what came with the header, from behind it, and across."""
+    save_safetensors(tmp_path / "x", {"a": torch.arange(3 * HEAD_BYTES, dtype=torch.int64)})
+    whole = (tmp_path / "x").read_bytes()
+    with TensorFile(tmp_path / "x") as file:
+        for start, length in (
+            (9, 20),
+            (HEAD_BYTES - 5, 10),
+            (HEAD_BYTES - 5, 5),
+            (HEAD_BYTES, 7),
+            (2 * HEAD_BYTES, 900),
+            (50, 0),
+        ):
+            place = bytearray(length)
+            file.read_into(start, memoryview(place))
+            assert place == whole[start : start + length]
+        with pytest.raises(CheckpointError, match="truncated"):
+            file.read_into(len(whole) - 3, memoryview(bytearray(4)))
+
+
 def test_a_truncated_file_says_so_at_every_length(path: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     cut = tmp_path / "cut"
@@ -151,7 +171,9 @@ def test_a_truncated_file_says_so_at_every_length(path: Path, tmp_path: Path) ->
             read_header(cut)
 
 
-def test_a_file_that_gets_shorter_while_it_is_open(path: Path) -> None:
+def test_a_file_that_gets_shorter_while_it_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    save_safetensors(path, {"a": torch.ones(HEAD_BYTES)})
     with TensorFile(path) as file:
         infos = list(file.tensors().values())
         path.write_bytes(path.read_bytes()[:-4])

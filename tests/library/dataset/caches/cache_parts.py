@@ -113,8 +113,8 @@ class TinyConditioning:
         return {"embeds": self.embeds[0, :rows], "mask": self.mask[0, :rows]}
 
     @classmethod
-    def from_cache(cls, tensors: Mapping[str, Tensor]) -> TinyConditioning:
-        return cls(tensors["embeds"][None], tensors["mask"][None])
+    def from_cache(cls, tensors: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]]) -> TinyConditioning:
+        return cls(tensors["embeds"], tensors["mask"])
 
     @classmethod
     def stack(cls, parts: Sequence[TinyConditioning]) -> TinyConditioning:
@@ -155,6 +155,12 @@ def text_cache(
     training_set: TrainingSet, *, on_disk: bool = True, recipe: TextRecipe = TEXT_RECIPE, **settings: Any
 ) -> TextCache:
     return TextCache(training_set, recipe, conditioning_type=TinyConditioning, on_disk=on_disk, **settings)
+
+
+def mask_of(cache: LatentCache, item: Item, *, flipped: bool = False) -> Tensor | None:
+    """(h, w)"""
+    _, mask = cache.load_batch([(item, flipped)])
+    return None if mask is None else mask[0, 0]
 
 
 def settle(monkeypatch: Any) -> None:

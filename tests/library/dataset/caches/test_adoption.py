@@ -21,6 +21,7 @@ from tests.library.dataset.caches.cache_parts import (
     changed,
     latent_cache,
     make_training_set,
+    mask_of,
     text_cache,
     with_masks,
 )
@@ -100,9 +101,9 @@ def test_masks_of_foreign_latents_are_made_here(tmp_path: Path) -> None:
     straight = latent_cache(training_set, on_disk=False)
     straight.fill(TinyVae(), batch_size=2, workers=1, progress=False)
     for item in training_set.items:
-        mask = cache.load_mask(item)
+        mask = mask_of(cache, item)
         assert mask is not None
-        assert torch.equal(mask, straight.load_mask(item))
+        assert torch.equal(mask, mask_of(straight, item))
 
 
 def test_processes_take_over_their_shares_and_one_tells_of_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -15,16 +14,15 @@ import torch
 
 from library.dataset.caches import cache_file
 from library.dataset.caches.cache_file import (
-    DamagedCacheError,
+    CacheEntry,
     Verdict,
     Wanted,
     broken_tensors,
     check_header,
     checksum,
     clean_left_overs,
-    load_cache_tensors,
-    read_cache_tensors,
     tensor_bytes,
+    tensors_named,
     unreadable,
     write_cache_file,
 )
@@ -74,8 +72,10 @@ def check(path: Path, image: Path, *, suspect: bool = False, mask: Path | str | 
 def test_what_was_written_is_valid_and_keeps_its_dtype(image: Path, cached: Path, mask: Path) -> None:
     assert check(cached, image).valid
     assert check(cached, image, mask=mask).valid
-    tensor = read_cache_tensors(cached, ["latents"])["latents"]
-    assert tensor.dtype == torch.bfloat16
+    with CacheEntry(cached, tensors_named(cached, {"values": "latents"})) as entry:
+        assert entry.layout == {"values": (torch.bfloat16, (2, 3))}
+        tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
+        entry.read_into("values", tensor_bytes(tensor))
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -216,64 +216,6 @@ def test_the_damaged_tensor_is_found_by_name(tmp_path: Path) -> None:
         assert broken_tensors(file, ["latents"]) == {"latents": cache_file.CHANGED_BYTES}
         del file.metadata["checksum latents"]
         assert broken_tensors(file, ["latents"]) == {"latents": "its description is broken"}
-
-
-@pytest.fixture
-def with_flipped_bit(cached: Path) -> Path:
-    data = bytearray(cached.read_bytes())
-    data[-1] ^= 1
-    cached.write_bytes(data)
-    return cached
-
-
-def test_flipped_bits_are_found_when_the_tensor_is_read(with_flipped_bit: Path) -> None:
-    with pytest.raises(DamagedCacheError, match=r"a\.png\.64x64.*damaged \(the bytes of latents are not"):
-        read_cache_tensors(with_flipped_bit, ["latents"])
-    assert with_flipped_bit.is_file()
-    with pytest.raises(DatasetError, match="deleted and will be made again at the next start"):
-        load_cache_tensors(with_flipped_bit, ["latents"])
-    assert not with_flipped_bit.exists()
-
-
-def test_a_damaged_file_that_cannot_be_deleted_is_left_to_the_user(
-    with_flipped_bit: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("in use")
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(DatasetError, match="damaged .*: delete it and start again"):
-        load_cache_tensors(with_flipped_bit, ["latents"])
-
-
-def test_what_is_not_damaged_is_not_deleted(cached: Path) -> None:
-    with pytest.raises(DatasetError, match="lacks latents_flipped"):
-        load_cache_tensors(cached, ["latents_flipped"])
-    assert cached.is_file()
-
-
-@pytest.mark.parametrize(("number", "damaged"), [(errno.EIO, True), (errno.EMFILE, False)])
-def test_a_failing_disk_damages_a_file_and_too_many_open_files_do_not(
-    cached: Path, monkeypatch: pytest.MonkeyPatch, number: int, damaged: bool
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(TensorFile, "read", fail)
-    with pytest.raises(DatasetError, match=os.strerror(number)):
-        load_cache_tensors(cached, ["latents"])
-    assert cached.is_file() != damaged
-
-
-def test_a_vanished_file_is_named_when_it_is_read(cached: Path) -> None:
-    cached.unlink()
-    with pytest.raises(DatasetError, match=r"a\.png\.64x64"):
-        read_cache_tensors(cached, ["latents"])
-
-
-def test_an_empty_tensor_survives(tmp_path: Path) -> None:
-    write_cache_file(tmp_path / "x.safetensors", {"rows": torch.empty(0, 4)}, ingredients=INGREDIENTS)
-    assert read_cache_tensors(tmp_path / "x.safetensors", ["rows"])["rows"].shape == (0, 4)
 
 
 def test_only_dead_processes_left_overs_are_removed(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from PIL import Image
 from library.dataset.images import load_picture
 from library.dataset.items import TrainingSet
 from library.files.safetensors_file import read_header
-from tests.library.dataset.caches.cache_parts import TinyVae, changed, latent_cache, make_training_set, watch_hashing, with_masks
+from tests.library.dataset.caches.cache_parts import (
+    TinyVae,
+    changed,
+    latent_cache,
+    make_training_set,
+    mask_of,
+    watch_hashing,
+    with_masks,
+)
 
 A_FILE = "a.png.64x64.tiny-latents.safetensors"
 
@@ -38,12 +46,12 @@ def test_the_mask_is_that_of_the_picture_and_mirrored_with_it(tmp_path: Path, on
     cache.fill(TinyVae(), batch_size=2, workers=1, progress=False)
     for item in training_set.items:
         for flipped in (False, True):
-            mask, expected = cache.load_mask(item, flipped=flipped), load_picture(item, flipped=flipped).mask
+            mask, expected = mask_of(cache, item, flipped=flipped), load_picture(item, flipped=flipped).mask
             assert mask is not None
             assert expected is not None
             assert mask.dtype == torch.float32
             assert np.array_equal(mask.numpy(), expected)
-    assert not torch.equal(cache.load_mask(training_set.items[0]), cache.load_mask(training_set.items[0], flipped=True))
+    assert not torch.equal(mask_of(cache, training_set.items[0]), mask_of(cache, training_set.items[0], flipped=True))
     if not on_disk:
         assert said == sum(tensor.nbytes for tensors in cache._memory.values() for tensor in tensors.values())
 
@@ -51,7 +59,7 @@ def test_the_mask_is_that_of_the_picture_and_mirrored_with_it(tmp_path: Path, on
 def test_an_image_without_a_mask_has_none(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, 1)
     fill(training_set)
-    assert latent_cache(training_set).load_mask(training_set.items[0]) is None
+    assert mask_of(latent_cache(training_set), training_set.items[0]) is None
     assert set(read_header(tmp_path / A_FILE).tensors) == {"latents"}
 
 
@@ -61,7 +69,7 @@ def test_the_alpha_channel_as_mask(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     fill(training_set)
     item = training_set.items[0]
-    assert np.array_equal(latent_cache(training_set).load_mask(item), load_picture(item).mask)
+    assert np.array_equal(mask_of(latent_cache(training_set), item), load_picture(item).mask)
     assert reasons(training_set) == []
     assert reasons(with_masks(training_set)) == ["mask changed"]  # from a file now
 
@@ -81,7 +89,7 @@ def test_a_new_a_changed_and_a_dropped_mask(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 77).save(mask_path)
     assert reasons(masked) == ["mask changed"]
     fill(masked)
-    mask = latent_cache(masked).load_mask(masked.items[0])
+    mask = mask_of(latent_cache(masked), masked.items[0])
     assert mask is not None
     assert mask.unique().tolist() == pytest.approx([77 / 255])
 
@@ -115,8 +123,8 @@ def test_two_datasets_with_other_masks_have_files_of_their_own(tmp_path: Path) -
     cache = latent_cache(training_set)
     cache.fill(TinyVae(), batch_size=2, workers=1, progress=False)
     assert cache.state().total == 2
-    assert torch.equal(cache.load_mask(item), cache.load_mask(same))
-    assert cache.load_mask(other).unique().tolist() == [1]
+    assert torch.equal(mask_of(cache, item), mask_of(cache, same))
+    assert mask_of(cache, other).unique().tolist() == [1]
     assert torch.equal(cache.load(unmasked), cache.load(other))
     assert latent_cache(training_set).state().is_complete
     reordered = replace(training_set, items=(replace(unmasked, index=0), replace(item, index=1), replace(same, index=2)))
