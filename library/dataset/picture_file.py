@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from library.dataset.picture_formats import picture_formats
 from library.dataset.verify import ALPHA_MODES, orientation, reason
 from library.errors import DatasetError
 
@@ -28,7 +29,7 @@ SIXTEEN_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow before 11 
 def opened(path: Path) -> Iterator[Image.Image]:
     """The file, its pixels not read yet. Whatever goes wrong until it is closed becomes a DatasetError that names it."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=picture_formats()) as image:
             yield image
     except DatasetError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +13,15 @@ from typing import BinaryIO
 
 from library.errors import OutputError, os_error_text
 
-TEMPORARY_MARK = ".tmp-"  # temporary names are NAME.tmp-PID: readers never match them, a later run may delete them
+TEMPORARY_MARK = ".tmp-"  # temporary names are NAME.tmp-PID-RANDOM: readers never match them, a later run may delete them
 REPLACED_MARK = ".replaced"  # the old folder while a new one takes its name
 RENAME_WAITS_S = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8) if os.name == "nt" else ()  # elsewhere an open file can be replaced
 
 
 def temporary_name(final: Path, *, ending: str = "") -> Path:
-    return final.with_name(f"{final.name.removesuffix(ending)}{TEMPORARY_MARK}{os.getpid()}{ending}")
+    """One of its own for each call: two threads, or processes of equal numbers on two machines, may write one file at once."""
+    mark = f"{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(2)}"
+    return final.with_name(f"{final.name.removesuffix(ending)}{mark}{ending}")
 
 
 @contextmanager

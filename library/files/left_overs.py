@@ -14,7 +14,7 @@ from library.files.atomic import TEMPORARY_MARK
 
 SECONDS_PER_DAY = 86_400
 FRESH_S = 60  # a temporary file this young may belong to a process of another machine that shares the folder
-PROCESS_NUMBER = re.compile(re.escape(TEMPORARY_MARK) + r"(\d+)(\.\w+)?$")
+PROCESS_NUMBER = re.compile(re.escape(TEMPORARY_MARK) + r"(\d+)(-[0-9a-f]+)?(\.\w+)?$")
 
 
 def remove_left_overs(folders: Iterable[Path], pattern: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from library.dataset.image_records import folder_mark
 
 SUFFIX = ".safetensors"
-MAX_NAME_BYTES = 230  # file systems allow 255; the rest is for the temporary name's ".tmp-PID"
+MAX_NAME_BYTES = 230  # file systems allow 255; the rest is for the temporary name's ".tmp-PID-RANDOM"
 MAX_CHARACTER_BYTES = 4  # UTF-8
 
 

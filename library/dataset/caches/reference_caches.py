@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image
 
+from library.dataset.folders import image_extensions
 from library.dataset.items import Item
+from library.dataset.picture_formats import picture_formats
 from library.dataset.verify import orientation
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, np.ndarray]  # each is read from the file when it is asked for
 
 NOTHING = ""  # no file: nothing was expected, nothing need be told
+NAMESAKE = "of images beside another one of the same base name"
+MOST_BYTES = 64 << 20  # of one array once it is unpacked: sixteen times the text of the largest encoder
 LATENTS, FLIPPED = "latents", "latents_flipped"
 ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, MemoryError)
 UNREADABLE = (OSError, ValueError, KeyError, *ARCHIVE_ERRORS)
@@ -63,6 +67,8 @@ def reference_latents(
     path = _latents_path(item, format.latents_ending)
     if path is None:
         return NOTHING
+    if has_namesake(item.path):
+        return NAMESAKE
     width, height = item.bucket_wh
     size = (height // recipe.shrink, width // recipe.shrink)
     try:
@@ -83,6 +89,8 @@ def reference_text(item: Item, text: str, *, format: ReferenceFormat, recipe: Te
     path = item.path.with_name(item.path.stem + format.text_ending)
     if not path.is_file():
         return NOTHING
+    if has_namesake(item.path):
+        return NAMESAKE
     try:
         with _opened(path) as arrays:
             found = format.conditioning(arrays, text)
@@ -110,9 +118,18 @@ def check_image(item: Item, path: Path) -> None:
 
 def is_turned(path: Path) -> bool:
     """Whether EXIF data say that the picture is to be turned or mirrored."""
-    with suppress(Exception), Image.open(path) as image:  # Pillow raises anything at all on damaged EXIF data
+    with (
+        suppress(Exception),
+        Image.open(path, formats=picture_formats()) as image,
+    ):  # Pillow raises anything at all on damaged EXIF data
         return orientation(image) in range(2, 9)
     return False
+
+
+def has_namesake(path: Path) -> bool:
+    """Whether another picture beside it differs by the ending alone: the files of both would have one name."""
+    endings = {form(ending) for ending in image_extensions() for form in (str.lower, str.upper)} - {path.suffix}
+    return any(path.with_suffix(ending).is_file() for ending in endings)
 
 
 def _latents_path(item: Item, ending: str) -> Path | None:
@@ -146,6 +163,9 @@ def _opened(path: Path) -> np.lib.npyio.NpzFile:
     loaded = np.load(path, allow_pickle=False)
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} is a single array")
+    if any(member.file_size > MOST_BYTES for member in loaded.zip.infolist()):  # type: ignore[union-attr]
+        loaded.close()
+        raise ValueError(f"{path} holds an array of more than {MOST_BYTES} bytes")
     return loaded
 
 

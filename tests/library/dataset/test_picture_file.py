@@ -231,3 +231,11 @@ def test_truncated_file_is_named(suffix: str, tmp_path: Path):
     with pytest.raises(DatasetError, match="cannot be read") as caught:
         read_rgb(path)
     assert str(path) in str(caught.value)
+
+
+def test_postscript_is_not_run_whatever_it_is_named(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_rgb, read_record):
+        with pytest.raises(DatasetError, match="no image that Pillow knows"):
+            read(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,7 @@ def test_a_folder_that_is_a_file_is_told(tmp_path):
 
 def test_the_ending_is_kept_for_writers_that_look_at_it(tmp_path):
     with file_written_atomically(tmp_path / "a.b.ckpt", keep_ending=True) as path:
-        assert path.name == f"a.b.tmp-{os.getpid()}.ckpt"
+        assert re.fullmatch(rf"a\.b\.tmp-{os.getpid()}-[0-9a-f]{{4}}\.ckpt", path.name)
         path.write_bytes(b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["a.b.ckpt"]
 
@@ -106,3 +108,11 @@ def test_what_an_interrupted_run_set_aside_stays_until_there_is_a_new_one(tmp_pa
     with pytest.raises(OutputError), folder_written_atomically(tmp_path / "final") as folder:
         (folder / "two").write_text("two")
     assert (replaced / "one").read_text() == "one"
+
+
+def test_two_threads_may_write_one_file_at_once(tmp_path):
+    final = tmp_path / "a.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_text_atomically(final, str(number) * 1000), [n % 10 for n in range(200)]))
+    assert len(set(final.read_text())) == 1 and len(final.read_text()) == 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -35,8 +35,9 @@ def make(path: Path, *, folder: bool = False, age: float = OLD) -> Path:
 @pytest.mark.skipif(os.name == "nt", reason="Windows goes by age alone")
 def test_what_a_dead_process_left_is_removed(tmp_path, dead):
     gone = [make(tmp_path / f"a.safetensors.tmp-{dead}"), make(tmp_path / f"a.tmp-{dead}.safetensors"),
-            make(tmp_path / f"a-state.tmp-{dead}", folder=True)]  # fmt: skip
-    assert remove_left_overs([tmp_path], "a*.tmp-*") == 3
+            make(tmp_path / f"a-state.tmp-{dead}", folder=True), make(tmp_path / f"a.tmp-{dead}-0a1f.ckpt"),
+            make(tmp_path / f"a.ckpt.tmp-{dead}-ffff")]  # fmt: skip
+    assert remove_left_overs([tmp_path], "a*.tmp-*") == 5
     assert not any(path.exists() for path in gone)
 
 

@@ -199,3 +199,18 @@ def test_text(tmp_path):
     )
     assert found("abcd") == "another text"
     assert "not finite" in found(rows=np.full((3, 2), np.inf, np.float32))
+
+
+def test_two_images_of_one_base_name_share_no_file(tmp_path):
+    item = make_item(tmp_path)
+    save(tmp_path / NAME, latents=latents())
+    assert not isinstance(read(item), str)
+    Image.new("RGB", (100, 70)).save(tmp_path / "a.BMP")
+    assert read(item) == "of images beside another one of the same base name"
+
+
+def test_a_small_file_that_unpacks_to_much_is_not_unpacked(tmp_path):
+    item = make_item(tmp_path)
+    np.savez_compressed(tmp_path / NAME, original_size=np.array([100, 70]), latents=np.zeros((70 << 20) // 4, np.float32))
+    os.utime(tmp_path / NAME, ns=(2**62, 2**62))
+    assert read(item) == "that cannot be read"
