@@ -1,9 +1,10 @@
 """What earlier runs found out about image files, so that a start reads only those that are new or have changed.
 
 One JSON file for each folder of images, beside them or under --cache_dir:
-``{"format": 1, "crc32": "89abcdef", "images": {name: [bytes, mtime in ns, sha256, width, height, has alpha (0 or 1)]}}``,
-``crc32`` being that of all bytes behind it. Only files that passed every check are in it. A file that is missing, damaged or
-of another format is as good as empty; where a folder cannot be written nothing is remembered.
+``{"format": 2, "crc32": "89abcdef", "images": {name: [bytes, mtime in ns, ctime in ns, sha256, width, height, flags]}}``,
+``crc32`` being that of all bytes behind it and ``flags`` a sum of ``HAS_ALPHA``, ``IS_TRANSPARENT`` and ``IS_BLACK``. Only files
+that passed every check are in it. A file that is missing, damaged or of another format is as good as empty; where a folder
+cannot be written nothing is remembered.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from library.errors import DatasetError, OutputError
 from library.files.atomic import write_atomically
+from library.files.stamps import Stamp, stamp
 
 RECORDS_NAME = "atelier.images.json"
-FORMAT = 1  # raise it when the checks of library/dataset/verify.py get stricter, or the layout changes
+FORMAT = 2  # raise it when the checks of library/dataset/verify.py get stricter, or the layout changes
 HASH_CHUNK_BYTES = 1 << 20
+HAS_ALPHA, IS_TRANSPARENT, IS_BLACK = 1, 2, 4
 
 Size = tuple[int, int]
 
@@ -43,25 +46,28 @@ class ImageRecord(NamedTuple):
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     sha256: bytes
     size_wh: Size
     has_alpha: bool
+    is_transparent: bool = False  # its alpha channel is 0 everywhere
+    is_black: bool = False  # its red channel, which counts in masks, is 0 everywhere
 
     def fits(self, stat: os.stat_result) -> bool:
-        return self.size == stat.st_size and self.mtime_ns == stat.st_mtime_ns
+        return self[:3] == stamp(stat)
 
 
 class SourceHashes:
-    """sha256 of image files, each computed once per object as long as the file's size and time stay the same."""
+    """sha256 of image files, each computed once per object as long as the file's size and times stay the same."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Path, int, int], str] = {}
+        self._known: dict[tuple[Path, Stamp], str] = {}
 
     def identity(self, path: Path) -> SourceIdentity:
         """Raises DatasetError when the image cannot be read."""
         try:
             stat = path.stat()
-            key = (path, stat.st_size, stat.st_mtime_ns)
+            key = (path, stamp(stat))
             if key not in self._known:
                 self._known[key] = sha256_of(path)
         except OSError as error:
@@ -184,8 +190,15 @@ def unreadable_source(path: Path, error: OSError) -> DatasetError:
 
 def _encoded(records: dict[str, ImageRecord]) -> bytes:
     rows = {
-        name: [size, mtime_ns, sha256.hex(), *size_wh, int(has_alpha)]
-        for name, (size, mtime_ns, sha256, size_wh, has_alpha) in records.items()
+        name: [
+            size,
+            mtime_ns,
+            ctime_ns,
+            sha256.hex(),
+            *size_wh,
+            HAS_ALPHA * alpha + IS_TRANSPARENT * transparent + IS_BLACK * black,
+        ]
+        for name, (size, mtime_ns, ctime_ns, sha256, size_wh, alpha, transparent, black) in records.items()
     }
     rest = f',"images":{json.dumps(rows, separators=(",", ":"))}}}'.encode("ascii")  # names that are no text are escaped
     return _start(zlib.crc32(rest)) + rest
@@ -203,9 +216,15 @@ def _decoded(file: Path, sizes: dict[Size, Size]) -> dict[str, ImageRecord]:
         if data[:length] != _start(zlib.crc32(data[length:])):
             return {}
         rows = json.loads(data)["images"]
-        return {
-            sys.intern(name): ImageRecord(size, mtime_ns, bytes.fromhex(sha256), sizes.setdefault((w, h), (w, h)), bool(alpha))
-            for name, (size, mtime_ns, sha256, w, h, alpha) in rows.items()
-        }
+        return {sys.intern(name): _record(row, sizes) for name, row in rows.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _record(row: list[Any], sizes: dict[Size, Size]) -> ImageRecord:
+    size, mtime_ns, ctime_ns, sha256, width, height, flags = row
+    size_wh = sizes.setdefault((width, height), (width, height))
+    is_transparent, is_black = bool(flags & IS_TRANSPARENT), bool(flags & IS_BLACK)
+    return ImageRecord(
+        size, mtime_ns, ctime_ns, bytes.fromhex(sha256), size_wh, bool(flags & HAS_ALPHA), is_transparent, is_black
+    )

@@ -5,9 +5,9 @@ An image that validates is never trained: not in its own dataset, and not in any
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
-import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from library.dataset.find_images import Found
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
+from library.randomness import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,16 @@ def validation_count(images: int, share: float) -> int:
 
 
 def chosen_for_validation(paths: Sequence[str], share: float, *, seed: int) -> set[str]:
-    """The last of the paths once they are sorted and shuffled, as in the reference with a validation_seed."""
-    shuffled = sorted(paths)
-    random.Random(seed).shuffle(shuffled)
-    return set(shuffled[len(shuffled) - validation_count(len(shuffled), share) :])
+    """Those of one subset's images that validate: each file name has its number, and the smallest are chosen.
+
+    So an image that is added, removed or renamed changes the side of at most one other, and moving the folder of none. The
+    reference shuffles the sorted paths, which moves many.
+    """
+
+    def number(path: str) -> tuple[int, str]:
+        return derive_seed("validation", seed, os.path.basename(path)), path  # noqa: PTH119  # for each of very many images
+
+    return set(heapq.nsmallest(validation_count(len(paths), share), paths, key=number))
 
 
 def twin_warning(trained: Sequence[Item], validation: Sequence[Item], sha256: Callable[[Path], bytes]) -> Iterator[str]:

@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from library.dataset.image_records import ImageRecord, ImageRecords, Size
+from library.dataset.picture_formats import picture_formats
 from library.errors import DatasetError
+from library.files.stamps import stamp
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.3, table 4
 SWAPS_SIDES = (5, 6, 7, 8)  # orientations whose picture is stored lying on its side
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+RED_FIRST = ("RGB", "RGBA", "L", "LA")  # modes whose first channel is the red, or the grey, in 8 bit
 
 MIN_SIDE_PX = 16  # one image token of the models here; less is an icon or a tracking pixel, never training material
 MAX_SIDE_PX = 32_767  # longer than any photograph, scan or comic strip: a mistake, of which a crop would keep next to nothing
@@ -79,13 +82,13 @@ def read_record(path: Path, known: ImageRecord | None = None) -> ImageRecord:
         stat, data = _read(path)
         sha256 = hashlib.sha256(data).digest()
         if known is not None and known.sha256 == sha256:
-            return known._replace(mtime_ns=stat.st_mtime_ns)
-        size_wh, has_alpha = _decode(data)
+            return known._replace(mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns)
+        found = _decode(data)
     except DatasetError as error:
         raise DatasetError(f"{path} {error.problems[0]}") from None
     except Exception as error:  # Pillow's readers raise anything at all on damaged data
         raise DatasetError(f"{path} cannot be read: {reason(error, path)}") from error
-    return ImageRecord(stat.st_size, stat.st_mtime_ns, sha256, size_wh, has_alpha)
+    return ImageRecord(*stamp(stat), sha256, *found)
 
 
 def orientation(image: Image.Image) -> int:
@@ -164,15 +167,54 @@ def _read(path: Path) -> tuple[os.stat_result, bytes]:
     return stat, data
 
 
-def _decode(data: bytes) -> tuple[Size, bool]:
-    """The size of the upright picture, and whether it has an alpha channel."""
-    with Image.open(BytesIO(data)) as image:
+class _Content(NamedTuple):
+    """As in ``ImageRecord``."""
+
+    size_wh: Size
+    has_alpha: bool
+    is_transparent: bool
+    is_black: bool
+
+
+def _decode(data: bytes) -> _Content:
+    with Image.open(BytesIO(data), formats=picture_formats()) as image:
         width, height = image.size
         _check_size(width, height)
         image.draft(image.mode, (1, 1))  # JPEG: reads every byte, but builds a picture of an eighth of the size
         image.load()
         has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
-        return (height, width) if orientation(image) in SWAPS_SIDES else (width, height), has_alpha
+        size_wh = (height, width) if orientation(image) in SWAPS_SIDES else (width, height)
+        return _Content(size_wh, has_alpha, has_alpha and _is_transparent(image), _is_black(image))
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether an image with an alpha channel is transparent everywhere."""
+    from library.dataset.picture_file import alpha  # which imports this module, and numpy
+
+    if image.mode in ALPHA_MODES and _middle(image)[-1] > 0:
+        return False
+    opacity = alpha(image)
+    return opacity is not None and _is_zero(opacity)
+
+
+def _is_black(image: Image.Image) -> bool:
+    """Whether a mask of it would count nowhere."""
+    from library.dataset.picture_file import red
+
+    if image.mode in RED_FIRST and _middle(image)[0] > 0:
+        return False
+    return _is_zero(red(image))
+
+
+def _middle(image: Image.Image) -> tuple[int, ...]:
+    """The channels of the pixel in the middle: it nearly always spares a look at the others."""
+    value: Any = image.getpixel((image.width // 2, image.height // 2))
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _is_zero(channel: Image.Image) -> bool:
+    """``channel``: mode L."""
+    return channel.getextrema() == (0, 0)
 
 
 def _check_size(width: int, height: int) -> None:

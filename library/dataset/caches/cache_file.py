@@ -5,9 +5,9 @@ A cache file is a safetensors file with this metadata (all strings, JSON where s
 - ``format``: the version of this layout and of the code that makes the content;
 - ``ingredients``: JSON, all that the content depends on, readable, so that a mismatch can be named;
 - ``fingerprint``: hex digest of format and ingredients; a file whose two disagree is damaged;
-- ``sources`` (latents): JSON {"image": {size, mtime_ns}} of the image, and under "mask" of its mask file. While both numbers are
-  unchanged a file is trusted to be the one whose sha256 stands in the ingredients; otherwise it is hashed again, and equal
-  content stays valid;
+- ``sources`` (latents): JSON {"image": {size, mtime_ns}} of the image, and under "mask" of its mask file, as they were. Whether
+  they still are what the entry was made from is told by the sha256 in the ingredients alone: files of equal size and time may
+  have changed names;
 - ``checksum <tensor name>`` of each tensor, compared whenever it is read, and at a start as ``cache_check`` says.
 
 A damaged file is made again. One that is found damaged at the start is mended in that run. Training cannot mend: the encoders
@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from library.dataset.caches.names import SUFFIX
-from library.dataset.image_records import SourceIdentity, sha256_of, unreadable_source
+from library.dataset.image_records import SourceIdentity, unreadable_source
 from library.errors import CheckpointError, DatasetError, os_error_text
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
@@ -132,11 +132,9 @@ def unreadable(path: str | Path, error: Exception) -> Verdict:
     return Verdict("damaged", "truncated" if "truncated" in str(error).replace(str(path), "") else "not a readable cache file")
 
 
-def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify, suspect: bool = False) -> Verdict:
-    """Compares a cache file's header with what a run wants.
-
-    A source is read only when it may have changed: its size or mtime is another than noted, or it is ``suspect``.
-    """
+def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify) -> Verdict:
+    """Compares a cache file's header with what a run wants. ``identify`` knows the sha256 of sources that have not changed since
+    they were last read; a source of another size than noted is not asked for."""
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
         return Verdict("stale", REASONS["format"])
@@ -151,7 +149,7 @@ def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify, suspec
     if reason := _first_difference(file, wanted, stored):
         return Verdict("stale", reason)
     for name, path in wanted.sources.items():
-        if not _is_same_source(path, noted.get(name), stored.get(name), identify=None if suspect else identify):
+        if not _is_same_source(path, noted.get(name), stored.get(name), identify=identify):
             return Verdict("stale", REASONS[name])
     return VALID
 
@@ -165,17 +163,12 @@ def _first_difference(file: TensorFile, wanted: Wanted, stored: Mapping[str, obj
     return ABSENT.get(absent[0], "incomplete") if absent else None
 
 
-def _is_same_source(path: Path, noted: object, sha256: object, *, identify: Identify | None) -> bool:
-    """``identify=None``: its bytes are read whatever is known about it."""
+def _is_same_source(path: Path, noted: object, sha256: object, *, identify: Identify) -> bool:
     try:
-        stat = path.stat()
-        if not isinstance(noted, dict) or noted.get("size") != stat.st_size:
-            return False
-        if identify is None:
-            return sha256_of(path) == sha256
+        size = path.stat().st_size
     except OSError as error:
         raise unreadable_source(path, error) from error
-    return noted.get("mtime_ns") == stat.st_mtime_ns or identify(path).sha256 == sha256
+    return isinstance(noted, dict) and noted.get("size") == size and identify(path).sha256 == sha256
 
 
 def write_cache_file(

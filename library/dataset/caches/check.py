@@ -41,15 +41,14 @@ class Asked:
 
 @dataclass(slots=True)
 class Found:
-    """A cache file that must be opened. ``read_whole``: its tensors are to be read, too; ``suspect``: what it was made from has
-    other times than when it was last checked; ``is_known``: the tensors that are wanted were checked before, or will be now."""
+    """A cache file that must be opened. ``read_whole``: its tensors are to be read, too; ``is_known``: the tensors that are wanted
+    were checked before, or will be now."""
 
     path: str
     mark: str
     size: int
     changed_ns: int
     read_whole: bool
-    suspect: bool
     is_known: bool
 
 
@@ -99,11 +98,9 @@ class CacheCheck(Generic[E, R]):
             return VALID
         has_note = noted != NO_MARK
         parts = zip(mark.split("|"), f"{noted}||".split("|"), strict=False)
-        changed, other_key, suspect = (has_note and now != then for now, then in parts)
-        return Found(
-            asked.path, mark, stat.st_size, stat.st_ctime_ns, read_whole=changed, suspect=suspect,
-            is_known=has_note and (changed or not other_key),
-        )  # fmt: skip
+        changed, other_key, _ = (has_note and now != then for now, then in parts)
+        is_known = has_note and (changed or not other_key)
+        return Found(asked.path, mark, stat.st_size, stat.st_ctime_ns, read_whole=changed, is_known=is_known)
 
     def _choose(self, unsure: Sequence[Found]) -> None:
         unknown = [found for found in unsure if not found.is_known]

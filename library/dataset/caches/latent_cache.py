@@ -232,7 +232,7 @@ class LatentCache:
         try:
             with TensorFile(found.path) as file:
                 file.tensors()
-                verdict = check_header(file, self._entries.wanted(entry), identify=self._identify, suspect=found.suspect)
+                verdict = check_header(file, self._entries.wanted(entry), identify=self._identify)
                 broken = broken_tensors(file, entry.tensors) if verdict.valid and found.read_whole else {}
         except CheckpointError as error:
             return unreadable(found.path, error)

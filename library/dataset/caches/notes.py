@@ -3,9 +3,6 @@
 One JSON file ``atelier.<kind>.json`` in each folder with cache files: ``{"format": ..., "files": {name: mark}}``. A mark says
 which file it was (size, mtime, ctime), what was wanted of it, and which image it was made from; only files that passed the whole
 check, with every byte read, or that were just written have one. As long as a file's mark comes out the same it is valid.
-
-The time of a file's last change (ctime) is part of it because programs cannot set it: bytes that were changed under the old size
-and mtime show. (On Windows it is the time of creation, which says no more than the other two.)
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ from pathlib import Path
 from library.dataset.caches.cache_file import FORMAT
 from library.errors import OutputError
 from library.files.atomic import write_atomically
+from library.files.stamps import stamp as file_stamp
 
 SETTLED_NS = 2_000_000_000  # file systems count time in steps of up to two seconds; a file may change twice within one
 NO_MARK = ""
@@ -72,7 +70,7 @@ class CacheNotes:
 
 def stamp(stat: os.stat_result) -> str:
     """The size and times of a file, as marks hold them."""
-    return f"{stat.st_size:x}.{stat.st_mtime_ns:x}.{stat.st_ctime_ns:x}"
+    return ".".join(f"{number:x}" for number in file_stamp(stat))
 
 
 def _add_marks(file: Path, marks: dict[str, str]) -> None:

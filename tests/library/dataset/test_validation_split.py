@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -60,12 +61,37 @@ def test_counts_of_the_reference_without_its_overlap(images: int, share: float, 
     assert validation_count(images, share) == count
 
 
-def test_choice_is_the_end_of_the_references_shuffle():
+def chosen_names(
+    count: int, seed: int, *, without: int | None = None, folder: str = "/data", also: Sequence[str] = ()
+) -> set[str]:
+    names = [f"{number:03}.png" for number in range(count) if number != without]
+    return {Path(path).name for path in chosen_for_validation([f"{folder}/{name}" for name in (*names, *also)], 0.2, seed=seed)}
+
+
+def test_choice_depends_on_names_and_seed_alone():
     paths = [f"/data/{number:03}.png" for number in range(40)]
-    expected = sorted(paths)
-    random.seed(17)  # as the reference does it: one global generator
-    random.shuffle(expected)
-    assert chosen_for_validation(list(reversed(paths)), 0.2, seed=17) == set(expected[32:])
+    chosen = chosen_for_validation(paths, 0.2, seed=17)
+    assert len(chosen) == 8 and chosen == chosen_for_validation(list(reversed(paths)), 0.2, seed=17)
+    assert chosen_names(40, 17) == chosen_names(40, 17, folder="/elsewhere") != chosen_names(40, 18)
+    assert Counter(name for seed in range(300) for name in chosen_names(40, seed)).most_common()[-1][1] > 30  # all have a chance
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_image_added_removed_or_renamed_moves_at_most_one_other(seed: int):
+    before = chosen_names(40, seed)
+    for removed in range(40):
+        name = f"{removed:03}.png"
+        assert len((before - {name}) ^ chosen_names(40, seed, without=removed)) <= 1
+        renamed = chosen_names(40, seed, without=removed, also=["new name.png"])
+        assert len((before - {name}) ^ (renamed - {"new name.png"})) <= 1
+    for count in range(2, 60):
+        added = chosen_names(count + 1, seed) - {f"{count:03}.png"}
+        assert len(chosen_names(count, seed) ^ added) <= 1
+
+
+def test_two_images_of_one_name_are_two(tmp_path: Path):
+    paths = [f"/data/{folder}/{number}.png" for folder in "ab" for number in range(5)]
+    assert len(chosen_for_validation(paths, 0.3, seed=1)) == 3
 
 
 def test_split_of_a_folder(tmp_path: Path):

@@ -16,6 +16,7 @@ from library.dataset import verify
 from library.dataset.image_records import RECORDS_NAME, ImageRecord, ImageRecords
 from library.dataset.verify import read_record, verify_images
 from library.errors import DatasetError
+from library.files.stamps import stamp
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> Path:
@@ -45,7 +46,7 @@ def problem(path: Path) -> str:
 def test_record_of_a_file(tmp_path: Path):
     path = picture(tmp_path / "x.jpg")
     data = path.read_bytes()
-    wanted = ImageRecord(len(data), path.stat().st_mtime_ns, hashlib.sha256(data).digest(), (64, 48), False)
+    wanted = ImageRecord(*stamp(path.stat()), hashlib.sha256(data).digest(), (64, 48), False)
     assert read_record(path) == wanted
 
 
@@ -119,7 +120,7 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     first = verified(*paths)
     new = picture(tmp_path / "new.png", (32, 32))
     read: list[str] = []
-    monkeypatch.setattr(verify, "_decode", lambda data: read.append("decoded") or ((32, 32), False))
+    monkeypatch.setattr(verify, "_decode", lambda data: read.append("decoded") or ((32, 32), False, False, False))
     told: list[tuple[int, int]] = []
     second = verified(*paths, new, told=told)
     assert told == [(1, 1)] and read == ["decoded"]  # only images that must be read are counted

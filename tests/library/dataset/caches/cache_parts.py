@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from library.dataset import image_records
-from library.dataset.caches import cache_file
 from library.dataset.caches import notes as cache_notes
 from library.dataset.caches.latent_cache import LatentCache, LatentRecipe
 from library.dataset.caches.text_cache import TextCache, TextRecipe
@@ -176,7 +175,7 @@ def watch_hashing(monkeypatch: Any) -> list[Path]:
         hashed.append(path)
         return sha256_of(path)
 
-    for module in (cache_file, image_records):
+    for module in (image_records,):
         monkeypatch.setattr(module, "sha256_of", watched)
     return hashed
 

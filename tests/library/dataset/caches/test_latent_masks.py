@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from library.dataset.image_records import ImageRecords
 from library.dataset.images import load_picture
 from library.dataset.items import TrainingSet
+from library.dataset.verify import read_record
 from library.files.safetensors_file import read_header
 from tests.library.dataset.caches.cache_parts import (
     TinyVae,
@@ -97,14 +99,18 @@ def test_a_new_a_changed_and_a_dropped_mask(tmp_path: Path) -> None:
 def test_an_unchanged_mask_is_not_hashed_again_and_a_touched_one_stays_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training_set = with_masks(make_training_set(tmp_path, 2))
+    training_set = replace(with_masks(make_training_set(tmp_path, 2)), records=ImageRecords(writes=False))
+    mask_path = training_set.items[0].mask_path
+    assert training_set.records is not None
+    assert mask_path is not None
+    for item in training_set.items:
+        for path in (item.path, item.mask_path):
+            training_set.records.put(path, read_record(path))  # as at a start
     fill(training_set)
     (tmp_path / "atelier.tiny-latents.json").unlink(missing_ok=True)
     hashed = watch_hashing(monkeypatch)
     assert reasons(training_set) == []
     assert hashed == []
-    mask_path = training_set.items[0].mask_path
-    assert mask_path is not None
     os.utime(mask_path, ns=(7, 7))
     assert reasons(training_set) == []
     assert hashed == [mask_path]
