@@ -75,12 +75,12 @@ def find_tokenizers(
 
     Raises CheckpointError when ``t5_path`` is not a folder (or file in one) with a T5 tokenizer.
     """
-    qwen_dir = Path(qwen3).expanduser() if qwen3 else BUNDLED_QWEN
+    qwen_dir = Path(qwen3) if qwen3 else BUNDLED_QWEN
     if not has_tokenizer(qwen_dir):
         qwen_dir = BUNDLED_QWEN
     if not t5_path:
         return TokenizerFiles(qwen_dir, BUNDLED_T5, qwen_max, t5_max)
-    folder = Path(t5_path).expanduser()
+    folder = Path(t5_path)
     if not folder.exists():
         raise CheckpointError(f"{T5_FLAG} {folder} does not exist: give a folder with tokenizer.json, or leave the flag out")
     folder = folder.parent if folder.is_file() else folder

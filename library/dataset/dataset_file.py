@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 from library.errors import DatasetError, did_you_mean
 from library.files.text_file import read_utf8
+from library.files.user_path import dead_link, user_path
 
 FLAG = "--dataset_config"
 BACKSLASH_HINT = "; in Windows paths write / or put the path in single quotes"
+MIXED_LIST_HINT = (
+    ": here a list in TOML holds values of one kind, only texts, only whole numbers (1) or only fractions (1.0); "
+    "a .json dataset file can mix them"
+)
 
 
 def read_dataset_file(path: Path) -> dict:
@@ -26,20 +33,41 @@ def read_dataset_file(path: Path) -> dict:
 
 
 def find_path(text: str, beside: Path | None) -> Path:
-    """A path as the reference reads it, from the current folder; where nothing is there, from the dataset file's folder."""
-    path = Path(text).expanduser()
-    if beside is not None and not path.is_absolute() and not path.exists() and (beside / path).exists():
+    """A path as the reference reads it, from the current folder; where nothing is there, from ``beside``, the dataset file's
+    folder. None: the path comes from a flag, where home folders are already in place.
+
+    Raises PathProblem for what cannot be a path.
+    """
+    path = Path(text if beside is None else user_path(text))
+    if beside is not None and not path.is_absolute() and not _is_there(path) and _is_there(beside / path):
         return beside / path
     return path
 
 
 def missing_path_problem(path: Path, *, folder: bool) -> str | None:
     """What is wrong with a path that should be a folder (or a file), or None."""
-    if path.is_dir() if folder else path.is_file():
-        return None
-    if path.exists():
-        return f"{path} is {'a file, not a folder' if folder else 'a folder, not a file'}"
-    return f"{path} does not exist{_near_path(path)}"
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: what cannot be a path
+        return _missing(path, error)
+    if folder and not stat.S_ISDIR(mode):
+        return f"{path} is a file, not a folder"
+    if not folder and not stat.S_ISREG(mode):
+        return f"{path} is {'a folder, not a file' if stat.S_ISDIR(mode) else 'not a file'}"
+    return None
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  # Path.exists raises for names that are too long, and for some links
+
+
+def _missing(path: Path, error: OSError | ValueError) -> str:
+    if link := dead_link(path):
+        return f"{path} does not exist: {link}"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return f"{path} does not exist{_near_path(path)}"
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return f"{path} cannot be read: {reason}"
 
 
 def _near_path(path: Path) -> str:
@@ -80,7 +108,12 @@ def _parse_toml(text: str, path: Path) -> object:
     try:
         return toml.loads(text)
     except toml.TomlDecodeError as error:
-        hint = BACKSLASH_HINT if "escape" in error.msg.lower() else ""
-        raise DatasetError(f"{path}, line {error.lineno}: {error.msg}{hint}") from error
+        raise DatasetError(f"{path}, line {error.lineno}: {error.msg}{_syntax_hint(error.msg)}") from error
     except Exception as error:  # the toml package lets other errors out on some broken files
         raise DatasetError(f"{path} is not a valid TOML file: {error or type(error).__name__}") from error
+
+
+def _syntax_hint(reason: str) -> str:
+    if "escape" in reason.lower():
+        return BACKSLASH_HINT
+    return MIXED_LIST_HINT if "homogeneous" in reason.lower() else ""

@@ -16,7 +16,7 @@ from typing import Any
 from library.errors import did_you_mean
 from library.options import kinds
 from library.options.dataset import INTERPOLATIONS as FLAG_INTERPOLATIONS
-from library.options.dataset import parse_resolution
+from library.options.dataset import parse_resolution, too_large_problem
 
 GENERAL, DATASETS, SUBSETS = "[general]", "[[datasets]]", "[[datasets.subsets]]"  # the tables, as a user writes them
 DATASET_LEVELS = (GENERAL, DATASETS)
@@ -91,9 +91,9 @@ def _resolution(value: object) -> tuple[int, int] | None:
 
 
 def _number_range(value: object) -> tuple[float, float] | None:
-    """[2.0, 4.0], and the flag's text "2.0,4.0"."""
+    """[2.0, 4.0]. The flag's text "2.0,4.0" is for the command line, as in the reference."""
     try:
-        return kinds.number_range(value)
+        return None if isinstance(value, str) else kinds.number_range(value)
     except ValueError:
         return None
 
@@ -127,6 +127,14 @@ def _separator_problem(text: str) -> str | None:
     return None if text else 'is empty: leave it out for ","'
 
 
+def _folder_problem(text: str) -> str | None:
+    return None if text.strip() else "is empty: name a folder, or leave it out"
+
+
+def _file_problem(text: str) -> str | None:
+    return None if text.strip() else "is empty: name a file, or leave it out"
+
+
 def _extension_problem(text: str) -> str | None:
     return None if text.strip(".") else 'is empty: leave it out for ".caption"'
 
@@ -136,11 +144,11 @@ NUMBER = Kind("a number", _number)
 SWITCH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
 TEXT = Kind("a text", lambda value: value if isinstance(value, str) else None)
 TABLE = Kind("a table of texts, numbers, true or false, lists and tables", _table)
-NUMBER_RANGE = Kind("two numbers above 0, [smallest, largest]", _number_range)
+NUMBER_RANGE = Kind("two numbers above 0, [smallest, largest], such as [2.0, 4.0]", _number_range)
 RESOLUTION = Kind("a size in pixels, 1024 or [width, height]", _resolution)
 
 SIZES = Topic("Size and batches", (
-    Key(name="resolution", kind=RESOLUTION, levels=DATASET_LEVELS, flag="resolution", example=1024,
+    Key(name="resolution", kind=RESOLUTION, levels=DATASET_LEVELS, flag="resolution", check=too_large_problem, example=1024,
         help="The training size in pixels: with buckets the *area* that images get, without buckets their exact size. "
         "Must be set somewhere."),
     Key(name="batch_size", kind=WHOLE, default=1, minimum=1, levels=DATASET_LEVELS, flag="train_batch_size", example=2,
@@ -169,11 +177,12 @@ VALIDATION = Topic("Validation and strength", (
 ))  # fmt: skip
 
 PLACES = Topic("Where the images are", (
-    Key(name="image_dir", kind=TEXT, levels=(SUBSETS,), example="pictures/cat",
+    Key(name="image_dir", kind=TEXT, levels=(SUBSETS,), check=_folder_problem, example="pictures/cat",
         help="The folder of the images; with `metadata_file`, what relative image names start from (and may be left out)."),
-    Key(name="metadata_file", kind=TEXT, levels=(SUBSETS,), styles=(METADATA,), example="cat.jsonl",
+    Key(name="metadata_file", kind=TEXT, levels=(SUBSETS,), styles=(METADATA,), check=_file_problem, example="cat.jsonl",
         help="A `.json` or `.jsonl` file with names and captions, see [below](#a-metadata-file)."),
-    Key(name="conditioning_data_dir", kind=TEXT, levels=(SUBSETS,), styles=(METADATA, MASKED), example="masks/cat",
+    Key(name="conditioning_data_dir", kind=TEXT, levels=(SUBSETS,), styles=(METADATA, MASKED), check=_folder_problem,
+        example="masks/cat",
         help="The folder of [mask images](masked_loss.md), each with the base name of its image. Needs `--masked_loss`."),
     Key(name="caption_extension", kind=TEXT, default=".caption", styles=(FOLDER, MASKED), flag="caption_extension",
         check=_extension_problem, example=".txt", help="Ending of caption files; the dot may be left out."),

@@ -6,6 +6,7 @@ All problems are collected and raised together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +19,15 @@ from library.dataset.folders import layout_problem, named_folders
 from library.dataset.items import DatasetSettings, SubsetSettings
 from library.dataset.rules import PlacedDataset, PlacedSubset
 from library.errors import DatasetError, did_you_mean
+from library.files.user_path import PathProblem
+from library.options.kinds import number_range
 
 if TYPE_CHECKING:
     from library.options.dataset import DatasetOptions
     from library.options.train import TrainOptions
 
 Values = dict[str, object]  # key -> value as the program uses it
+LIST_IN_JSON = '"{0}" must be a list: write "{0}": [{{...}}]'
 PATH_KEYS = {"image_dir": True, "metadata_file": False, "conditioning_data_dir": True}  # name -> whether it names a folder
 
 
@@ -36,6 +40,14 @@ class Source:
     folder: Path | None = None  # of the file; relative paths may be meant from here
     subset_names: tuple[str, ...] = ()  # for messages, where there is no file to point into
     warnings: tuple[str, ...] = ()
+
+    @property
+    def is_json(self) -> bool:
+        return self.name.lower().endswith(".json")
+
+    def list_words(self, toml: str, json: str) -> str:
+        """How a list of tables is written in this kind of file."""
+        return json if self.is_json else toml
 
     def subset_place(self, dataset_place: str, number: int) -> str:
         return self.subset_names[number - 1] if self.subset_names else f"{dataset_place}, subset {number}"
@@ -86,7 +98,7 @@ def read_datasets(options: TrainOptions, *, bucket_step: int) -> tuple[DatasetSe
         reader.problems += rules.gaps(datasets, options)
     if reader.problems:
         raise DatasetError(*reader.problems)
-    reader.warnings += rules.notices(datasets, options)
+    reader.warnings += [*_overridden_flags(reader, datasets), *rules.notices(datasets, options)]
     first, *others = (_without_unused_alpha(dataset.settings) for dataset in datasets)
     return (replace(first, warnings=tuple(reader.warnings)), *others)
 
@@ -110,14 +122,17 @@ def _source(options: DatasetOptions) -> Source:
 
 def _named_folder_source(options: DatasetOptions) -> Source:
     subsets, names, problems, warnings = [], [], [], []
-    masks = Path(options.conditioning_data_dir).expanduser() if options.conditioning_data_dir else None
+    masks = Path(options.conditioning_data_dir) if options.conditioning_data_dir else None
+    if masks and (problem := missing_path_problem(masks, folder=True)):
+        problems.append(f"--conditioning_data_dir: {problem}")
+        masks = None
     for flag, given, is_reg in (
         ("--train_data_dir", options.train_data_dir, False),
         ("--reg_data_dir", options.reg_data_dir, True),
     ):
         if not given:
             continue
-        parent = Path(given).expanduser()
+        parent = Path(given)
         problem = missing_path_problem(parent, folder=True)
         if problem:
             problems.append(f"{flag}: {problem}")
@@ -132,8 +147,6 @@ def _named_folder_source(options: DatasetOptions) -> Source:
             own = {"is_reg": True} if is_reg else {"conditioning_data_dir": _mask_folder(masks, folder.path)}
             subsets.append({**subset, **own})
             names.append(f"{flag}, folder {folder.path.name}")
-    if masks and (problem := missing_path_problem(masks, folder=True)):
-        problems.append(f"--conditioning_data_dir: {problem}")
     if problems:
         raise DatasetError(*problems)
     document = {"datasets": [{"subsets": subsets}]}
@@ -157,7 +170,7 @@ def _flag_values(options: TrainOptions) -> tuple[Values, list[str]]:
         if given is None:
             continue
         try:
-            values[key.name] = schema.read_value(key, given)
+            values[key.name] = schema.read_value(key, number_range(given) if key.kind is schema.NUMBER_RANGE else given)
         except ValueError as error:
             problems.append(f"--{key.flag}: {error}")
     return values, problems
@@ -182,11 +195,14 @@ def _read_general(reader: Reader) -> Table:
 
 
 def _dataset_tables(reader: Reader) -> list[object]:
-    tables = reader.source.document.get("datasets")
+    source = reader.source
+    tables = source.document.get("datasets")
     if isinstance(tables, dict):
-        reader.problems.append(f"{reader.source.name}: [datasets] must be written [[datasets]], with two brackets")
+        words = source.list_words("[datasets] must be written [[datasets]], with two brackets", LIST_IN_JSON.format("datasets"))
+        reader.problems.append(f"{source.name}: {words}")
     elif not isinstance(tables, list) or not tables:
-        reader.problems.append(f"{reader.source.name}: there is no [[datasets]] table: at least one is needed")
+        words = source.list_words("there is no [[datasets]] table", 'there is no dataset in the list "datasets"')
+        reader.problems.append(f"{source.name}: {words}: at least one is needed")
     else:
         return tables
     return []
@@ -226,10 +242,12 @@ def _validating(subset: PlacedSubset, spot: str) -> PlacedSubset:
 def _read_subsets(reader: Reader, tables: object, dataset: Table) -> list[PlacedSubset]:
     place = dataset.place or ""
     if isinstance(tables, dict):
-        reader.problems.append(f"{place}: subsets must be written [[datasets.subsets]], with two brackets")
+        words = "subsets must be written [[datasets.subsets]], with two brackets"
+        reader.problems.append(f"{place}: {reader.source.list_words(words, LIST_IN_JSON.format('subsets'))}")
         return []
     if not isinstance(tables, list) or not tables:
-        reader.problems.append(f"{place} has no [[datasets.subsets]] table: at least one is needed")
+        words = reader.source.list_words("no [[datasets.subsets]] table", 'no subset in a list "subsets"')
+        reader.problems.append(f"{place} has {words}: at least one is needed")
         return []
     problems_before = len(reader.problems)
     subsets = []
@@ -255,19 +273,34 @@ def _read_subset(reader: Reader, table: object, dataset: Table, place: str) -> P
     keys = [key for key in schema.subset_keys() if style in key.styles]
     values, spots = _resolved(keys, own, dataset, reader.general, reader.flags)
     source = "metadata_file" if style == schema.METADATA else "image_dir"
-    if values[source] is None:
-        if table.get(source) is None:
-            reader.problems.append(f"{place}: image_dir is missing: the folder of the images")
+    if values[source] is None and table.get(source) is None:
+        reader.problems.append(f"{place}: image_dir is missing: the folder of the images")
+    if values[source] is None or any(table.get(name) is not None and values.get(name) is None for name in PATH_KEYS):
+        return None  # what is wrong with the value has been told
+    if not _take_paths(reader, values, place):
         return None
-    for name, is_folder in PATH_KEYS.items():
-        if values.get(name) is not None:
-            values[name] = find_path(values[name], reader.source.folder)
-            problem = missing_path_problem(values[name], folder=is_folder)
-            if problem and values["num_repeats"] >= 1:  # otherwise it is left out, whatever it names
-                reader.problems.append(f"{place}: {name} {problem}")
     if not values.get("caption_extension", ".").startswith("."):
         values["caption_extension"] = f".{values['caption_extension']}"
     return PlacedSubset(settings=SubsetSettings(place=place, **values), spots=spots)
+
+
+def _take_paths(reader: Reader, values: dict[str, Any], place: str) -> bool:
+    """Puts found paths in place of the texts that name them; False where one is no path. A subset without repeats is left out,
+    whatever it names."""
+    problems = []
+    for name, is_folder in PATH_KEYS.items():
+        if values.get(name) is None:
+            continue
+        try:
+            values[name] = find_path(values[name], reader.source.folder)
+            problem = missing_path_problem(values[name], folder=is_folder)
+        except PathProblem as error:
+            reader.problems.append(f"{place}: {name} {error}")
+            return False
+        problems += [f"{place}: {name} {problem}"] if problem else []
+    if values["num_repeats"] >= 1:
+        reader.problems += problems
+    return True
 
 
 def _read_table(reader: Reader, table: dict, level: str, place: str, *, also_known: tuple[str, ...] = ()) -> Table:
@@ -307,6 +340,26 @@ def _idle_keys(table: Table, subsets: list[PlacedSubset]) -> Iterator[str]:
             yield f"{table.spot(key)} does nothing: it is not for subsets with a {name}, and there are no others"
 
 
+def _overridden_flags(reader: Reader, datasets: list[PlacedDataset]) -> Iterator[str]:
+    """Flags that nothing falls back to, because the file says something else in every place."""
+    idle = []
+    for key in schema.KEYS:
+        flag = reader.flags.values.get(key.name, key.default)
+        held_by = [dataset for dataset in datasets if key.name in dataset.spots] or [
+            subset for dataset in datasets for subset in dataset.subsets if key.name in subset.spots
+        ]
+        falls_back = any(holder.spots[key.name] == reader.flags.spot(key) for holder in held_by)
+        if flag != key.default and held_by and not falls_back and any(_value(holder, key.name) != flag for holder in held_by):
+            idle.append(f"--{key.flag}")
+    if idle:
+        verb = "does" if len(idle) == 1 else "do"
+        yield f"{', '.join(idle)} {verb} nothing: {reader.source.name} sets its own in every dataset or subset"
+
+
+def _value(holder: PlacedDataset | PlacedSubset, name: str) -> object:
+    return getattr(holder.settings, "resolution_wh" if name == "resolution" else name)
+
+
 def _style(subset: SubsetSettings) -> str:
     if subset.metadata_file is not None:
         return schema.METADATA
@@ -315,17 +368,18 @@ def _style(subset: SubsetSettings) -> str:
 
 def _kept_subsets(subsets: list[PlacedSubset], warnings: list[str]) -> Iterator[PlacedSubset]:
     """Without those that are never shown and those whose images another subset of the dataset has: the first one wins."""
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for subset in subsets:
         settings = subset.settings
         source = settings.metadata_file or settings.image_dir
         assert source is not None
+        place = os.path.realpath(source)  # Path.resolve raises for links that lead back to themselves, in some versions
         if settings.num_repeats < 1:
             warnings.append(f"{settings.place}: num_repeats is {settings.num_repeats}: the subset is left out")
-        elif source.resolve() in seen:
-            warnings.append(f"{settings.place}: {source} is already in {seen[source.resolve()]}: the subset is left out")
+        elif place in seen:
+            warnings.append(f"{settings.place}: {source} is already in {seen[place]}: the subset is left out")
         else:
-            seen[source.resolve()] = settings.place
+            seen[place] = settings.place
             yield subset
 
 

@@ -55,7 +55,7 @@ def find_model_file(flag: str, value: str | Path | None, kind: str, *, allow_fol
     """
     if value is None or str(value) == "":
         raise CheckpointError(f"{flag} is missing: give the path of the {kind}")
-    path = Path(value).expanduser()
+    path = Path(value)
     if path.is_file() or (allow_folder and path.is_dir()):
         return path
     if path.is_dir():

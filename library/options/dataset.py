@@ -12,6 +12,9 @@ from library.options.rules import at_least
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")  # a dataset file may also name box
 
+MAX_SIDE_PX = 16_384  # of a resolution; as of sample pictures
+MAX_AREA_PX = 2**27  # of a resolution: 8192 x 16384; a picture that covers it may be a third larger (verify.MAX_PIXELS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetOptions:
@@ -63,11 +66,8 @@ class DatasetOptions:
         )
         yield from at_least(self, 0, "prior_loss_weight", "max_data_loader_n_workers")
         yield from self._source_problems()
-        if self.resolution is not None:
-            try:
-                parse_resolution(self.resolution)
-            except ValueError as error:
-                yield f"--resolution {error}"
+        if self.resolution is not None and (problem := _resolution_problem(self.resolution)):
+            yield f"--resolution {problem}"
         if self.enable_bucket and self.min_bucket_reso > self.max_bucket_reso:
             yield (
                 f"--min_bucket_reso is {self.min_bucket_reso}, above --max_bucket_reso, which is {self.max_bucket_reso}: "
@@ -91,6 +91,21 @@ class DatasetOptions:
             yield "--conditioning_data_dir needs --masked_loss: give it too, or drop --conditioning_data_dir"
         if self.reg_data_dir and self.in_json:
             yield "--reg_data_dir cannot be combined with --in_json: describe both in a dataset file and give --dataset_config"
+
+
+def _resolution_problem(text: str) -> str | None:
+    try:
+        return too_large_problem(parse_resolution(text))
+    except ValueError as error:
+        return str(error)
+
+
+def too_large_problem(resolution_wh: tuple[int, int]) -> str | None:
+    """What is wrong with a resolution that nothing can be trained at, as words behind its name."""
+    width, height = resolution_wh
+    if max(width, height) <= MAX_SIDE_PX and width * height <= MAX_AREA_PX:
+        return None
+    return f"is {width}x{height} px: a side can have at most {MAX_SIDE_PX} px, the area at most {MAX_AREA_PX:,} pixels"
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

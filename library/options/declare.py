@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, Kind, with_home
+from library.files.user_path import user_path
+from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, Kind
 
 _METADATA = "option"
+DATA_URL = "data:"  # what stands for a picture in place of its path
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class Option:
     def read(self, value: object) -> Any:
         """The typed value of command-line text (a list of texts for a list option) or of a TOML value.
 
-        An empty text or list means "not given" where that is possible. Raises ValueError for anything that does not fit.
+        An empty text or list means "not given" where that is possible. Raises ValueError for anything that does not fit, and
+        PathProblem, which says why, for what cannot be a path.
         """
         if self.is_optional and value in ("", []):
             return None
@@ -84,7 +87,8 @@ class Option:
     def _read_one(self, value: object) -> Any:
         """``~`` is the home folder in paths: the shell replaces it in ``--vae ~/x`` but not in ``--vae=~/x``, nor in files."""
         read = self.kind.read(value)
-        return with_home(read) if self.path and isinstance(read, str) else read
+        is_path = self.path and isinstance(read, str) and not read.startswith(DATA_URL)
+        return user_path(read) if is_path else read
 
 
 def opt(

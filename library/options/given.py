@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from library.files.user_path import PathProblem
 from library.options.declare import Option
 from library.options.kinds import PATH, TEXT
 
@@ -25,11 +26,12 @@ class Given:
         try:
             self.values[option.name] = option.read(value)
             self.places[option.name] = place
+        except PathProblem as problem:
+            self.refuse(option, f"{_named(option, place)} {problem}")
         except ValueError:
-            name = f"{place}: {option.name}" if place else option.flag
             shown = "***" if option.secret else _shown(value)
             hint = _near_choice(value, option.choices) or (_quotes_hint(option, value, shown) if place else "")
-            self.refuse(option, f"{name} is {shown}, but must be {option.allowed}{hint}")
+            self.refuse(option, f"{_named(option, place)} is {shown}, but must be {option.allowed}{hint}")
 
     def refuse(self, option: Option, problem: str) -> None:
         self.problems.append(problem)
@@ -59,6 +61,10 @@ def known_options(groups: Iterable[tuple[Option, ...]]) -> Mapping[str, Option]:
             assert option.name not in known, option.name
             known[option.name] = option
     return known
+
+
+def _named(option: Option, place: str) -> str:
+    return f"{place}: {option.name}" if place else option.flag
 
 
 def _near_choice(value: object, choices: tuple[str, ...]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.files.user_path import user_path
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -62,7 +64,7 @@ def _read_text(value: object) -> str:
 
 
 def _read_path(value: object) -> Path:
-    return Path(with_home(_read_text(value)))
+    return Path(user_path(_read_text(value)))
 
 
 def _read_resolution(value: object) -> str:
@@ -89,14 +91,6 @@ def _read_number_range(value: object) -> str:
     """The flag's text; a list, as people write it in TOML, becomes one."""
     low, high = number_range(value)
     return value if isinstance(value, str) else f"{low},{high}"
-
-
-def with_home(path: str) -> str:
-    """``~`` and ``~name`` at the start become the home folder; a text that names nobody's stays as it is."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        return path
 
 
 SWITCH = Kind("true or false", "", _read_switch)

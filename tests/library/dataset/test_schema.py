@@ -127,17 +127,29 @@ def test_numbers_are_finite(name: str, value: float):
     assert "but must be a number" in problem(name, value)
 
 
-@pytest.mark.parametrize("value", [[2, 4], [2.0, 4.0], "2,4", "2.0, 4.0"])
+@pytest.mark.parametrize("value", [[2, 4], [2.0, 4.0], (2.0, 4.0)])
 def test_ranges_can_be_written_in_several_ways(value: object):
     assert schema.read_value(KEYS["face_crop_aug_range"], value) == (2.0, 4.0)
 
 
 @pytest.mark.parametrize(
     "value",
-    [2, [2], [1, 2, 3], [4, 2], [0, 1], [-1, 1], ["2", "4"], [True, 2], "4,2", "2", "a,b", "1,inf", [1, float("inf")], {}],
+    [2, [2], [1, 2, 3], [4, 2], [0, 1], [-1, 1], ["2", "4"], [True, 2], "2,4", "4,2", "2", "a,b", "1,inf", [1, float("inf")], {}],
 )
 def test_wrong_ranges(value: object):
-    assert "must be two numbers above 0, [smallest, largest]" in problem("face_crop_aug_range", value)
+    assert "must be two numbers above 0, [smallest, largest], such as [2.0, 4.0]" in problem("face_crop_aug_range", value)
+
+
+@pytest.mark.parametrize("value", [16_384 + 64, [64, 100_000], 100_000, [16_384, 16_384]])
+def test_a_resolution_that_no_image_could_be_brought_to(value: object):
+    assert "a side can have at most 16384 px, the area at most 134,217,728 pixels" in problem("resolution", value)
+    assert schema.read_value(KEYS["resolution"], [16_384, 8192]) == (16_384, 8192)
+
+
+@pytest.mark.parametrize("name", ["image_dir", "metadata_file", "conditioning_data_dir"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_path_is_not_the_current_folder(name: str, value: str):
+    assert problem(name, value).startswith(f"{name} is empty: name a ")
 
 
 def test_attributes_are_plain_data_of_any_depth():

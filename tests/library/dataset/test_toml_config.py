@@ -392,3 +392,41 @@ def test_flags_are_ignored_where_a_file_is_given(images: Path, tmp_path: Path):
 def test_every_flag_of_the_schema_exists():
     known = {option.name for group in groups_of(TrainOptions).values() for option in options_of(group)}
     assert {key.flag for key in schema.KEYS if key.flag} <= known
+
+
+def test_a_json_file_is_told_of_json(images: Path, tmp_path: Path):
+    content = document(images)
+    one = write(tmp_path, {**content, "datasets": content["datasets"][0]}, "one.json")
+    assert problems(dataset_config=one) == ['one.json: "datasets" must be a list: write "datasets": [{...}]']
+    content["datasets"][0]["subsets"] = content["datasets"][0]["subsets"][0]
+    two = write(tmp_path, content, "two.json")
+    assert problems(dataset_config=two) == ['two.json, [[datasets]] 1: "subsets" must be a list: write "subsets": [{...}]']
+    none = write(tmp_path, {"datasets": []}, "none.json")
+    assert problems(dataset_config=none) == ['none.json: there is no dataset in the list "datasets": at least one is needed']
+
+
+def test_a_mixed_list_in_toml(images: Path, tmp_path: Path):
+    text = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\ncustom_attributes = {{a = [1, "x"]}}\n'
+    (problem,) = problems(dataset_config=write(tmp_path, text))
+    assert "my.toml, line 5: Not a homogeneous array: here a list in TOML holds values of one kind" in problem
+
+
+def test_flags_that_no_table_falls_back_to(images: Path, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "other" / "x.png")
+    content = document(images, dataset={"batch_size": 2}, subset={"num_repeats": 3, "keep_tokens": 1})
+    content["datasets"][0]["subsets"].append({"image_dir": str(tmp_path / "other"), "num_repeats": 4})
+    path = write(tmp_path, content)
+    flags = {"resolution": "128", "train_batch_size": 8, "dataset_repeats": 9, "keep_tokens": 2, "enable_bucket": True}
+    (dataset,) = read(dataset_config=path, **flags)
+    assert dataset.warnings == (
+        "--resolution, --train_batch_size, --dataset_repeats do nothing: my.toml sets its own in every dataset or subset",
+    )
+    assert read(dataset_config=path, resolution="512", train_batch_size=2)[0].warnings == ()  # the same values
+    assert read(train_data_dir=str(_named(tmp_path)), resolution="64")[0].warnings == ()
+
+
+def _named(folder: Path) -> Path:
+    (folder / "named" / "2_cat").mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(folder / "named" / "2_cat" / "x.png")
+    return folder / "named"

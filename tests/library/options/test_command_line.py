@@ -1,5 +1,6 @@
 """Reading options: command line, config file, defaults; and through a real process."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import pytest
 from library.errors import OptionError, OutputError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
+from library.options.declare import groups_of, options_of
 
 REPOSITORY = Path(__file__).parents[3]
 REQUIRED_TEXT = """--pretrained_model_name_or_path=dit.safetensors --qwen3=qwen3.safetensors --vae=vae.safetensors --dataset_config=my.toml
@@ -51,14 +53,47 @@ def test_home_in_paths_of_both_sources(config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     file = config(
-        "llm_adapter_path = '~/v.safetensors'\ncache_dir = '~/cache'\nbase_weights = ['~/a', 'b~', '~no_such_user/c']\noutput_name = '~n'\n"
+        "llm_adapter_path = '~/v.safetensors'\ncache_dir = '~/cache'\nbase_weights = ['~/a', 'b~', './~no_such_user/c']\noutput_name = '~n'\n"
     )
     options = read(file, "--output_dir=~/out", "--dataset_config=~/my.toml", "--metadata_author=~me", "--cache_latents_to_disk")
     home = str(tmp_path)
     assert (options.anima.llm_adapter_path, options.saving.output_dir) == (f"{home}/v.safetensors", f"{home}/out")
     assert (options.dataset.dataset_config, options.caches.cache_dir) == (tmp_path / "my.toml", tmp_path / "cache")
-    assert options.network.base_weights == [f"{home}/a", "b~", "~no_such_user/c"]
+    assert options.network.base_weights == [f"{home}/a", "b~", "./~no_such_user/c"]
     assert (options.saving.output_name, options.metadata.metadata_author) == ("~n", "~me")  # no paths
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the path of any user's home is guessed on Windows")
+def test_the_home_of_someone_who_is_not_there_is_refused_everywhere(config):
+    paths = [option.name for group in groups_of(AnimaTrainOptions).values() for option in options_of(group) if option.path]
+    assert {"output_dir", "vae", "dataset_config", "cache_dir", "in_json", "sample_prompts"} <= set(paths)
+    for name in paths:
+        with pytest.raises(OptionError) as caught:
+            read(f"--{name}=~no_such_user/x")
+        told = [problem for problem in caught.value.problems if "no_such_user" in problem]
+        assert told == [
+            f"--{name} ~no_such_user/x begins with ~no_such_user, but no user no_such_user is known here: give the whole path, "
+            "or ./~no_such_user/x for a name that begins with ~"
+        ]
+    (problem,) = problems(config("[general]\nvae = '~no_such_user/x'\n"))
+    assert "options.toml, [general]: vae ~no_such_user/x begins with ~no_such_user, but no user" in problem
+
+
+def test_what_cannot_be_a_path(config, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for value, words in (
+        (str(loop), f"{loop} does not exist: {loop} is a link that leads nowhere (to loop)"),
+        (str(loop / "x"), f"{loop / 'x'} does not exist: {loop} is a link that leads nowhere (to loop)"),
+        ("x" * 300, f"{'x' * 60}... (300 characters) is longer than a path can be here: shorten it"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            read(f"--output_dir={value}", "--vae=x")
+        assert caught.value.problems[0] == f"--output_dir {words}"
+    with pytest.raises(OptionError, match=r"vae 'p\\x00x' holds a NUL character, which no path can: take it out"):
+        read(config('vae = "p\\u0000x"\n'))
+    url = "data:image/png;base64," + "A" * 5000
+    assert read(*REQUIRED, f"--metadata_thumbnail={url}").metadata.metadata_thumbnail == url
 
 
 def test_file_alone_is_enough(config):
