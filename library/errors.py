@@ -10,11 +10,14 @@ import difflib
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_CTRL_C = 130  # 128 + SIGINT
+PATIENCE_S = 10.0  # how long other processes wait for the main one to tell an error; longer where the checks took longer
+LOOK_EVERY_S = 0.1
 
 
 class UserError(Exception):
@@ -106,15 +109,30 @@ def user_errors_end_the_script(*, all_processes: bool = False) -> Iterator[None]
     Of several processes that all find the same, only the main one speaks. ``all_processes``: where each may meet an error
     that the others do not see, each speaks and says which one it is.
     """
+    started = time.monotonic()
     try:
         yield
     except UserError as error:
         sys.stdout.flush()
         rank, is_alone = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
-        if all_processes or rank == 0:
-            process = rank if all_processes and not (is_alone and rank == 0) else None
-            print(error_block(error, process=process), file=sys.stderr, flush=True)
+        process = rank if rank or (all_processes and not is_alone) else None
+        if rank and not all_processes:
+            _let_the_main_process_speak(seconds=max(PATIENCE_S, time.monotonic() - started))
+        print(error_block(error, process=process), file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is saved and cached", file=sys.stderr, flush=True)
         sys.exit(EXIT_CTRL_C)
+
+
+def _let_the_main_process_speak(*, seconds: float) -> None:
+    """The launcher ends all processes once one has ended: one that is faster must not end the main one before it has spoken.
+
+    As a rule the launcher ends this process while it waits here. Where it does not, the main process has met no error, or is
+    under no launcher: then this process has to speak. It leaves without a word when its launcher is gone.
+    """
+    launcher, end = os.getppid(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(LOOK_EVERY_S)
+        if os.getppid() != launcher:
+            sys.exit(EXIT_USER_ERROR)
