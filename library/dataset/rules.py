@@ -154,6 +154,15 @@ def _masks_that_are_not_used(datasets: Datasets, options: TrainOptions) -> Itera
             )
 
 
+def _no_strength(datasets: Datasets, options: TrainOptions) -> Iterator[str]:
+    for dataset in datasets:
+        if dataset.settings.network_multiplier == 0 and not dataset.only_validates:
+            yield (
+                f"{dataset.spots['network_multiplier']} is 0, the model without the network, so that nothing could be learned from "
+                "these images: take the dataset out, or give another strength (1 = the usual one)"
+            )
+
+
 # ---------------------------------------------------------------------- gaps
 
 
@@ -225,12 +234,6 @@ def _always_empty(datasets: Datasets, options: TrainOptions) -> Iterator[str]:
                 yield f"{subset.spots[key]} is 1: every showing trains with an empty caption"
 
 
-def _no_strength(datasets: Datasets, options: TrainOptions) -> Iterator[str]:
-    for dataset in datasets:
-        if dataset.settings.network_multiplier == 0:
-            yield f"{dataset.spots['network_multiplier']} is 0: nothing is learned from these images"
-
-
 def _seed_of_nothing(datasets: Datasets, options: TrainOptions) -> Iterator[str]:
     if not _validates(datasets):
         for dataset in datasets:
@@ -252,6 +255,7 @@ CLASHES: tuple[Rule, ...] = (
     _regularisation_that_validates,
     _split_of_nothing_but_validation,
     _masks_that_are_not_used,
+    _no_strength,
 )
 GAPS: tuple[Rule, ...] = (_no_masks, _nothing_trained, _no_validation)
-NOTICES: tuple[Rule, ...] = (_two_masks, _always_empty, _no_strength, _seed_of_nothing, _misspelt_attributes)
+NOTICES: tuple[Rule, ...] = (_two_masks, _always_empty, _seed_of_nothing, _misspelt_attributes)

@@ -213,9 +213,15 @@ def test_captions_that_are_always_empty(folder: Path):
 
 
 def test_a_strength_of_nothing(folder: Path):
-    assert warned(folder, subsets(folder, {}, dataset={"network_multiplier": 0})) == [
-        "my.toml, [[datasets]] 1: network_multiplier is 0: nothing is learned from these images"
+    text = refused(folder, subsets(folder, {}, dataset={"network_multiplier": 0}))
+    assert text.startswith("my.toml, [[datasets]] 1: network_multiplier is 0, ") and "take the dataset out" in text
+    content = subsets(folder, {}, {"is_validation": True}, dataset={"network_multiplier": 0})
+    assert "network_multiplier is 0" in refused(folder, content)
+    content["datasets"] = [
+        {"subsets": content["datasets"][0]["subsets"][:1]},
+        {"network_multiplier": 0, "subsets": content["datasets"][0]["subsets"][1:]},
     ]
+    assert accepted(folder, content)  # validation is always at full strength
 
 
 def test_a_misspelt_attribute(folder: Path):
