@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -330,10 +330,10 @@ class NetworkTrainer(CacheFilling):
             return
         self.stop_agreed = self.stop_agreed or numbers.stop_wanted
         self.learner.weights.learned(numbers.step - 1, numbers.finite)
-        if self.guard.has_diverged(numbers):
-            self.files.end_diverged_run(self.progress, step=numbers.step)
         if numbers.finite:
             self.average.add(numbers.loss)
+        if self.guard.has_diverged(numbers):
+            self.end_diverged(numbers.step)
         epoch, _ = self.run.length.batches_of_update(max(self.progress.position - 1, 0))
         self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
                            waited_s=self.batches.waited_s)  # fmt: skip
@@ -373,6 +373,8 @@ class NetworkTrainer(CacheFilling):
         names, saving = self.run.names, self.options.saving
         if self.must_stop() and self.progress.step < self.run.length.total_steps:
             self.stop_early()
+        if self.average.is_empty or self.guard.ends_in_skipped_steps:
+            self.end_diverged(self.progress.step)
         self.files.save_lora(names.last_file(), self.progress, last=True)
         if saving.save_state or saving.save_state_on_train_end:
             self.save_state(names.last_state())
@@ -380,6 +382,10 @@ class NetworkTrainer(CacheFilling):
         self.say(
             f"training is done: {self.progress.step} steps, average loss {self.average.mean:.4f}, LoRA in {names.last_file()}"
         )
+
+    def end_diverged(self, step: int) -> NoReturn:
+        """``step``: the last that was not finite."""
+        self.files.end_diverged_run(self.progress, step=step, untrained=self.average.is_empty)
 
     def report_pending(self) -> None:
         """The numbers of the last step, which are still on their way."""

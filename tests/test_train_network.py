@@ -147,6 +147,27 @@ def test_a_diverging_run_stops_with_good_weights(train, tmp_path):
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out" / "t.safetensors").values())
 
 
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize(("table", "line"), [("[[datasets]]", "network_multiplier"), ("[[datasets.subsets]]", "loss_weight")])
+def test_a_run_in_which_no_step_was_finite_is_not_done(train, tmp_path, steps, table, line):
+    file = tmp_path / "set.toml"
+    file.write_text(file.read_text().replace(f"{table}\n", f"{table}\n{line} = 1e30\n"))
+    with pytest.raises(TrainingError, match=r"nothing was trained and no LoRA is saved: in none of \d steps .*loss_weight"):
+        train(f"--max_train_steps={steps}")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_run_that_ends_in_skipped_steps_is_not_done(train, tmp_path):
+    class Spoiled(TinyTrainer):
+        def compute_loss(self, batch, noisy):
+            return super().compute_loss(batch, noisy) * (1.0 if self.progress.step < 3 else float("nan"))
+
+    with pytest.raises(TrainingError, match="not finite, last at step 8; the last good weights are in .* Try a lower"):
+        train("--max_train_steps=8", trainer_class=Spoiled)
+    trainer = train("--max_train_steps=7", trainer_class=Spoiled, output="fewer")  # four: not told from bad luck
+    assert trainer.guard.skipped == 4 and (tmp_path / "fewer" / "t.safetensors").exists()
+
+
 def test_max_norm_is_kept(train, tmp_path):
     train("--max_train_steps=8", "--learning_rate=1", "--scale_weight_norms=0.5")
     w = weights(tmp_path / "out" / "t.safetensors")

@@ -87,8 +87,9 @@ class Option:
     def _read_one(self, value: object) -> Any:
         """``~`` is the home folder in paths: the shell replaces it in ``--vae ~/x`` but not in ``--vae=~/x``, nor in files."""
         read = self.kind.read(value)
-        is_path = self.path and isinstance(read, str) and not read.startswith(DATA_URL)
-        return user_path(read) if is_path else read
+        if self.path and isinstance(read, str) and not read.startswith(DATA_URL):
+            return user_path(read)
+        return read
 
 
 def opt(

@@ -34,3 +34,8 @@ class DivergenceGuard:
         self.skipped += 1
         logger.warning("step %d: the loss or its gradient is not finite; the step was skipped", numbers.step)
         return self.skipped >= MAX_SKIPPED_STEPS
+
+    @property
+    def ends_in_skipped_steps(self) -> bool:
+        """Asked when a run is over: whether its last steps were skipped, more of them than a search for fp16's scale takes."""
+        return self.skipped >= MAX_SKIPPED_STEPS or self.overflows >= WARNED_OVERFLOWS

@@ -73,6 +73,11 @@ class LossAverage:
         self._losses.append(loss)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no step of the run, nor of those before the state that it goes on from, had a finite loss and gradient."""
+        return not self._losses
+
+    @property
     def mean(self) -> float:
         return sum(self._losses) / len(self._losses) if self._losses else float("nan")
 

@@ -21,6 +21,11 @@ from library.training.saving_names import OutputNames
 from library.training.state import StateDescription, remove_replaced_states, save_state
 from library.training.steps import Progress
 
+CURES = (
+    "try a lower --learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, a smaller --max_grad_norm, or with "
+    "--full_fp16 --optimizer_args eps=1e-4"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,20 +67,26 @@ class RunFiles:
         if self.is_main:
             remove_old(*old)
 
-    def end_diverged_run(self, progress: Progress, *, step: int) -> NoReturn:
-        """Saves the last weights that gave a finite loss, and leaves with an error. ``step``: the last that was not finite."""
+    def end_diverged_run(self, progress: Progress, *, step: int, untrained: bool = False) -> NoReturn:
+        """Saves the last weights that gave a finite loss, and leaves with an error. ``step``: the last that was not finite;
+        ``untrained``: none ever was, so that there is nothing to save."""
         self.learner.weights.restore_good()
         if not self.learner.weights.are_finite():
             raise TrainingError(
                 "the network's weights were not finite from the start: look at the --network_weights file or state"
             )
+        if untrained:
+            self.group.wait()  # a process that leaves makes the launcher end the others
+            raise TrainingError(
+                f"nothing was trained and no LoRA is saved: in none of {step} steps were the loss and its gradient finite. Look "
+                f"for very large numbers (loss_weight and network_multiplier of the datasets, --prior_loss_weight); {CURES}"
+            )
         file = self.run.names.last_file()
         self._write_lora(file, progress)  # save_lora would ask about the weights again
         self.group.wait()
         raise TrainingError(
-            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. Try a lower "
-            "--learning_rate, --mixed_precision bf16 instead of fp16, --no_half_vae, a smaller --max_grad_norm, or with "
-            "--full_fp16 --optimizer_args eps=1e-4"
+            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. {CURES[0].upper()}"
+            f"{CURES[1:]}"
         )
 
     def _check_weights(self, progress: Progress) -> None:

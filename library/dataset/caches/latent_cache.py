@@ -187,8 +187,9 @@ class LatentCache:
         if not self.on_disk and processes > 1:
             self._share([entry for group in groups for entry in group], gather, processes=processes)
         report = FillReport(wanted, sum(len(group) for group in groups) - wanted, time.monotonic() - started)
-        if rank == 0:
-            report_filled("latent", report, self._place())
+        together = gather if processes > 1 else None
+        if rank == 0 or together is not None:
+            report_filled("latent", report, self._place(), gather=together)
         return report
 
     def load(self, item: Item, *, flipped: bool = False) -> Tensor:

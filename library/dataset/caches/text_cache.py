@@ -183,8 +183,9 @@ class TextCache:
                 own = [text for group in groups[rank::processes] for text in group]
                 self._share(own, gather, processes=processes)
         report = FillReport(written, reused, time.monotonic() - started)
-        if rank == 0:
-            report_filled("text", report, self._place())
+        together = gather if processes > 1 else None
+        if rank == 0 or together is not None:
+            report_filled("text", report, self._place(), gather=together)
         return report
 
     def load(self, item: Item, variant: int = 0) -> Conditioning:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.dataset.caches.share import Gather
 from library.errors import OutputError
 
 WRITERS = 4  # each file is flushed to disk on its own; a few at a time hide that wait
@@ -103,6 +104,9 @@ def _example(path: Path, count: int) -> str:
     return str(path) if count == 1 else f"{path} and others"
 
 
-def report_filled(what: str, report: FillReport, place: str) -> None:
-    text = f"{what} cache: {report.written:,} made, {report.reused:,} reused in {report.seconds:.1f} s ({place})"
-    logger.info("%s", text)
+def report_filled(what: str, report: FillReport, place: str, *, gather: Gather | None = None) -> None:
+    """One log line; with ``gather`` it tells of all processes, which then call this together."""
+    parts = [report] if gather is None else gather(report)
+    written, reused = sum(part.written for part in parts), sum(part.reused for part in parts)
+    seconds = max(part.seconds for part in parts)
+    logger.info("%s", f"{what} cache: {written:,} made, {reused:,} reused in {seconds:.1f} s ({place})")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from library.training.divergence import MAX_OVERFLOWS, MAX_SKIPPED_STEPS, DivergenceGuard
+from library.training.divergence import MAX_OVERFLOWS, MAX_SKIPPED_STEPS, WARNED_OVERFLOWS, DivergenceGuard
 from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
 from library.training.trained_weights import SNAPSHOT_EVERY, TrainedWeights
 
@@ -64,3 +64,11 @@ def test_overflows_of_fp16_are_a_search_until_they_are_far_too_many():
     guard = DivergenceGuard(scales_losses=True)
     outcomes = [guard.has_diverged(numbers(step, loss=0.5)) for step in range(MAX_OVERFLOWS)]
     assert outcomes.index(True) == MAX_OVERFLOWS - 1
+
+
+def test_overflows_at_the_end_of_a_run():
+    guard = DivergenceGuard(scales_losses=True)
+    for step in range(1, WARNED_OVERFLOWS + 1):
+        assert not guard.ends_in_skipped_steps
+        guard.has_diverged(numbers(step, loss=0.5))
+    assert guard.ends_in_skipped_steps

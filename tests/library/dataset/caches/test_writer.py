@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from library.dataset.caches.writer import progress_bar
+from library.dataset.caches.writer import FillReport, progress_bar, report_filled
 
 
 def test_the_bar_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +30,14 @@ def test_without_work_or_on_another_process_there_is_no_bar(monkeypatch: pytest.
     with progress_bar("caching text", "text", total=total, shown=shown) as bar:
         bar.update(total)
     assert output.getvalue() == ""
+
+
+def test_the_report_tells_of_all_processes(caplog):
+    caplog.set_level("INFO")
+    reports = [FillReport(1500, 7, 3.0), FillReport(1501, 0, 4.5)]
+    report_filled("latent", reports[0], "in memory", gather=lambda own: reports)
+    report_filled("text", reports[1], "beside the images")
+    assert caplog.messages == [
+        "latent cache: 3,001 made, 7 reused in 4.5 s (in memory)",
+        "text cache: 1,501 made, 0 reused in 4.5 s (beside the images)",
+    ]
