@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from library.dataset.augment import told_crop
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+TURN_S = 0.002  # about what a batch takes from files that the system keeps in memory
+
 Part = TypeVar("Part")
 
 
@@ -32,12 +36,28 @@ class BatchMaker:
     latent_cache: LatentCache | None  # None: batches carry pixels
     text_cache: TextCache | None  # None: batches carry captions only
     pin_memory: bool = False
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def batch(self, showings: Sequence[Showing], *, positions: tuple[int, ...], global_size: int) -> Batch:
         """``positions``: where the showings lie in the global batch of ``global_size`` images.
 
         Raises DatasetError naming the file for an image or cache file that cannot be read any more.
         """
+        with nullcontext() if self.latent_cache is None else self._own_turn():
+            return self._batch(showings, positions=positions, global_size=global_size)
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Reading files that are in memory is many short calls. Threads that do it at once hand Python's lock to and fro between
+        them and are slower together than one; so they take turns, until one takes long because it waits for a disk."""
+        taken = self._turn.acquire(timeout=TURN_S)
+        try:
+            yield
+        finally:
+            if taken:
+                self._turn.release()
+
+    def _batch(self, showings: Sequence[Showing], *, positions: tuple[int, ...], global_size: int) -> Batch:
         import torch
 
         first = showings[0].item

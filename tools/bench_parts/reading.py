@@ -49,19 +49,33 @@ class CachedSet:
 def measure(repeats: int, *, images: int = IMAGES, side_px: int = SIDE_PX) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         cached = make_cached_set(Path(folder), images=images, side_px=side_px)
-        return [reading_rate(cached, repeats), waiting_share(cached)]
+        rates = [reading_rate(cached, repeats, state="in memory")]
+        if hasattr(os, "posix_fadvise"):
+            rates.append(reading_rate(cached, repeats, state="on disk"))
+        return [*rates, waiting_share(cached)]
 
 
-def reading_rate(cached: CachedSet, repeats: int) -> Figure:
-    """An epoch through caches that have read nothing yet, over reading its files one after the other; both from memory that the
-    system keeps of files, so that the disk does not count."""
+def reading_rate(cached: CachedSet, repeats: int, *, state: str) -> Figure:
+    """An epoch through caches that have read nothing yet, over reading its files one after the other. ``state``: "in memory",
+    where the system keeps all files, as it does those of a small set, or "on disk", where it keeps none, as of a large set."""
     files, size = cached.files(), sum(os.path.getsize(file) for file in cached.files())  # noqa: PTH202
-    pairs = alternate(timed(lambda: read_whole(files)), timed(lambda: read_epoch(cached)), repeats=3 * repeats)
+    prepare = (lambda: forget(files)) if state == "on disk" else (lambda: None)
+
+    def whole() -> float:
+        prepare()
+        return timed(lambda: read_whole(files))
+
+    def batches() -> float:
+        source = cached.source()
+        prepare()
+        return timed(lambda: read_epoch(source, len(cached.training_set.items) // BATCH))
+
+    pairs = alternate(whole, batches, repeats=3 * repeats)
     how = (
         f"{len(files)} files, {size / 2**20:.0f} MiB, batches of {BATCH} in {WORKERS} threads, checksums compared; "
         f"{pairs.described('whole files', 'batches')}"
     )
-    return Figure(name="data: reading batches / whole files", value=pairs.ratio, unit="x", at_least=RATE, how=how)
+    return Figure(name=f"data: reading batches / whole files {state}", value=pairs.ratio, unit="x", at_least=RATE, how=how)
 
 
 def waiting_share(cached: CachedSet) -> Figure:
@@ -78,13 +92,10 @@ def waiting_share(cached: CachedSet) -> Figure:
     return Figure(name="data: waiting for batches", value=percent, unit="%", at_most=WAITING_PERCENT, how=how)
 
 
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    def measured() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return measured
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def read_whole(files: list[str]) -> int:
@@ -95,10 +106,19 @@ def read_whole(files: list[str]) -> int:
     return total
 
 
-def read_epoch(cached: CachedSet) -> None:
-    with cached.source().batches(1, 0, workers=WORKERS) as batches:
-        for _ in range(len(cached.training_set.items) // BATCH):
+def read_epoch(source: BatchSource, count: int) -> None:
+    with source.batches(1, 0, workers=WORKERS) as batches:
+        for _ in range(count):
             next(batches)
+
+
+def forget(files: list[str]) -> None:
+    """Takes files out of the memory that the system keeps of them."""
+    for name in files:
+        handle = os.open(name, os.O_RDWR)
+        os.fsync(handle)  # what is not on the disk yet would stay
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 def make_cached_set(folder: Path, *, images: int, side_px: int) -> CachedSet:

@@ -71,7 +71,7 @@ class Column:
         rest = next(iter(shapes.values()))[1:]
         self.tensor = torch.empty((len(shapes), max(self.lengths), *rest), dtype=dtype)
         self._step = math.prod(rest) * self.tensor.element_size()
-        self._bytes = self.tensor.reshape(-1).view(torch.uint8).numpy().reshape(len(shapes), max(self.lengths) * self._step)
+        self._bytes = self.tensor.view(torch.uint8).numpy().reshape(len(shapes), max(self.lengths) * self._step)
 
     def place(self, entry: int) -> memoryview:
         """The bytes that an entry is to fill; what pads them is set to zero."""
