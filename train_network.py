@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from library.dataset.batch import Batch
+from library.dataset.clock import Clock
 from library.dataset.conditioning import Conditioning
-from library.dataset.loader import BatchSource, Clock, ValidationBatches
+from library.dataset.loader import BatchSource, ValidationBatches
 from library.errors import CheckpointError, DatasetError, OptionError, TrainingError, user_errors_end_the_script
 from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers

@@ -10,26 +10,13 @@ from library.dataset.batch_maker import BatchMaker
 from library.dataset.caches.latent_cache import LatentCache
 from library.dataset.caches.text_cache import TextCache
 from library.dataset.captions import Moment
+from library.dataset.clock import Clock
 from library.dataset.items import TrainingSet
 from library.dataset.order import Entry, EpochOrder, OrderSource, rank_positions, validation_batches
 from library.dataset.prefetch import Prefetch, prefetch
 from library.dataset.showing import FixedShowing, TrainingShowing, When
 
 BATCHES_PER_WORKER = 2  # made ahead of the one in use
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """How batches become steps: an optimizer step takes ``accumulation`` consecutive batches of one epoch (the last one of an
-    epoch may take fewer), and the run has ``total_steps`` of them."""
-
-    accumulation: int
-    total_steps: int
-
-    def moment(self, epoch: int, number: int, *, batches_per_epoch: int) -> Moment:
-        """When global batch ``number`` (from 0) of ``epoch`` (from 1) is trained."""
-        steps_per_epoch = -(-batches_per_epoch // self.accumulation)
-        return Moment((epoch - 1) * steps_per_epoch + number // self.accumulation, self.total_steps)
 
 
 @dataclass(frozen=True, slots=True)

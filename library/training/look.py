@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.dataset.clock import Clock, Moments
 from library.dataset.items import Item, TrainingSet
 from library.dataset.order import batches_per_epoch
 from library.dataset.page.facts import Facts, find_duplicates, gather_facts
@@ -65,15 +66,16 @@ def run_length(options: Any, training_set: TrainingSet) -> RunLength:
 
 def showings_of(options: Any, training_set: TrainingSet) -> Showings:
     """Draws as the run with these options would; without --seed as one with seed 0."""
-    length = run_length(options, training_set)
+    length, seed = run_length(options, training_set), options.run.seed or 0
     variants = None
     if options.caches.text_cached:
         from library.dataset.caches.text_cache import default_variants
 
         variants = options.caches.caption_variants or default_variants(training_set, length.epochs)
     return Showings(
-        seed=options.run.seed or 0,
+        seed=seed,
         variants=variants,
+        moments=Moments(training_set, Clock(length.accumulation, length.total_steps), seed=seed, processes=_processes()),
         validation_from=len(training_set.items),
         steps_per_epoch=length.steps_per_epoch,
         epochs=length.epochs,

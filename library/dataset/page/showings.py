@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from library.dataset.captions import Moment, caption_variant, is_random
+from library.dataset.captions import caption_variant, is_random
+from library.dataset.clock import Moments
 from library.dataset.items import Item
-from library.dataset.showing import FixedShowing, Showing, TrainingShowing
+from library.dataset.showing import FixedShowing, Showing, TrainingShowing, When
 
 EXAMPLES = 3  # captions told of an image whose caption changes
 
@@ -27,6 +28,7 @@ class Showings:
 
     seed: int
     variants: int | None = None
+    moments: Moments
     validation_from: int  # Item.index of the first validation image
     steps_per_epoch: int
     epochs: int
@@ -36,12 +38,11 @@ class Showings:
         return item.index >= self.validation_from
 
     def showing(self, item: Item, occurrence: int = 0) -> Showing:
-        """Steps are counted from the start of the epoch: where in it an image comes is not looked up."""
         if self.is_validation(item):
             return FixedShowing(item=item)
-        epoch = self.epoch_of(item, occurrence)
-        moment = Moment((epoch - 1) * self.steps_per_epoch, self.total_steps)
-        return TrainingShowing(item=item, when={"seed": self.seed, "epoch": epoch, "occurrence": occurrence}, moment=moment)
+        when = When(seed=self.seed, epoch=self.epoch_of(item, occurrence), occurrence=occurrence)
+        moment = self.moments.of(item.index, occurrence) if self._warms_up(item) else None
+        return TrainingShowing(item=item, when=when, moment=moment)
 
     def examples(self, item: Item, count: int = EXAMPLES) -> list[CaptionExample]:
         """``count`` showings, the first ones, or from the start to the end of the run where the warm-up of tags makes the

@@ -13,9 +13,10 @@ import torch
 from library.dataset.augment import colours_for, placement_for
 from library.dataset.batch import Batch, normalized_pixels
 from library.dataset.captions import Moment, caption_for, caption_variant
+from library.dataset.clock import Clock
 from library.dataset.images import load_picture, load_pixels
 from library.dataset.items import Item, TrainingSet
-from library.dataset.loader import BatchSource, Clock, ValidationBatches
+from library.dataset.loader import BatchSource, ValidationBatches
 from library.dataset.order import Entry, batches_per_epoch, epoch_batches, is_flipped
 from library.dataset.showing import TrainingShowing, When
 from library.dataset.validation_split import without_chance

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from library.dataset.clock import Clock, Moments
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.dataset.page.showings import Showings
 from library.dataset.token_use import TokenUse
@@ -54,7 +55,16 @@ def training_set(items, validation=(), *, batch_size=2, datasets=None, **more) -
 
 
 def showings_of(data: TrainingSet, *, variants=None, epochs=4) -> Showings:
-    return Showings(seed=7, variants=variants, validation_from=len(data.items), steps_per_epoch=2, epochs=epochs, total_steps=8)
+    """Of a run with seed 7 whose steps are single batches, 8 in all."""
+    return Showings(
+        seed=7,
+        variants=variants,
+        moments=Moments(data, Clock(accumulation=1, total_steps=8), seed=7, processes=1),
+        validation_from=len(data.items),
+        steps_per_epoch=2,
+        epochs=epochs,
+        total_steps=8,
+    )
 
 
 def count_words(text: str) -> tuple[TokenUse, TokenUse]:

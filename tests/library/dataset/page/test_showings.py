@@ -1,8 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
+import numpy as np
+
+from library.dataset.augment import told_crop
+from library.dataset.batch import normalized_pixels
+from library.dataset.clock import Clock, Moments
+from library.dataset.images import load_picture
 from library.dataset.items import SubsetSettings
+from library.dataset.order import OrderSource
 from library.dataset.validation_split import without_chance
 from tests.library.dataset.page.page_parts import make_item, save_picture, showings_of, training_set
 
@@ -20,21 +28,30 @@ def test_a_caption_that_never_changes_is_one_example(tmp_path):
 
 
 def test_examples_are_what_the_loader_gives(tmp_path):
+    """Captions, sides and crops, also while tags warm up; images with repeats come several times in an epoch."""
     from library.dataset.loader import BatchSource
 
-    subset = shuffling(tmp_path, caption_dropout_rate=0.4, flip_aug=True)
-    data = training_set([save_picture(make_item(tmp_path, name, TAGS, subset=subset)) for name in ("a.png", "b.png", "c.png")])
-    source = BatchSource(data, seed=7)
-    trained = {}
-    for epoch in (1, 2, 3, 4):
-        for number in range(2):
-            batch = source.micro_batch(epoch, number)
-            trained.update({(key, epoch): text for key, text in zip(batch.item_keys, batch.captions, strict=True)})
-    showings = showings_of(data)
-    told = {(item.key, one.epoch): one.text for item in data.items for one in showings.examples(item, 4)}
-    assert told == trained
-    assert "" in told.values()
-    assert len(set(told.values())) > 3
+    subset = shuffling(tmp_path, caption_dropout_rate=0.2, flip_aug=True, random_crop=True, token_warmup_step=6)
+    items = [make_item(tmp_path, f"{n}.png", TAGS, subset=subset, repeats=1 + n % 2, is_bucketed=False) for n in range(4)]
+    data = training_set([save_picture(item) for item in items])
+    clock, orders = Clock(accumulation=2, total_steps=8), OrderSource(data, seed=7, processes=1)
+    showings = replace(showings_of(data), moments=Moments(data, clock, seed=7, processes=1))
+    told = {(item.index, one.occurrence): one for item in data.items for one in showings.examples(item, 4 * item.repeats)}
+    with BatchSource(data, seed=7, clock=clock).batches(1, 0, workers=0) as batches:
+        trained = [batch for _, _, batch in islice(batches, 12)]  # 4 epochs of 3 batches, 2 steps each
+    entries = [entries for epoch in range(1, 5) for entries in orders.epoch(epoch)]
+    seen = set()
+    for batch, of_batch in zip(trained, entries, strict=True):
+        for row, (position, occurrence) in enumerate(of_batch):
+            showing = showings.showing(data.items[position], occurrence)
+            assert told.pop((position, occurrence)).text == showing.caption == batch.captions[row]
+            assert told_crop(showing.placement, flipped=showing.is_flipped) == tuple(batch.crop_left_top[row].tolist())
+            shown = load_picture(showing.item, placement=showing.placement, flipped=showing.is_flipped)
+            assert np.array_equal(normalized_pixels([shown.pixels])[0], batch.pixels[row].numpy())
+            seen.add((len(showing.caption.split(", ")), showing.is_flipped, showing.placement.crop_left_top))
+    assert told == {}
+    lengths, sides, crops = (len(set(values)) for values in zip(*seen, strict=True))
+    assert lengths > 3 and sides == 2 and crops > 8
 
 
 def test_repeats_are_showings_of_one_epoch(tmp_path):
@@ -60,7 +77,7 @@ def test_cached_captions_come_from_their_variants(tmp_path):
 
 def test_the_warm_up_of_tags_is_shown_over_the_whole_run(tmp_path):
     subset = SubsetSettings(place="here", image_dir=tmp_path, token_warmup_min=1, token_warmup_step=6)
-    data = training_set([make_item(tmp_path, caption=TAGS, subset=subset)])
+    data = training_set([make_item(tmp_path, f"{n}.png", TAGS, subset=subset) for n in range(4)])  # 2 steps an epoch
     examples = showings_of(data).examples(data.items[0])
     assert [one.epoch for one in examples] == [1, 2, 4]
     lengths = [len(one.text.split(", ")) for one in examples]
