@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,7 @@ from library.training.divergence import DivergenceGuard
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
-from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
+from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
 from library.training.objective import NoisyLatents
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, worker_count
@@ -235,22 +236,24 @@ class NetworkTrainer(CacheFilling):
 
     def update(self) -> StepNumbers | None:
         """One optimizer step over its micro-batches. Returns the numbers of the step before: the host never waits."""
+        started, waited_s = time.perf_counter(), self.batches.waited_s
         epoch, batch_numbers = self.run.length.batches_of_update(self.progress.position)
         if batch_numbers.start == 0:
             self.network.on_epoch_start([], self.denoiser)
-        loss = torch.zeros((), device=self.device)
+        loss, images = torch.zeros((), device=self.device), 0
         for number in batch_numbers:
             batch = self.next_batch(epoch, number)
             if batch is not None:  # with several processes, the last batch of a bucket may leave some without images
+                images += batch.global_size
                 loss += self.backward(batch, self.run.length.micro_step(epoch, number), parts=len(batch_numbers))
-        numbers = self.step_optimizer(loss)
+        facts = HostFacts(self.learner.rates(), started, images, self.batches.waited_s - waited_s)
+        numbers = self.step_optimizer(loss, facts)
         self.progress = self.progress.after_update()
         return numbers
 
     def next_batch(self, epoch: int, number: int) -> Batch | None:
         got_epoch, got_number, batch = next(self.batches)
         assert (got_epoch, got_number) == (epoch, number)
-        self.reporter.count_images(batch.global_size if batch is not None else 0)
         return None if batch is None else batch.to(self.device, non_blocking=True)
 
     def backward(self, batch: Batch, micro_step: int, *, parts: int) -> Tensor:
@@ -295,21 +298,23 @@ class NetworkTrainer(CacheFilling):
             prediction = self.predict(self.denoiser, noisy.rows(rows), text)
         return noisy.with_targets(dict(zip(rows, prediction, strict=True)))
 
-    def step_optimizer(self, loss: Tensor) -> StepNumbers | None:
+    def step_optimizer(self, loss: Tensor, facts: HostFacts) -> StepNumbers | None:
         self.learner.sum_gradients()
         wish = torch.full_like(loss, float(bool(self.stop)))  # a fill: copying a number from the host would wait for the device
         shared = self.accelerator.reduce(torch.stack([loss, wish]), reduction="sum")
-        rates = self.learner.rates()
         norm, finite, norms = self.learner.step(self.progress.step, shared[0])
-        before = self.numbers.put(torch.stack([shared[0], norm, finite, shared[1], *norms]), rates)
+        before = self.numbers.put(torch.stack([shared[0], norm, finite, shared[1], *norms]), facts)
         return self.step_numbers(self.progress.step, before)
 
-    def step_numbers(self, step: int, put: tuple[list[float], dict[str, float]] | None) -> StepNumbers | None:
+    def step_numbers(self, step: int, arrived: Arrived | None) -> StepNumbers | None:
         """The numbers as they were put, of the step that ended as number ``step``."""
-        if put is None:
+        if arrived is None:
             return None
-        (loss, norm, finite, stop, *norms), rates = put
-        curves = {**rates, **dict(zip(MAX_NORM_CURVES, norms, strict=False))}  # no norms without --scale_weight_norms
+        loss, norm, finite, stop, *norms = arrived.values
+        curves = {
+            **arrived.curves(),
+            **dict(zip(MAX_NORM_CURVES, norms, strict=False)),  # none without --scale_weight_norms
+        }
         return StepNumbers(step, loss, norm, bool(finite), bool(stop), curves)
 
     # ------------------------------------------------------------------ between steps
@@ -336,8 +341,7 @@ class NetworkTrainer(CacheFilling):
         if self.guard.has_diverged(numbers):
             self.end_diverged(numbers.step)
         epoch, _ = self.run.length.batches_of_update(max(self.progress.position - 1, 0))
-        self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs,
-                           waited_s=self.batches.waited_s)  # fmt: skip
+        self.reporter.step(numbers, average=self.average.mean, epoch=epoch, epochs=self.run.length.epochs)
 
     def run_due_events(self) -> None:
         """Samples, validation, LoRA files and states due after this step.

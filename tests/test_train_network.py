@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_run_that_ends_in_skipped_steps_is_not_done(train, tmp_path):
         def compute_loss(self, batch, noisy):
             return super().compute_loss(batch, noisy) * (1.0 if self.progress.step < 3 else float("nan"))
 
-    with pytest.raises(TrainingError, match="not finite, last at step 8; the last good weights are in .* Try a lower"):
+    with pytest.raises(TrainingError, match="not finite, last at step 8; the last good weights are in .*: try a lower"):
         train("--max_train_steps=8", trainer_class=Spoiled)
     trainer = train("--max_train_steps=7", trainer_class=Spoiled, output="fewer")  # four: not told from bad luck
     assert trainer.guard.skipped == 4 and (tmp_path / "fewer" / "t.safetensors").exists()
@@ -251,6 +252,30 @@ def test_logged_rates_are_those_of_their_step(train, tmp_path):
     assert {"loss/current", "loss/average", "norm/grad", "speed/images_per_s", "speed/data_wait_s", "memory/peak_gib"} <= names
 
 
+def test_every_step_has_its_speed(train, tmp_path):
+    """Also the last of an epoch and those before a state, whose numbers are fetched at once."""
+
+    class Slow(TinyTrainer):
+        def next_batch(self, epoch, number):
+            time.sleep(0.05)
+            return super().next_batch(epoch, number)
+
+        def validate(self):
+            self.report_pending()
+            time.sleep(0.2)  # counts for no step
+
+    train(
+        "--max_train_steps=7", "--save_every_n_steps=2", "--save_state", f"--logging_dir={tmp_path / 'logs'}", trainer_class=Slow
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    speeds = {event.step: event.value for event in events.Scalars("speed/images_per_s")}
+    assert sorted(speeds) == list(range(1, 8)) and all(1 / 0.2 < speed <= 2 / 0.05 for speed in speeds.values())
+    assert all(event.value >= 0 for event in events.Scalars("speed/data_wait_s"))
+
+
 def test_a_picture_that_goes_bad_in_mid_training_costs_no_step(train, tmp_path, picture_folder):
     picture = sorted(p for p in (tmp_path / "pictures").iterdir() if p.suffix == ".png")[0]
 
@@ -269,8 +294,8 @@ def test_a_picture_that_goes_bad_in_mid_training_costs_no_step(train, tmp_path, 
 
 def test_weights_that_are_not_finite_are_never_saved(train, tmp_path):
     class Poisoned(TinyTrainer):
-        def step_optimizer(self, loss):
-            numbers = super().step_optimizer(loss)
+        def step_optimizer(self, loss, facts):
+            numbers = super().step_optimizer(loss, facts)
             if self.progress.step == 2:  # as an optimizer in fp16 whose epsilon is 0 can do
                 self.network.unet_loras[0].lora_up.weight.data.fill_(float("nan"))
             return numbers

@@ -345,9 +345,8 @@ def _overridden_flags(reader: Reader, datasets: list[PlacedDataset]) -> Iterator
     idle = []
     for key in schema.KEYS:
         flag = reader.flags.values.get(key.name, key.default)
-        held_by = [dataset for dataset in datasets if key.name in dataset.spots] or [
-            subset for dataset in datasets for subset in dataset.subsets if key.name in subset.spots
-        ]
+        holders: list[PlacedDataset | PlacedSubset] = [*datasets, *(subset for dataset in datasets for subset in dataset.subsets)]
+        held_by = [holder for holder in holders if key.name in holder.spots]
         falls_back = any(holder.spots[key.name] == reader.flags.spot(key) for holder in held_by)
         if flag != key.default and held_by and not falls_back and any(_value(holder, key.name) != flag for holder in held_by):
             idle.append(f"--{key.flag}")

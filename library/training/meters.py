@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What the host knows of a step when it has handed it to the device. ``started``: time.perf_counter() of its begin."""
+
+    curves: dict[str, float] = field(default_factory=dict)  # such as learning rates
+    started: float = 0.0
+    images: int = 0  # of all processes
+    waited_s: float = 0.0  # for data
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """The numbers of a step, and how long it took: from its begin, or the end of the step before where that was later."""
+
+    values: list[float]
+    facts: HostFacts
+    seconds: float
+
+    def curves(self) -> dict[str, float]:
+        speed = {"speed/images_per_s": self.facts.images / max(self.seconds, 1e-9), "speed/data_wait_s": self.facts.waited_s}
+        return {**self.facts.curves, **speed}
 
 
 class DelayedNumbers:
@@ -18,33 +42,34 @@ class DelayedNumbers:
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event | None, dict[str, float]] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event | None, HostFacts, float] | None = None
+        self._last_end = 0.0  # of the step before, as far as the host knows
 
-    def put(self, numbers: Tensor, known: dict[str, float]) -> tuple[list[float], dict[str, float]] | None:
-        """Starts the copy of ``numbers`` (1-D, on the device); returns those of the step before.
-
-        ``known`` are numbers of the step that the host knows already; they come back with the others.
-        """
+    def put(self, numbers: Tensor, facts: HostFacts) -> Arrived | None:
+        """Starts the copy of ``numbers`` (1-D, on the device); returns those of the step before."""
         before = self.take()
+        event = None
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             host.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending = (host, event, known)
-        else:
-            self._pending = (numbers, None, known)
+            numbers = host
+        self._pending = (numbers, event, facts, time.perf_counter())
         return before
 
-    def take(self) -> tuple[list[float], dict[str, float]] | None:
+    def take(self) -> Arrived | None:
         """The pending numbers, waiting for them if need be; None when there are none."""
         if self._pending is None:
             return None
-        host, event, known = self._pending
+        host, event, facts, end = self._pending
         self._pending = None
-        if event is not None:
+        if event is not None:  # else the step was computed when it was put
             event.synchronize()
-        return host.tolist(), known
+            end = time.perf_counter()
+        seconds = end - max(facts.started, self._last_end)
+        self._last_end = end
+        return Arrived(host.tolist(), facts, seconds)
 
 
 @dataclass(frozen=True, slots=True)

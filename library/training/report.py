@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,32 +42,19 @@ class Report:
 
         self._accelerator = accelerator
         self._bar = tqdm(total=total, initial=done, desc="steps", unit="it", disable=not visible, dynamic_ncols=True)
-        self._images = 0
-        self._last_time = time.perf_counter()
-        self._last_images = 0
-        self._last_waited_s = 0.0
 
-    def count_images(self, count: int) -> None:
-        self._images += count
-
-    def step(self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int, waited_s: float) -> None:
-        """``waited_s``: seconds that training has waited for data so far."""
+    def step(self, numbers: StepNumbers, *, average: float, epoch: int, epochs: int) -> None:
         self._bar.set_description(f"epoch {min(epoch, epochs)}/{epochs}", refresh=False)
         self._bar.set_postfix(loss=f"{numbers.loss:.4f}", average=f"{average:.4f}", refresh=False)
         self._bar.update(numbers.step - self._bar.n)
         if self._accelerator.trackers:
-            self.log(self._values(numbers, average, waited_s), numbers.step)
+            self.log(self._values(numbers, average), numbers.step)
 
-    def _values(self, numbers: StepNumbers, average: float, waited_s: float) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds, images = now - self._last_time, self._images - self._last_images
-        waited, self._last_waited_s = waited_s - self._last_waited_s, waited_s
-        self._last_time, self._last_images = now, self._images
+    @staticmethod
+    def _values(numbers: StepNumbers, average: float) -> dict[str, float]:
         values = {
             "loss/average": average,
             "norm/grad": numbers.grad_norm,
-            "speed/images_per_s": images / max(seconds, 1e-9),
-            "speed/data_wait_s": waited,
             "memory/peak_gib": peak_memory_gib(),
             **numbers.curves,
         }

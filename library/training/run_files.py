@@ -85,8 +85,7 @@ class RunFiles:
         self._write_lora(file, progress)  # save_lora would ask about the weights again
         self.group.wait()
         raise TrainingError(
-            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}. {CURES[0].upper()}"
-            f"{CURES[1:]}"
+            f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}: {CURES}"
         )
 
     def _check_weights(self, progress: Progress) -> None:

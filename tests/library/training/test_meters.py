@@ -3,16 +3,33 @@ from __future__ import annotations
 import torch
 
 from library.training.divergence import MAX_OVERFLOWS, MAX_SKIPPED_STEPS, WARNED_OVERFLOWS, DivergenceGuard
-from library.training.meters import DelayedNumbers, LossAverage, StepNumbers
+from library.training.meters import DelayedNumbers, HostFacts, LossAverage, StepNumbers
 from library.training.trained_weights import SNAPSHOT_EVERY, TrainedWeights
 
 
 def test_numbers_come_one_step_later():
     numbers = DelayedNumbers()
-    assert numbers.put(torch.tensor([1.0]), {"lr": 0.1}) is None
-    assert numbers.put(torch.tensor([2.0]), {"lr": 0.2}) == ([1.0], {"lr": 0.1})
-    assert numbers.take() == ([2.0], {"lr": 0.2})
+    assert numbers.put(torch.tensor([1.0]), HostFacts({"lr": 0.1})) is None
+    first = numbers.put(torch.tensor([2.0]), HostFacts({"lr": 0.2}))
+    second = numbers.take()
+    assert first is not None and (first.values, first.facts.curves) == ([1.0], {"lr": 0.1})
+    assert second is not None and (second.values, second.facts.curves) == ([2.0], {"lr": 0.2})
     assert numbers.take() is None
+
+
+def test_a_step_takes_from_its_begin_to_its_end_whenever_its_numbers_are_fetched(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    numbers, arrived = DelayedNumbers(), []
+    for begin, end, fetched in ((1.0, 3.0, False), (3.0, 4.0, True), (10.0, 14.0, False)):
+        now = end
+        arrived.append(numbers.put(torch.tensor([0.0]), HostFacts(started=begin, images=8, waited_s=0.5)))
+        now = end + 5
+        if fetched:  # as before a validation
+            arrived.append(numbers.take())
+    arrived.append(numbers.take())
+    speeds = [one.curves()["speed/images_per_s"] for one in arrived if one is not None]
+    assert speeds == [4.0, 8.0, 2.0]
 
 
 def test_the_average_is_over_one_epoch_and_survives_a_resume():
