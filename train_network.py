@@ -291,12 +291,11 @@ class NetworkTrainer(CacheFilling):
         rows = preserved_rows(batch)
         if not rows:
             return noisy
-        assert batch.text is not None
-        texts = batch.text.split()
-        text = type(batch.text).stack([texts[row] for row in rows])
-        with self.learner.strength.at(0.0), self.accelerator.autocast():
-            prediction = self.predict(self.denoiser, noisy.rows(rows), text)
-        return noisy.with_targets(dict(zip(rows, prediction, strict=True)))
+        with self.learner.strength.at(0.0), self.accelerator.autocast():  # no strength, no dropout
+            prediction = self.predict(self.denoiser, noisy, batch.text).to(noisy.target.dtype)
+        # of the whole batch, and put together row by row: to pick rows, or texts of their lengths, would wait for the device
+        targets = [prediction[row] if row in rows else own for row, own in enumerate(noisy.target)]
+        return replace(noisy, target=torch.stack(targets))
 
     def step_optimizer(self, loss: Tensor, facts: HostFacts) -> StepNumbers | None:
         self.learner.sum_gradients()

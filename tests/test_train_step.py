@@ -174,13 +174,36 @@ def test_nothing_is_predicted_twice_without_such_images(trained, monkeypatch):
     trained.losses(trained.kept)
     assert calls == [2]
     trained.losses(replace(trained.kept, custom_attributes=({}, {"diff_output_preservation": True})))
-    assert calls == [2, 1, 2]
+    assert calls == [2, 2, 2]
 
 
-def test_a_new_network_has_nothing_to_learn_from_preserved_images(runs):
+@pytest.mark.parametrize("dropout", [(), ("--network_dropout=0.5",)])
+def test_a_new_network_has_nothing_to_learn_from_preserved_images(runs, dropout):
     runs.write_dataset(runs.images_of(runs.pictures, PRESERVED))
-    runs.train("--max_train_steps=3")
+    runs.train("--max_train_steps=3", *dropout)
     assert runs.lora()["lora_unet_blocks_0_mlp_layer1.lora_up.weight"].abs().max() == 0
+
+
+def test_dropout_is_off_in_the_targets_of_preserved_images(runs):
+    for picture in runs.pictures.glob("*.png"):
+        Image.open(picture).resize((64, 64)).save(picture)
+    trainer = runs.train("--max_train_steps=5", "--network_dropout=0.5", trainer_class=LeftOpen)
+    batch = trainer.encoded(replace(trainer.kept, custom_attributes=({"diff_output_preservation": True}, {})))
+    noisy = trainer.objective.corrupt(batch.latents, seed=1, step=0, positions=batch.positions)
+    trainer.network.train()
+    for lora in trainer.network.unet_loras:
+        lora.lora_up.weight.data.fill_(1.0)
+    expected = 0.5 * noisy.latents + 0.001 * batch.text.lengths[:, :, None, None]  # TinyDenoiser without a LoRA
+    assert not torch.allclose(trainer.predict(trainer.denoiser, noisy, batch.text), expected)
+    targets = trainer.with_preserved_targets(batch, noisy).target
+    assert torch.allclose(targets[0], expected[0], atol=1e-6) and torch.equal(targets[1], noisy.target[1])
+
+
+def test_validation_measures_preserved_images_as_any_others(runs):
+    flags = ("--max_train_steps=2", "--validation_split=0.5")
+    plain = runs.train(*flags).validation.record.baseline
+    runs.write_dataset(runs.images_of(runs.pictures, PRESERVED))
+    assert runs.train(*flags).validation.record.baseline == plain > 0
 
 
 # ---------------------------------------------------------------- weights, and what the plan says of all this

@@ -6,8 +6,8 @@ x_t = sigma * noise + (1 - sigma) * x_0, and the denoiser predicts the velocity 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -36,16 +36,6 @@ class NoisyLatents:
     timesteps: Tensor  # (B,) float32, sigma * 1000
     target: Tensor  # (B, C, h, w) float32
     loss_weights: Tensor  # (B,) float32, of the weighting scheme
-
-    def rows(self, rows: Sequence[int]) -> NoisyLatents:
-        """Some of the samples. Rows are picked one by one: an index tensor would travel from the host to the device."""
-        picked = {f.name: torch.stack([getattr(self, f.name)[row] for row in rows]) for f in fields(self)}
-        return NoisyLatents(**picked)
-
-    def with_targets(self, targets: Mapping[int, Tensor]) -> NoisyLatents:
-        """Other targets (C, h, w) for some rows."""
-        target = torch.stack([targets.get(row, own).to(own.dtype) for row, own in enumerate(self.target)])
-        return replace(self, target=target)
 
 
 class Objective(Protocol):

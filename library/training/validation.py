@@ -92,8 +92,10 @@ class FixedLosses:
         return losses
 
     def _losses_of(self, batch: Batch, strength: float) -> Tensor | None:
-        """(T, B): all images count alike, with the network at ``strength`` whatever their dataset says."""
-        batch = self.prepare(replace(batch, loss_weights=torch.ones_like(batch.loss_weights), network_multiplier=strength))
+        """(T, B): all images count alike and have their own target, with the network at ``strength`` whatever their dataset
+        says."""
+        plain = replace(batch, loss_weights=torch.ones_like(batch.loss_weights), custom_attributes=({},) * len(batch.item_keys))
+        batch = self.prepare(replace(plain, network_multiplier=strength))
         assert batch.latents is not None
         noise = self._noise(batch.item_keys, batch.latents)
         rows: list[Tensor] = []

@@ -116,13 +116,3 @@ def test_validation_looks_at_fixed_timesteps():
     noisy = made.corrupt_at(LATENTS, noise, 700, dtype=torch.bfloat16)
     same = made.corrupt_with(LATENTS, noise, torch.full((4,), 0.7), dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(tensors(noisy), tensors(same), strict=True))
-
-
-def test_rows_and_other_targets():
-    noisy = objective().corrupt(LATENTS, seed=1, step=0, positions=range(4))
-    picked = noisy.rows([2, 0])
-    assert all(torch.equal(a, b[[2, 0]]) for a, b in zip(tensors(picked), tensors(noisy), strict=True))
-    other = torch.ones(16, 8, 12, dtype=torch.bfloat16)
-    changed = noisy.with_targets({1: other})
-    assert changed.target.dtype == torch.float32 and torch.equal(changed.target[1], other.float())
-    assert torch.equal(changed.target[[0, 2, 3]], noisy.target[[0, 2, 3]])
