@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.dataset.captions import split_tags
 from library.dataset.image_records import ImageRecords
 from library.dataset.items import DatasetSettings, Item, TrainingSet
 from library.dataset.order import items_by_bucket
@@ -136,6 +137,7 @@ class Facts:
     without_caption: tuple[Item, ...]  # the encoder gets the empty text
     with_class_tokens: tuple[Item, ...]  # no caption of their own
     skipped: tuple[str, ...]
+    wildcards: bool  # some captions have several versions, of which one was counted
 
     @property
     def images(self) -> int:
@@ -181,6 +183,7 @@ def gather_facts(
         without_caption=tuple(item for item in everything if not captions.get(item.index, "x").strip()),
         with_class_tokens=tuple(item for item in everything if _has_class_tokens_only(item)),
         skipped=training_set.skipped,
+        wildcards=any(item.subset.enable_wildcard for item in everything),
     )
 
 
@@ -204,9 +207,9 @@ def find_duplicates(training_set: TrainingSet) -> tuple[Duplicates, ...]:
 
 
 def tags_of(item: Item) -> list[str]:
-    """What the caption separator and line ends separate in the caption as it is read."""
-    lines = item.caption.split("\n")
-    return [tag for line in lines for part in line.split(item.subset.caption_separator) if (tag := part.strip())]
+    """The tags of all lines of the caption as it is read, cut where training would cut them; markers are none."""
+    lines = [split_tags(line, item.subset) for line in item.caption.split("\n")]
+    return [tag for parts in lines for tag in (*parts.head, *parts.flexible, *parts.tail) if tag]
 
 
 def _datasets(training_set: TrainingSet, processes: int) -> Iterator[DatasetFacts]:

@@ -112,6 +112,8 @@ def buckets_section(facts: Facts) -> Html:
 
 def captions_section(facts: Facts, names: ImageNames) -> Html:
     parts: list[Content] = [element("div", [_lengths(encoder) for encoder in facts.encoders], class_="columns-2")]
+    if facts.wildcards:
+        parts.append(element("p", "Of captions with wildcards or several lines, one version is counted.", class_="note"))
     if facts.cut:
         rows = [[*names.cells(cut.item), _over(cut.uses), _start(cut.lost)] for cut in facts.cut[:ROWS]]
         parts.append(_listed("Cut captions", len(facts.cut), table((*names.heads, "tokens", "what is lost"), rows, tall=True)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from library.dataset.captions import caption_variant, is_random
 from library.dataset.clock import Moments
 from library.dataset.items import Item
 from library.dataset.showing import FixedShowing, Showing, TrainingShowing, When
+from library.dataset.validation_split import without_chance
 
 EXAMPLES = 3  # captions told of an image whose caption changes
 
@@ -66,8 +67,8 @@ class Showings:
 
     @staticmethod
     def full_text(item: Item) -> str:
-        """One version of the caption with nothing dropped as a whole; what lengths are counted on."""
-        return caption_variant(item, 0)
+        """The caption with all of its tags in their order, which is what lengths are counted on; of wildcards one version."""
+        return caption_variant(replace(item, subset=without_chance(item.subset)), 0)
 
     @staticmethod
     def epoch_of(item: Item, occurrence: int) -> int:

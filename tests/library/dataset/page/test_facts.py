@@ -46,6 +46,32 @@ def test_lengths_and_cut_captions(tmp_path):
     assert [use.encoder for use in cut.uses] == ["small"]
 
 
+def test_lengths_are_those_of_whole_captions(tmp_path):
+    """Whatever training drops of them now and then."""
+    subset = SubsetSettings(
+        place="here",
+        image_dir=tmp_path,
+        shuffle_caption=True,
+        caption_dropout_rate=0.5,
+        caption_tag_dropout_rate=0.9,
+        token_warmup_step=100,
+        caption_prefix="photo,",
+    )
+    data = training_set([make_item(tmp_path, f"{n}.png", "one,two,three,four,five,six", subset=subset) for n in range(5)])
+    facts = facts_of(data)
+    assert [dict(encoder.lengths) for encoder in facts.encoders] == [{7: 5}, {7: 5}]
+    assert {cut.text for cut in facts.cut} == {"photo, one, two, three, four, five, six"}
+    assert not facts.wildcards
+
+
+def test_of_wildcards_one_version_is_counted(tmp_path):
+    subset = SubsetSettings(place="here", image_dir=tmp_path, enable_wildcard=True, shuffle_caption=True)
+    data = training_set([make_item(tmp_path, caption="a {red|dark blue} house\na tree", subset=subset)])
+    facts = facts_of(data)
+    assert facts.encoders[0].lengths.total() == 1
+    assert facts.wildcards
+
+
 def test_one_text_is_counted_once(tmp_path):
     asked = []
 
@@ -93,6 +119,14 @@ def test_tags_count_once_an_image(tmp_path):
     assert tags_of(item) == ["tree", "house", "tree", "sky; x"]
     data = training_set([item, make_item(tmp_path, "b.png", "tree")], [make_item(tmp_path, "v.png", "secret")])
     assert facts_of(data).datasets[0].tags == {"tree": 2, "house": 1, "sky; x": 1}
+
+
+def test_tags_are_cut_where_training_cuts_them(tmp_path):
+    subset = SubsetSettings(
+        place="here", image_dir=tmp_path, caption_separator=";", keep_tokens_separator="|||", secondary_separator="+"
+    )
+    item = make_item(tmp_path, caption="who; what ||| a house, old; a tree+tall; ||| best", subset=subset)
+    assert tags_of(item) == ["who", "what", "a house, old", "a tree+tall", "best"]
 
 
 def test_duplicates_are_files_with_equal_bytes(tmp_path):

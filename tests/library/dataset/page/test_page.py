@@ -153,6 +153,13 @@ def test_what_is_cut_is_struck_only_where_no_encoder_sees_it(rich):
     assert '<del class="lost" title="not seen by small and large">' in page_html(content)
 
 
+def test_the_page_says_that_one_version_of_wildcards_is_counted(rich):
+    words = "Of captions with wildcards or several lines, one version is counted."
+    assert words not in page_of(rich)[1].texts
+    first = replace(rich.items[1], subset=replace(rich.items[1].subset, enable_wildcard=True))
+    assert words in page_of(replace(rich, items=(rich.items[0], first, *rich.items[2:])))[1].texts
+
+
 def test_captions_that_change_have_several_examples(rich):
     html, page = page_of(rich)
     assert sum("showing" in text and text.startswith("epoch") for text in page.texts) == 3
