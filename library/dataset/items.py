@@ -81,6 +81,7 @@ class Item:
     mask_path: Path | None = None  # the image in conditioning_data_dir that is this one's loss mask
     custom_attributes: Mapping[str, object] = field(default_factory=dict, hash=False)  # the subset's, and the image's own
     dataset_index: int
+    subset_index: int = 0  # in its dataset
     subset: SubsetSettings
     repeats: int
     size_wh: tuple[int, int]
@@ -88,6 +89,11 @@ class Item:
     resized_wh: tuple[int, int]  # covers the bucket
     crop_left_top: tuple[int, int]  # of the bucket inside the resized image, unless a showing is cropped at random
     is_bucketed: bool = True  # its dataset has buckets; without them a random crop is cut from the full-size image
+
+    @property
+    def scale(self) -> float:
+        """How much the image grows (above 1) or shrinks on its way into the bucket."""
+        return max(self.resized_wh[0] / self.size_wh[0], self.resized_wh[1] / self.size_wh[1])
 
     @property
     def is_masked(self) -> bool:

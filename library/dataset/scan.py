@@ -242,6 +242,7 @@ def _item(index: int, placed: Placed, subset: SubsetSettings, *, repeats: int) -
         mask_path=image.mask_path,
         custom_attributes=image.custom_attributes,
         dataset_index=image.dataset_index,
+        subset_index=image.subset_index,
         subset=subset,
         repeats=repeats,
         size_wh=record.size_wh,

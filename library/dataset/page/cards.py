@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from library.dataset.items import Item
-from library.dataset.page.facts import Facts, cut_away, scale
+from library.dataset.page.facts import Facts, cut_away
 from library.dataset.page.html import Html, element, joined
 from library.dataset.page.pictures import SmallPictures
 from library.dataset.page.showings import CaptionExample, Showings
@@ -139,7 +139,7 @@ def _badges(item: Item, pictures: SmallPictures, kinds: Sequence[str]) -> Iterat
     for kind in kinds:
         text = KINDS[kind]
         if kind == "enlarged":
-            text = f"enlarged {scale(item):.2f}\u00d7"
+            text = f"enlarged {item.scale:.2f}\u00d7"
         elif kind == "cropped":
             text = f"{percent(cut_away(item))} cut away"
         elif kind == "masked" and pictures.mask_mean is not None:
@@ -153,7 +153,7 @@ def _badges(item: Item, pictures: SmallPictures, kinds: Sequence[str]) -> Iterat
 
 def _sizes(item: Item) -> str:
     way = " \u2192 ".join(map(times, (item.size_wh, item.resized_wh, item.bucket_wh)))
-    facts = [way, f"scale {scale(item):.2f}"]
+    facts = [way, f"scale {item.scale:.2f}"]
     facts += [f"{percent(cut_away(item))} cut away"] if cut_away(item) > 0 else []
     facts += [f"{item.repeats} repeats"] if item.repeats != 1 else []
     return " \u00b7 ".join(facts)

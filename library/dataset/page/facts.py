@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from library.dataset.captions import split_tags
@@ -140,6 +141,11 @@ class Facts:
     wildcards: bool  # some captions have several versions, of which one was counted
 
     @property
+    def duplicate_files(self) -> int:
+        """Image files that are not the only ones with their bytes."""
+        return sum(len(group.items) for group in self.duplicates)
+
+    @property
     def images(self) -> int:
         return sum(len(dataset.items) + len(dataset.validation) for dataset in self.datasets)
 
@@ -147,11 +153,6 @@ class Facts:
 def counted(number: int, singular: str, plural: str | None = None) -> str:
     """``"1 image"``, ``"1,200 images"``."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def scale(item: Item) -> float:
-    """How much the image grows (above 1) or shrinks on its way into the bucket."""
-    return max(item.resized_wh[0] / item.size_wh[0], item.resized_wh[1] / item.size_wh[1])
 
 
 def cut_away(item: Item) -> float:
@@ -178,7 +179,7 @@ def gather_facts(
         encoders=encoders,
         cut=cut,
         duplicates=tuple(duplicates),
-        enlarged=_worst((item for item in everything if scale(item) > 1), scale),
+        enlarged=_worst((item for item in everything if item.scale > 1), attrgetter("scale")),
         cropped=_worst((item for item in everything if cut_away(item) > LARGE_CROP), cut_away),
         without_caption=tuple(item for item in everything if not captions.get(item.index, "x").strip()),
         with_class_tokens=tuple(item for item in everything if _has_class_tokens_only(item)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.dataset.page.cards import card_id, percent, times
-from library.dataset.page.facts import LARGE_CROP, DatasetFacts, Duplicates, EncoderFacts, Facts, counted, cut_away, scale
+from library.dataset.page.facts import LARGE_CROP, DatasetFacts, EncoderFacts, Facts, counted, cut_away
 from library.dataset.page.html import Content, Html, element, joined
 from library.dataset.token_use import TokenUse
 
@@ -128,7 +128,7 @@ def captions_section(facts: Facts, names: ImageNames) -> Html:
 def checks_section(facts: Facts, names: ImageNames) -> Html:
     """Duplicates, enlarged and much cropped images."""
     sizes = [element("div", part) for part in (_enlarged(facts.enlarged, names), _cropped(facts.cropped, names))]
-    return section("checks", "Images to look at", _duplicates(facts.duplicates, names), element("div", sizes, class_="columns-2"))
+    return section("checks", "Images to look at", _duplicates(facts, names), element("div", sizes, class_="columns-2"))
 
 
 def tags_section(facts: Facts) -> Html:
@@ -175,15 +175,11 @@ def _bucket_words(settings: DatasetSettings) -> str:
 
 
 def _subset_row(dataset: DatasetFacts, number: int, subset: SubsetSettings) -> list[Content]:
-    mine = [item for item in dataset.items if _subset_number(item) == number]
-    validating = sum(_subset_number(item) == number for item in dataset.validation)
+    mine = [item for item in dataset.items if item.subset_index == number]
+    validating = sum(item.subset_index == number for item in dataset.validation)
     chips = [element("span", words, class_="chip") for words in _subset_facts(subset)]
     source = subset.metadata_file or subset.image_dir
     return [number + 1, f"{len(mine):,}", f"{sum(i.repeats for i in mine):,}", f"{validating:,}", element("bdi", source), chips]
-
-
-def _subset_number(item: Item) -> int:
-    return int(item.key.split(":", 2)[1])
 
 
 def _subset_facts(subset: SubsetSettings) -> Iterator[str]:
@@ -270,7 +266,8 @@ def _start(lost: str) -> Html:
     return element("span", "\u2026", text, dir="auto", class_="lost")
 
 
-def _duplicates(groups: Sequence[Duplicates], names: ImageNames) -> Html:
+def _duplicates(facts: Facts, names: ImageNames) -> Html:
+    groups = facts.duplicates
     if not groups:
         return _none("Duplicates", "no two image files have the same bytes")
     rows = []
@@ -279,13 +276,15 @@ def _duplicates(groups: Sequence[Duplicates], names: ImageNames) -> Html:
         notes += ["captions differ"] if group.captions_differ else []
         copies = [element("li", names.link(item, with_folder=True)) for item in group.items]
         rows.append([element("ul", copies, class_="plain"), element("span", ", ".join(notes), class_="over")])
-    return _listed("Duplicates: files with the same bytes", len(groups), table(("files", ""), rows, tall=True))
+    note = f"{counted(facts.duplicate_files, 'file')} in {counted(len(groups), 'group')}"
+    note += f", {ROWS} groups shown" if len(groups) > ROWS else ""
+    return _listed("Duplicates: files with the same bytes", note, table(("files", ""), rows, tall=True))
 
 
 def _enlarged(items: Sequence[Item], names: ImageNames) -> Html:
     if not items:
         return _none("Enlarged", "no image is smaller than its bucket")
-    rows = [[*names.cells(i), times(i.size_wh), times(i.resized_wh), f"{scale(i):.2f}\u00d7"] for i in items[:ROWS]]
+    rows = [[*names.cells(i), times(i.size_wh), times(i.resized_wh), f"{i.scale:.2f}\u00d7"] for i in items[:ROWS]]
     heads = (*names.heads, "file", "resized", "factor")
     return _listed("Enlarged to fill their bucket", len(items), table(heads, rows, numbers=("factor",), tall=True))
 
@@ -318,8 +317,9 @@ def _names(items: Sequence[Item], names: ImageNames) -> Html:
     return element("ul", [element("li", names.link(item)) for item in items[:ROWS]], class_="names")
 
 
-def _listed(title: str, count: int, content: Html) -> Html:
-    note = f"{count:,}" if count <= ROWS else f"{ROWS} of {count:,} shown"
+def _listed(title: str, count: int | str, content: Html) -> Html:
+    """``count``: of the rows there are, or a note of its own."""
+    note = count if isinstance(count, str) else f"{count:,}" if count <= ROWS else f"{ROWS} of {count:,} shown"
     return element("details", element("summary", title, element("small", note)), content, open=True)
 
 

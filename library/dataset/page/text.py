@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from library.dataset.folders import printable
 from library.dataset.items import Item, TrainingSet
-from library.dataset.page.facts import DatasetFacts, Facts, counted, cut_away, scale
+from library.dataset.page.facts import DatasetFacts, Facts, counted, cut_away
 from library.dataset.page.showings import CaptionExample, Showings
 from library.dataset.token_use import TokenCounter, TokenUse
 
@@ -28,7 +29,7 @@ def fact_lines(facts: Facts, showings: Showings) -> Iterator[str]:
     if facts.cut:
         yield f"  cut: {_names([cut.item for cut in facts.cut])}"
     if facts.enlarged:
-        most = f"{counted(len(facts.enlarged), 'image')}, at most {scale(facts.enlarged[0]):.2f}x"
+        most = f"{counted(len(facts.enlarged), 'image')}, at most {facts.enlarged[0].scale:.2f}x"
         yield f"enlarged: {most}: {_names(facts.enlarged)}"
     if facts.cropped:
         yield (
@@ -52,7 +53,7 @@ def caption_lines(training_set: TrainingSet, showings: Showings, count_tokens: T
         source = settings.metadata_file or settings.image_dir
         kind = ", validation" if validates else ", regularisation" if settings.is_reg else ""
         told = items[:images]
-        name = f"dataset {dataset + 1}, subset {subset + 1}{kind} ({visible(str(source))})"
+        name = f"dataset {dataset + 1}, subset {subset + 1}{kind} ({visible_name(str(source))})"
         yield f"{name}: {len(told):,} of {len(items):,} captions"
         for item in told:
             yield ""
@@ -63,6 +64,11 @@ def caption_lines(training_set: TrainingSet, showings: Showings, count_tokens: T
 def visible(text: str) -> str:
     """Control characters, which could change the terminal, as ``\\x1b``; line ends stay."""
     return "".join(char if char.isprintable() or char == "\n" else _escape(char) for char in text)
+
+
+def visible_name(path: str) -> str:
+    """A path on one line, whatever its bytes are."""
+    return visible(printable(path)).replace("\n", "\\n")
 
 
 def _escape(char: str) -> str:
@@ -93,7 +99,8 @@ def _duplicate_lines(facts: Facts) -> Iterator[str]:
     if not facts.duplicates:
         return
     names = _names(facts.duplicates[0].items)
-    yield f"duplicates: {counted(len(facts.duplicates), 'group')} of files with the same bytes, such as {names}"
+    files = counted(facts.duplicate_files, "file")
+    yield f"duplicates: {files} in {counted(len(facts.duplicates), 'group')} with the same bytes, such as {names}"
     leaks = [group for group in facts.duplicates if group.leak]
     if leaks:
         yield f"  trained and used for validation: {counted(len(leaks), 'group')}, such as {_names(leaks[0].items)}"
@@ -102,13 +109,12 @@ def _duplicate_lines(facts: Facts) -> Iterator[str]:
 def _by_subset(training_set: TrainingSet, showings: Showings) -> dict[tuple[int, int, bool], list[Item]]:
     groups: dict[tuple[int, int, bool], list[Item]] = defaultdict(list)
     for item in training_set.all_items:
-        subset = int(item.key.split(":", 2)[1])
-        groups[item.dataset_index, subset, showings.is_validation(item)].append(item)
+        groups[item.dataset_index, item.subset_index, showings.is_validation(item)].append(item)
     return dict(sorted(groups.items()))
 
 
 def _item_lines(item: Item, examples: Sequence[CaptionExample], count_tokens: TokenCounter) -> Iterator[str]:
-    yield visible(str(item.path))
+    yield visible_name(str(item.path))
     width = max(len("as read"), *(len(_when(example)) for example in examples)) + 2
     yield _labelled("as read", item.caption or "''", width)
     for example in examples:
@@ -140,7 +146,7 @@ def _lost(text: str, use: TokenUse) -> str:
 
 def _names(items: Sequence[Item]) -> str:
     unique = list(dict.fromkeys(item.path for item in items))
-    names = ", ".join(_short(visible(path.name)) for path in unique[:NAMES_TOLD])
+    names = ", ".join(_short(visible_name(path.name)) for path in unique[:NAMES_TOLD])
     return names + (" ..." if len(unique) > NAMES_TOLD else "")
 
 

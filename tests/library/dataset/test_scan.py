@@ -194,7 +194,9 @@ def test_regularisation_images_fill_up_to_the_others(
     settings = dataset(
         subset(tmp_path / "reg", is_reg=True, num_repeats=reg_repeats), subset(tmp_path / "train", num_repeats=train_repeats)
     )
-    repeats = repeats_of(scan((settings,)))
+    data = scan((settings,))
+    assert all(item.subset_index == "rt".index(item.path.name[0]) for item in data.items)
+    repeats = repeats_of(data)
     assert [count for name, count in repeats.items() if name.startswith("r")] == expected
     assert sum(count for name, count in repeats.items() if name.startswith("t")) == train * train_repeats
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from library.dataset.items import SubsetSettings
-from library.dataset.page.facts import cut_away, find_duplicates, gather_facts, scale, tags_of
+from library.dataset.page.facts import cut_away, find_duplicates, gather_facts, tags_of
 from library.errors import DatasetError
 from tests.library.dataset.page.page_parts import count_words, make_item, save_picture, showings_of, training_set
 
@@ -94,7 +94,7 @@ def test_enlarged_and_cropped_images_come_worst_first(tmp_path):
     facts = facts_of(training_set([small, exact, smaller, make_item(tmp_path)]))
     assert [item.path.name for item in facts.enlarged] == ["smaller.png", "small.png"]
     assert [item.path.name for item in facts.cropped] == ["smaller.png", "a.png"]
-    assert (scale(smaller), scale(exact)) == (4.0, 1.0)
+    assert (smaller.scale, exact.scale) == (4.0, 1.0)
     assert cut_away(make_item(tmp_path)) == pytest.approx(1 / 3)
 
 

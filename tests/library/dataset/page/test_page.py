@@ -85,7 +85,7 @@ def rich(tmp_path):
         make_item(tmp_path, "attack.png", ATTACK),
         make_item(tmp_path, "none.png", ""),
         make_item(tmp_path, "shuffled.png", "صورة, 家, 👩\u200d👧, x", subset=shuffled),
-        make_item(tmp_path, "small.png", size_wh=(32, 48), subset=regular, key="0:1:small.png"),
+        make_item(tmp_path, "small.png", size_wh=(32, 48), subset=regular, subset_index=1),
     ]
     held_out = make_item(tmp_path, "held out.png")
     data = training_set([save_picture(item) for item in items], [save_picture(held_out)])

@@ -34,11 +34,11 @@ def test_facts_of_a_plain_set_are_short(tmp_path):
 
 
 def test_facts_that_need_a_look(tmp_path):
-    regular = SubsetSettings(place="here", image_dir=tmp_path, is_reg=True, class_tokens="dog", alpha_mask=True)
+    regular = SubsetSettings(place="here", image_dir=tmp_path, is_reg=True, class_tokens="dog")
     items = [
         make_item(tmp_path, "long.png", LONG, size_wh=(32, 48)),
         make_item(tmp_path, "empty.png", ""),
-        make_item(tmp_path, "reg.png", "dog", subset=regular),
+        make_item(tmp_path, "reg.png", "dog", subset=regular, mask_path=tmp_path / "mask.png"),
     ]
     data = training_set(items, [make_item(tmp_path, "v.png")], skipped=("x.png cannot be read",))
     text = "\n".join(told(data, duplicates=(Duplicates((data.items[0], data.validation[0]), True, True),)))
@@ -75,7 +75,7 @@ def test_captions_as_read_and_as_trained(tmp_path):
 def test_every_subset_and_validation_are_told_apart(tmp_path):
     regular = SubsetSettings(place="there", image_dir=tmp_path, is_reg=True)
     held_out = make_item(tmp_path, "v.png", "held out")
-    second = make_item(tmp_path, "r.png", "regular", subset=regular, key="0:1:r.png")
+    second = make_item(tmp_path, "r.png", "regular", subset=regular, subset_index=1)
     text = captions(training_set([make_item(tmp_path), second], [held_out]), images=1)
     heads = [line.split(" (")[0] for line in text.splitlines() if line.startswith("dataset")]
     assert heads == ["dataset 1, subset 1", "dataset 1, subset 1, validation", "dataset 1, subset 2, regularisation"]
