@@ -229,7 +229,7 @@ def test_the_plan_tells_what_does_not_count_as_plain_images_do(runs, picture_fol
         "loss weight 0.5: 4 images",
         "0.8 times its strength",
         "4 images stay as the model makes them",
-        "validation: 3 images, 2 of 3 batches at 4 timesteps each, before training and after every epoch and every 3 steps, and at the end: 4 times",
+        "validation: 3 images, 2 of 3 batches at 4 timesteps each: the base model once before training, the LoRA after every epoch and every 3 steps, and at the end: 4 times",
         f"kept in {runs.folder / 'out' / 't-best.safetensors'}",
     ):
         assert text in caplog.text, text

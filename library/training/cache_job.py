@@ -17,7 +17,7 @@ from library.options.cache_tool import IMPLIED
 from library.training.architecture import Architecture
 from library.training.console import set_up_console
 from library.training.interrupts import watch_launcher
-from library.training.plan import cache_lines
+from library.training.plan import cache_lines, variant_lines
 from library.training.preflight import (
     CheckedData,
     check_disk,
@@ -101,8 +101,8 @@ def job_lines(data: CheckedData, part: str) -> Iterator[str]:
     where = data.options.caches.cache_dir or "beside the images"
     yield f"caching {NAMES[part]} of {images:,} images for {data.architecture.name} ({where})"
     yield from cache_lines(NAMES[part], job_cache(data))
-    if data.text_cache is not None and data.text_cache.variants > 1:
-        yield f"  captions: {data.text_cache.variants} variants of each are cached (--caption_variants)"
+    if data.text_cache is not None:
+        yield from variant_lines(data.training_set, data.text_cache.variants)
 
 
 def job_cache(data: CheckedData) -> LatentCache | TextCache:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.dataset.captions import possible_variants
 from library.dataset.clock import Clock, Moments
 from library.dataset.items import Item, TrainingSet
 from library.dataset.order import batches_per_epoch
@@ -23,6 +25,7 @@ from library.training.preflight import check_writable, option_warnings, read_tra
 from library.training.steps import RunLength
 
 if TYPE_CHECKING:
+    from library.dataset.page.page import PageContent
     from library.dataset.page.pictures import SmallPictures
 
 PAGE = "dataset.html"  # behind --output_name
@@ -47,11 +50,15 @@ def look(options: Any, architecture: Architecture) -> None:
     problems.raise_if_any()
     assert count_tokens is not None and training_set is not None
     showings = showings_of(options, training_set)
+    warnings = (*option_warnings(options), *training_set.warnings)
     with _ended_reader():
         if options.look.show_captions is not None:
             _say(caption_lines(training_set, showings, count_tokens, images=options.look.show_captions))
         if options.look.debug_dataset:
-            _debug_dataset(options, architecture, training_set, showings, count_tokens)
+            content = _page_content(options, architecture, training_set, showings, count_tokens)
+            _write_page(page_path(options), replace(content, warnings=warnings))
+        else:
+            _say(_warning_lines(warnings))
 
 
 def page_path(options: Any) -> Path:
@@ -83,31 +90,36 @@ def showings_of(options: Any, training_set: TrainingSet) -> Showings:
     )
 
 
-def _debug_dataset(
+def _page_content(
     options: Any, architecture: Architecture, training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter
-) -> None:
-    from library.dataset.page.page import PageContent, write_page
+) -> PageContent:
+    from library.dataset.page.page import PageContent
 
     facts = _facts(training_set, showings, count_tokens)
-    pictures = _pictures(training_set, showings, facts, workers=max(worker_count(options), 1))
-    warnings = [
-        *option_warnings(options),
-        *training_set.warnings,
-    ]
-    path = page_path(options)
-    content = PageContent(
+    return PageContent(
         title=f"{options.saving.output_name or 'dataset'}: what will be trained",
         architecture=architecture.name,
         facts=facts,
         showings=showings,
         count_tokens=count_tokens,
-        pictures=pictures,
-        warnings=warnings,
-        notes=tuple(_notes(options, showings)),
+        pictures=_pictures(training_set, showings, facts, workers=max(worker_count(options), 1)),
+        warnings=(),
+        notes=tuple(_notes(options, training_set, showings)),
     )
+
+
+def _write_page(path: Path, content: PageContent) -> None:
+    """Writes it, and says in short what is in it."""
+    from library.dataset.page.page import write_page
+    from library.dataset.page.pictures import shown_words
+
     size = write_page(path, content)
-    _say([*fact_lines(facts, showings), *(f"warning: {visible(warning)}" for warning in warnings)])
-    _say([f"page: {path} ({size / MIB:.1f} MiB, {len(pictures):,} of {facts.images:,} images shown)"])
+    _say([*fact_lines(content.facts, content.showings), *_warning_lines(content.warnings)])
+    _say([f"page: {path} ({size / MIB:.1f} MiB, {shown_words(len(content.pictures), content.facts.images)})"])
+
+
+def _warning_lines(warnings: Sequence[str]) -> Iterator[str]:
+    return (f"warning: {visible(warning)}" for warning in warnings)
 
 
 def _facts(training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter) -> Facts:
@@ -136,11 +148,16 @@ def _pictures(training_set: TrainingSet, showings: Showings, facts: Facts, *, wo
     return pictures
 
 
-def _notes(options: Any, showings: Showings) -> Iterator[str]:
+def _notes(options: Any, training_set: TrainingSet, showings: Showings) -> Iterator[str]:
     if options.run.seed is None:
         yield "No --seed is given: these are examples of seed 0; a run draws its own seed, and other crops, sides and captions."
-    if showings.variants is not None and showings.variants > 1:
-        yield f"Captions are cached in {showings.variants} variants each; every showing takes one of them."
+    variants = showings.variants or 1
+    counts = [count for item in training_set.items if (count := possible_variants(item, limit=variants)) > 1]
+    if counts:
+        yield (
+            f"Captions that change ({len(counts):,} of {len(training_set.items):,}) are cached in up to {max(counts)} variants "
+            "each; every showing takes one of them."
+        )
 
 
 def _notable(facts: Facts) -> list[Item]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.dataset.caches.size import memory_warning
-from library.dataset.items import DatasetSettings, Item
+from library.dataset.captions import possible_variants
+from library.dataset.items import DatasetSettings, Item, TrainingSet
 from library.training.preflight import CheckedRun
 from library.training.preservation import is_preserved
 from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count
@@ -100,8 +101,8 @@ def _validation_lines(run: CheckedRun) -> Iterator[str]:
     batches = f"{every} batches" if used == every else f"{used} of {every} batches"
     schedule = ValidationSchedule.of(options)
     yield (
-        f"  validation: {len(items)} images{masks}, {batches} at {LEVELS} timesteps each, before training and {schedule}: "
-        f"{schedule.times(run.length)} times"
+        f"  validation: {len(items)} images{masks}, {batches} at {LEVELS} timesteps each: the base model once before "
+        f"training, the LoRA {schedule}: {counted_times(schedule.times(run.length))}"
     )
     if options.save_best:
         yield f"    the LoRA with the lowest validation loss is kept in {run.names.best_file()}"
@@ -150,13 +151,37 @@ def memory_warnings(run: CheckedRun) -> Iterator[str]:
 
 
 def _variant_lines(run: CheckedRun) -> Iterator[str]:
-    if run.text_cache is None or run.text_cache.variants == 1:
+    if run.text_cache is None:
         return
-    variants = run.text_cache.variants
-    yield f"  captions: {variants} variants of each are cached (--caption_variants)"
-    showings = max(item.repeats for item in run.training_set.items) * run.length.epochs
-    if variants < showings:
-        yield f"    an image is shown up to {showings} times, so variants come back; more need more room and time to cache"
+    yield from variant_lines(run.training_set, run.text_cache.variants)
+    returning = [
+        showings
+        for item in run.training_set.items
+        if (showings := item.repeats * run.length.epochs) > run.text_cache.variants
+        and possible_variants(item, limit=showings) > run.text_cache.variants
+    ]
+    if returning:
+        yield (
+            f"    {counted(len(returning), 'image')} would have more: shown up to {max(returning)} times, so that variants come "
+            "back; a larger --caption_variants needs more room and time to cache"
+        )
+
+
+def variant_lines(training_set: TrainingSet, variants: int) -> Iterator[str]:
+    """How many captions are cached in more than one variant; those that never change have one."""
+    counts = [count for item in training_set.items if (count := possible_variants(item, limit=variants)) > 1]
+    if not counts and variants > 1:
+        yield "  captions: none of them ever changes, so one variant of each is cached (--caption_variants does nothing)"
+    if counts:
+        yield f"  captions: up to {max(counts)} variants of {counted(len(counts), 'caption')} are cached (--caption_variants)"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def counted_times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _output_lines(run: CheckedRun, size: NetworkSize) -> Iterator[str]:

@@ -10,7 +10,7 @@ from library.dataset.items import Item
 from library.dataset.page.cards import KINDS, CardMaker, kinds_of_items, times
 from library.dataset.page.facts import BucketFacts, Facts, counted
 from library.dataset.page.html import Content, Html, element, joined
-from library.dataset.page.pictures import SmallPictures
+from library.dataset.page.pictures import SmallPictures, shown_words
 from library.dataset.page.sections import (
     ImageNames,
     bucket_id,
@@ -108,7 +108,7 @@ def _counts(facts: Facts, showings: Showings) -> Iterator[tuple[str, int]]:
 def _alerts(facts: Facts) -> Iterator[tuple[str, int, str]]:
     yield "enlarged", len(facts.enlarged), "checks"
     yield "much cropped", len(facts.cropped), "checks"
-    yield "duplicates", sum(len(group.items) - 1 for group in facts.duplicates), "checks"
+    yield "duplicates", facts.duplicate_files, "checks"
     yield "captions cut", len(facts.cut), "captions"
     yield "without caption", len(facts.without_caption), "captions"
     yield "left out", len(facts.skipped), "warnings"
@@ -137,8 +137,7 @@ def _pictures_section(content: PageContent) -> Html:
         if len(facts.datasets) > 1:
             parts.append(element("h3", f"Dataset {dataset.index + 1}", element("small", dataset.settings.place)))
         parts += [_bucket(bucket, content.pictures, maker) for bucket in dataset.buckets]
-    note = f"{len(content.pictures):,} of {facts.images:,} shown"
-    return section("pictures", "Pictures", parts, note=note)
+    return section("pictures", "Pictures", parts, note=shown_words(len(content.pictures), facts.images))
 
 
 def _bucket(bucket: BucketFacts, pictures: Mapping[int, SmallPictures], maker: CardMaker) -> Html:

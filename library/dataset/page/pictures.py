@@ -56,6 +56,14 @@ def choose(
     return [item for bucket in buckets.values() for item in bucket if item.index in chosen]
 
 
+def shown_words(shown: int, images: int) -> str:
+    """``"89 of 300 images shown"``, and which those are."""
+    words = f"{shown:,} of {images:,} images shown"
+    if shown == images:
+        return words
+    return f"{words}: up to {PER_BUCKET} of each bucket and {IN_ALL} in all, and those that the lists of the page begin with"
+
+
 def draw(items: Sequence[Item], showings: Showings, *, pool: ThreadPoolExecutor) -> Iterator[SmallPictures]:
     """The pictures in the order of ``items``; all are handed to ``pool`` at once.
 

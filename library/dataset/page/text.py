@@ -68,7 +68,7 @@ def visible(text: str) -> str:
 
 def visible_name(path: str) -> str:
     """A path on one line, whatever its bytes are."""
-    return visible(printable(path)).replace("\n", "\\n")
+    return visible(printable(path))
 
 
 def _escape(char: str) -> str:

@@ -70,6 +70,19 @@ def test_the_page_and_its_facts(options_for, tmp_path, capsys):
     assert [entry.name for entry in page.parent.iterdir()] == [page.name]
 
 
+def test_captions_come_with_the_warnings_of_the_page(options_for, tmp_path, capsys):
+    file = tmp_path / "my.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace('".txt"', '".cap"'), encoding="utf-8")
+    look(options_for(show_captions=1), WordArchitecture())
+    captions = capsys.readouterr().out
+    assert "4 .txt files beside them are NOT read" in captions
+    look(options_for(debug_dataset=True, show_captions=1), WordArchitecture())
+    both = capsys.readouterr().out
+    warnings = [line for line in captions.splitlines() if line.startswith("warning: ")]
+    assert warnings == [line for line in both.splitlines() if line.startswith("warning: ")]
+    assert both.splitlines()[-1].startswith("page: ")
+
+
 def test_without_a_folder_the_page_lies_here(options_for, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     look(options_for(debug_dataset=True, saving=SavingOptions(), run=RunOptions(seed=3)), WordArchitecture())
@@ -101,7 +114,7 @@ def test_cached_captions_are_shown_in_their_variants(options_for, tmp_path, caps
     texts = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch")]
     assert len(texts) == 3
     assert len(set(texts)) == 2
-    assert "cached in 2 variants" in (tmp_path / "out" / "tiny-dataset.html").read_text(encoding="utf-8")
+    assert "(4 of 4) are cached in up to 2 variants" in (tmp_path / "out" / "tiny-dataset.html").read_text(encoding="utf-8")
 
 
 def test_warnings_are_on_the_page_and_the_terminal(options_for, picture_folder, tmp_path, capsys):

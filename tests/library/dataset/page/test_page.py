@@ -122,6 +122,14 @@ def test_texts_of_the_user_stay_texts(rich):
     assert all(attrs["src"].startswith("data:image/") for attrs in page.all("img"))
 
 
+def test_the_head_counts_the_duplicates_that_the_list_names(rich):
+    first, second, third, *_ = rich.items
+    groups = (Duplicates((first, second, third), False, False), Duplicates((rich.items[3], rich.validation[0]), True, False))
+    _, page = page_of(rich, duplicates=groups)
+    tiles = page.texts[page.texts.index("duplicates") :]
+    assert tiles[1] == "5" and "5 files in 2 groups" in page.texts
+
+
 def test_every_image_has_a_card_with_pictures_crop_and_badges(rich):
     _, page = page_of(rich, duplicates=(Duplicates((rich.items[0], rich.validation[0]), True, False),))
     assert len(page.all("article", "card")) == 7
@@ -171,7 +179,10 @@ def test_counts_and_histograms_cover_what_is_not_shown(tmp_path):
     _, page = page_of(data, shown={"per_bucket": 2})
     assert len(page.all("article", "card")) == 2
     assert any(text.startswith("2 of 9 images shown") for text in page.texts)
-    assert "2 of 9 shown" in page.texts
+    assert (
+        "2 of 9 images shown: up to 40 of each bucket and 600 in all, and those that the lists of the page begin with"
+        in page.texts
+    )
     assert "1 to 1 tokens: 0 images" not in page.texts
     titles = [attrs["title"] for attrs in page.all("span") if "tokens:" in (attrs.get("title") or "")]
     assert "1 to 2 tokens: 9 images" in titles or "2 to 2 tokens: 9 images" in titles

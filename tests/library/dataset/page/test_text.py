@@ -48,7 +48,7 @@ def test_facts_that_need_a_look(tmp_path):
         "small: at most 8 tokens of 6, 1 caption longer than that and cut\nlarge: at most 8 tokens of 1,000\n  cut: long.png",
         "enlarged: 1 image, at most 2.00x: long.png",
         "much cropped: 4 images, at most 33% of the area: long.png, empty.png, reg.png ...",
-        "duplicates: 1 group of files with the same bytes, such as long.png, v.png",
+        "duplicates: 2 files in 1 group with the same bytes, such as long.png, v.png",
         "  trained and used for validation: 1 group, such as long.png, v.png",
         "without a caption: 1 image: empty.png",
         "no caption of their own, the class tokens stand in: 1 image: reg.png",
@@ -70,6 +70,11 @@ def test_captions_as_read_and_as_trained(tmp_path):
     assert "as read:            a house, a tree" in text
     assert "epoch 1, showing 1: photo of a house, a tree" in text
     assert "[tokens: small 6 of 6, large 6 of 1,000]" in text
+
+
+def test_a_file_name_takes_one_line_whatever_is_in_it(tmp_path):
+    odd = replace(make_item(tmp_path), path=tmp_path / "two\nlines\x1b \udcff.png")
+    assert f"{tmp_path}/two\\nlines\\x1b \\xff.png" in captions(training_set([odd])).splitlines()
 
 
 def test_every_subset_and_validation_are_told_apart(tmp_path):

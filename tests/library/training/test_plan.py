@@ -1,0 +1,50 @@
+"""What the plan says, of runs of the fake architecture that are checked and not started."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.training.plan import NetworkSize, plan_lines
+from tests.tiny_runs import TinyRuns
+
+CACHED = "--cache_text_encoder_outputs"
+
+
+@pytest.fixture
+def runs(picture_folder, tmp_path) -> TinyRuns:
+    return TinyRuns(tmp_path, picture_folder(4))
+
+
+def caption_lines(runs: TinyRuns, *flags: str) -> list[str]:
+    lines = plan_lines(runs.checked(CACHED, *flags), NetworkSize(1, 2, 3))
+    return [line.strip() for line in lines if "variant" in line]
+
+
+def test_captions_that_never_change_have_no_variants(runs):
+    assert caption_lines(runs) == []
+    assert caption_lines(runs, "--caption_variants=5") == [
+        "captions: none of them ever changes, so one variant of each is cached (--caption_variants does nothing)"
+    ]
+
+
+def test_only_captions_that_change_are_counted(runs, picture_folder):
+    others = picture_folder(3, name="others")
+    for number, path in enumerate(sorted(others.glob("*.txt"))):
+        path.write_text("one" if number == 0 else "{red|green} sky" if number == 1 else "a, b, c, d")
+    shuffled = runs.images_of(others, "shuffle_caption = true", "enable_wildcard = true", "num_repeats = 2")
+    plain = runs.images_of(runs.pictures, "num_repeats = 50", "is_reg = true")
+    runs.write_dataset(plain, shuffled)
+    told = caption_lines(runs, "--max_train_epochs=4", "--caption_variants=3")
+    # a caption of one tag never changes, one of two kinds is cached whole; four tags have 24 orders, in 8 showings
+    assert told == [
+        "captions: up to 3 variants of 2 captions are cached (--caption_variants)",
+        "1 image would have more: shown up to 8 times, so that variants come back; "
+        "a larger --caption_variants needs more room and time to cache",
+    ]
+    assert len(caption_lines(runs, "--max_train_epochs=4")) == 1  # by default enough for all
+
+
+def test_how_often_is_validated(runs):
+    lines = plan_lines(runs.checked("--validation_split=0.4", "--max_train_epochs=1"), NetworkSize(1, 2, 3))
+    (line,) = [line for line in lines if line.startswith("  validation")]
+    assert line.endswith("the base model once before training, the LoRA after every epoch, and at the end: once")
