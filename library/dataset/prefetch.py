@@ -10,10 +10,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
+
+
+@contextmanager
+def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of at least one thread, which drops what still waits when an error or Ctrl-C ends the block."""
+    pool = ThreadPoolExecutor(max(workers, 1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def prefetch(make: Callable[[Key], Result], keys: Iterable[Key], *, workers: int, depth: int) -> Prefetch[Key, Result]:

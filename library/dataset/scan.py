@@ -20,6 +20,7 @@ from library.dataset.find_images import Findings, Found, find_images
 from library.dataset.image_records import ImageRecord, ImageRecords, Size
 from library.dataset.info_file import write_missing_infos
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
+from library.dataset.prefetch import thread_pool
 from library.dataset.validation_split import split_images, twin_warning, without_chance
 from library.dataset.verify import MAX_PIXELS, Progress, size_text, verify_images
 from library.errors import DatasetError
@@ -61,7 +62,7 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
     """
     findings = Findings()
     records = records or ImageRecords(reads=False, writes=False)
-    with _threads(max(workers, LOOKERS)) as lookers, _threads(workers) as readers:
+    with thread_pool(max(workers, LOOKERS)) as lookers, thread_pool(workers) as readers:
         found, results = _find_and_verify(datasets, findings, records, pools=(lookers, readers), progress=progress)
     with _no_garbage_collection():
         split = split_images(datasets, found, seed=seed)
@@ -124,16 +125,6 @@ def _find_and_verify(
         return found, verify_images(_files(found), records, lookers=lookers, readers=readers, progress=progress)
     finally:
         records.save()
-
-
-@contextmanager
-def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what is still waiting when the scan is interrupted."""
-    pool = ThreadPoolExecutor(max_workers=max(1, workers))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from library.options.console import ConsoleOptions
 
 LOGGERS = ("library", "networks", "train_network")  # parents of every logger that the project uses
-SHOWN_FROM = 64  # images; fewer are read before a bar could be seen
+SHOWN_FROM = 64  # what a progress bar must have to count; less is done before a bar could be seen
 
 
 class BarFriendlyHandler(logging.Handler):
@@ -63,22 +63,22 @@ def show_every_text() -> None:
 
 
 @contextmanager
-def image_check_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar for reading the images of a dataset, as a callback (images read, images in all)."""
-    if os.environ.get("RANK", "0") != "0":
-        yield None
-        return
-    from tqdm import tqdm
-
-    bar: Any = tqdm(desc="checking images", unit="image", leave=False, disable=True)
+def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar as a callback (done, in all), on the main process only; it appears where there is enough to do, and goes away."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    bar: Any = None
 
     def show(done: int, total: int) -> None:
         nonlocal bar
-        if bar.disable and total >= SHOWN_FROM:
-            bar = tqdm(desc="checking images", unit="image", total=total, leave=False)
-        bar.update(done - bar.n)
+        if bar is None and is_main and total >= SHOWN_FROM:
+            from tqdm import tqdm
+
+            bar = tqdm(desc=what, unit=unit, total=total, leave=False)
+        if bar is not None:
+            bar.update(done - bar.n)
 
     try:
         yield show
     finally:
-        bar.close()
+        if bar is not None:
+            bar.close()

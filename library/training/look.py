@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,11 @@ from library.dataset.order import batches_per_epoch
 from library.dataset.page.facts import Facts, find_duplicates, gather_facts
 from library.dataset.page.showings import Showings
 from library.dataset.page.text import caption_lines, fact_lines, visible
+from library.dataset.prefetch import thread_pool
 from library.dataset.token_use import TokenCounter
 from library.errors import ProblemList
 from library.training.architecture import Architecture
+from library.training.console import progress_bar
 from library.training.preflight import check_writable, option_warnings, read_training_set, worker_count
 from library.training.steps import RunLength
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 PAGE = "dataset.html"  # behind --output_name
 MIB = 2**20
-SHOWN_FROM = 200  # what a progress bar must have to do before it is shown
 NOTABLE = 20  # of each kind of image worth a look: these are on the page whatever else is
 
 
@@ -124,7 +124,7 @@ def _warning_lines(warnings: Sequence[str]) -> Iterator[str]:
 
 def _facts(training_set: TrainingSet, showings: Showings, count_tokens: TokenCounter) -> Facts:
     duplicates = find_duplicates(training_set)
-    with _bar("counting tokens", "caption") as progress:
+    with progress_bar("counting tokens", "caption") as progress:
         return gather_facts(
             training_set,
             showings,
@@ -141,7 +141,7 @@ def _pictures(training_set: TrainingSet, showings: Showings, facts: Facts, *, wo
 
     items = choose(training_set.all_items, always=_notable(facts))
     pictures: dict[int, SmallPictures] = {}
-    with _bar("drawing thumbnails", "image") as progress, _threads(workers) as pool:
+    with progress_bar("drawing thumbnails", "image") as progress, thread_pool(workers) as pool:
         for item, drawn in zip(items, draw(items, showings, pool=pool), strict=True):
             pictures[item.index] = drawn
             progress(len(pictures), len(items))
@@ -184,34 +184,3 @@ def _ended_reader() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-
-
-@contextmanager
-def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what still waits when an error or Ctrl-C ends the drawing."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar as a callback (done, in all), shown where there is enough to do."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and total >= SHOWN_FROM:
-            bar = tqdm(desc=what, unit=unit, total=total, leave=False)
-        if bar is not None:
-            bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()

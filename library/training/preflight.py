@@ -27,7 +27,7 @@ from library.files.safetensors_file import read_header
 from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
-from library.training.console import image_check_bar, set_up_console
+from library.training.console import progress_bar, set_up_console
 from library.training.interrupts import watch_launcher
 from library.training.networks import check_weights_file
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
@@ -215,12 +215,12 @@ def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:
     datasets = read_datasets(options, bucket_step=architecture.bucket_step)
     cache_dir = Path(options.caches.cache_dir) if options.caches.cache_dir else None
     records = ImageRecords(cache_dir, writes=os.environ.get("RANK", "0") == "0")
-    with image_check_bar() as bar:
+    with progress_bar("checking images", "image") as progress:
         training_set = scan(
             datasets,
             skip_bad_images=options.dataset.skip_bad_images,
             workers=max(worker_count(options), 1),
-            progress=bar,
+            progress=progress,
             records=records,
             seed=options.run.seed,
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from library.dataset.prefetch import prefetch
+from library.dataset.prefetch import prefetch, thread_pool
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
@@ -92,6 +92,21 @@ def test_waiting_is_measured_and_working_ahead_saves_it() -> None:
         time.sleep(0.1)  # the consumer works; the rest gets ready meanwhile
         list(ahead)
         assert ahead.waited_s - before < 0.02
+
+
+def test_a_pool_drops_what_waits_when_its_block_fails() -> None:
+    begun, done = threading.Event(), []
+
+    def work(number: int) -> None:
+        begun.set()
+        time.sleep(0.05)
+        done.append(number)
+
+    with pytest.raises(RuntimeError), thread_pool(0) as pool:  # a single thread
+        pool.map(work, range(50))
+        begun.wait()
+        raise RuntimeError
+    assert len(done) <= 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals cannot be sent to a thread on Windows")

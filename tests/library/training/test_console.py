@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from library.training.console import SHOWN_FROM, progress_bar
+
 REPOSITORY = Path(__file__).parents[3]
 START = """
 import logging
@@ -37,6 +39,24 @@ def test_names_that_are_no_text_on_a_utf8_console_and_in_a_log_file(tmp_path):
     done = run(code, options=f", console_log_file={str(tmp_path / 'log')!r}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == ["saved a\\udcff.safetensors", "after"]
+
+
+def count_to(total):
+    with progress_bar("checking images", "image") as progress:
+        for done in range(1, total + 1):
+            progress(done, total)
+
+
+def test_a_bar_appears_where_there_is_much_to_do(capsys, monkeypatch):
+    count_to(SHOWN_FROM - 1)
+    assert capsys.readouterr().err == ""
+    count_to(SHOWN_FROM)
+    shown = capsys.readouterr().err
+    assert f"0/{SHOWN_FROM}" in shown and "checking images" in shown and "image" in shown
+    assert shown.endswith("\r")  # it leaves nothing behind
+    monkeypatch.setenv("RANK", "1")
+    count_to(SHOWN_FROM)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_line_that_cannot_be_made_is_told_and_the_run_goes_on():
