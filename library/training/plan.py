@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.dataset.caches.size import memory_warning
 from library.dataset.captions import possible_variants
 from library.dataset.items import DatasetSettings, Item, TrainingSet
+from library.dataset.page.facts import counted, dataset_facts
+from library.dataset.page.text import dataset_lines
 from library.training.preflight import CheckedRun
 from library.training.preservation import is_preserved
 from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from library.dataset.caches.text_cache import TextCache
 
 MIB = 2**20
-MAX_BUCKET_LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,43 +45,16 @@ def plan_lines(run: CheckedRun, size: NetworkSize) -> list[str]:
 
 
 def _dataset_lines(run: CheckedRun) -> Iterator[str]:
-    items = run.training_set.items
-    for index, dataset in enumerate(run.training_set.datasets):
-        mine = [item for item in items if item.dataset_index == index]
-        if mine:  # else all of its images validate
-            yield _dataset_line(index, dataset, mine)
-            yield from _bucket_lines(mine)
-            yield from _weight_lines(dataset, mine)
+    for dataset in dataset_facts(run.training_set, processes=run.processes):
+        if dataset.items:  # else all of its images validate
+            yield from (f"  {line}" for line in dataset_lines(dataset))
+            yield from _weight_lines(dataset.settings, dataset.items)
     if run.training_set.skipped:
         yield f"  left out: {len(run.training_set.skipped)} bad images (--skip_bad_images)"
 
 
-def _dataset_line(index: int, dataset: DatasetSettings, items: list[Item]) -> str:
-    regular = [item for item in items if not item.subset.is_reg]
-    reg = [item for item in items if item.subset.is_reg]
-    width, height = dataset.resolution_wh
-    text = (
-        f"  dataset {index + 1}: {len(regular)} images, {sum(i.repeats for i in regular)} with repeats, {width}x{height} px, "
-        f"{dataset.batch_size} per batch"
-    )
-    return text + (f"; {len(reg)} regularization images, {sum(i.repeats for i in reg)} with repeats" if reg else "")
-
-
-def _bucket_lines(items: list[Item]) -> Iterator[str]:
-    counts: Counter[tuple[int, int]] = Counter()
-    for item in items:
-        counts[item.bucket_wh] += item.repeats
-    for (width, height), count in sorted(counts.items())[:MAX_BUCKET_LINES]:
-        yield f"    bucket {width}x{height}: {count} images with repeats"
-    if len(counts) > MAX_BUCKET_LINES:
-        yield f"    and {len(counts) - MAX_BUCKET_LINES} more buckets"
-
-
-def _weight_lines(dataset: DatasetSettings, items: list[Item]) -> Iterator[str]:
+def _weight_lines(dataset: DatasetSettings, items: Sequence[Item]) -> Iterator[str]:
     """What does not count as plain images do."""
-    masked = sum(item.is_masked for item in items)
-    if masked:
-        yield f"    masks: {masked} of {len(items)} images"
     weights = Counter(item.subset.loss_weight for item in items)
     yield from (f"    loss weight {weight:g}: {weights[weight]} images" for weight in sorted(weights) if weight != 1)
     if dataset.network_multiplier != 1:
@@ -174,10 +148,6 @@ def variant_lines(training_set: TrainingSet, variants: int) -> Iterator[str]:
         yield "  captions: none of them ever changes, so one variant of each is cached (--caption_variants does nothing)"
     if counts:
         yield f"  captions: up to {max(counts)} variants of {counted(len(counts), 'caption')} are cached (--caption_variants)"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def counted_times(number: int) -> str:

@@ -62,7 +62,6 @@ class DatasetFacts:
     buckets: tuple[BucketFacts, ...]
     items: tuple[Item, ...]  # trained
     validation: tuple[Item, ...]
-    tags: Counter[str]  # of the trained images' captions as they are read
 
     @property
     def training(self) -> list[Item]:
@@ -130,6 +129,7 @@ class Facts:
     """Everything about a training set. Lists of items are sorted, the worst first."""
 
     datasets: tuple[DatasetFacts, ...]
+    tags: tuple[Counter[str], ...]  # of each dataset: of the trained images' captions as they are read
     encoders: tuple[EncoderFacts, ...]
     cut: tuple[CutCaption, ...]
     duplicates: tuple[Duplicates, ...]
@@ -172,10 +172,12 @@ def gather_facts(
 ) -> Facts:
     """``progress`` follows the counting of tokens, which takes the longest."""
     everything = training_set.all_items
+    datasets = tuple(dataset_facts(training_set, processes=processes))
     encoders, cut = _text_lengths(everything, showings, count_tokens, progress)
     captions = {item.index: showings.full_text(item) for item in everything if not item.caption.strip()}
     return Facts(
-        datasets=tuple(_datasets(training_set, processes)),
+        datasets=datasets,
+        tags=tuple(Counter(tag for item in one.items for tag in dict.fromkeys(tags_of(item))) for one in datasets),
         encoders=encoders,
         cut=cut,
         duplicates=tuple(duplicates),
@@ -213,7 +215,8 @@ def tags_of(item: Item) -> list[str]:
     return [tag for parts in lines for tag in (*parts.head, *parts.flexible, *parts.tail) if tag]
 
 
-def _datasets(training_set: TrainingSet, processes: int) -> Iterator[DatasetFacts]:
+def dataset_facts(training_set: TrainingSet, *, processes: int) -> Iterator[DatasetFacts]:
+    """Of each dataset of the file."""
     trained, validating = items_by_bucket(training_set.items), items_by_bucket(training_set.validation)
     for index, settings in enumerate(training_set.datasets):
         sizes = sorted({bucket for owner, bucket in (*trained, *validating) if owner == index})
@@ -234,7 +237,6 @@ def _datasets(training_set: TrainingSet, processes: int) -> Iterator[DatasetFact
             buckets=buckets,
             items=items,
             validation=tuple(item for item in training_set.validation if item.dataset_index == index),
-            tags=Counter(tag for item in items for tag in dict.fromkeys(tags_of(item))),
         )
 
 

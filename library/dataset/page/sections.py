@@ -300,9 +300,10 @@ def _cropped(items: Sequence[Item], names: ImageNames) -> Html:
 
 def _tag_table(facts: Facts, dataset: DatasetFacts) -> Html:
     images = len(dataset.items) or 1
-    common = sorted(dataset.tags.items(), key=lambda entry: (-entry[1], entry[0]))[:TAGS]
-    words = counted(len(dataset.tags), "different tag")
-    if len(dataset.tags) > TAGS:
+    tags = facts.tags[dataset.index]
+    common = sorted(tags.items(), key=lambda entry: (-entry[1], entry[0]))[:TAGS]
+    words = counted(len(tags), "different tag")
+    if len(tags) > TAGS:
         words += f"; the {TAGS} most frequent are shown"
     rows = [
         [element("span", tag, dir="auto", class_="tag"), f"{count:,}", percent(count / images), bar(count / images)]

@@ -20,7 +20,7 @@ LOST_TOLD = 120  # characters
 def fact_lines(facts: Facts, showings: Showings) -> Iterator[str]:
     """A few lines for each dataset, then what is true of all of them; one fact a line, with its numbers."""
     for dataset in facts.datasets:
-        yield from _dataset_lines(dataset)
+        yield from dataset_lines(dataset)
     epochs = f"{showings.steps_per_epoch:,} steps an epoch, {counted(showings.epochs, 'epoch')}"
     yield f"{epochs}, {showings.total_steps:,} steps in all"
     for encoder in facts.encoders:
@@ -76,7 +76,8 @@ def _escape(char: str) -> str:
     return char if ord(char) >= 0xA0 else f"\\x{ord(char):02x}"
 
 
-def _dataset_lines(dataset: DatasetFacts) -> Iterator[str]:
+def dataset_lines(dataset: DatasetFacts) -> Iterator[str]:
+    """Sizes and counts of one dataset, also for the plan of a run."""
     settings = dataset.settings
     width, height = settings.resolution_wh
     yield f"dataset {dataset.index + 1} ({visible(settings.place)}): {width}x{height} px, {settings.batch_size} per batch"

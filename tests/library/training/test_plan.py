@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from library.dataset.page.facts import dataset_facts
+from library.dataset.page.text import dataset_lines
 from library.training.plan import NetworkSize, plan_lines
 from tests.tiny_runs import TinyRuns
 
@@ -42,6 +44,17 @@ def test_only_captions_that_change_are_counted(runs, picture_folder):
         "a larger --caption_variants needs more room and time to cache",
     ]
     assert len(caption_lines(runs, "--max_train_epochs=4")) == 1  # by default enough for all
+
+
+def test_datasets_are_described_as_the_page_does(runs, picture_folder):
+    runs.write_dataset(
+        runs.images_of(runs.pictures, "num_repeats = 3"), runs.images_of(picture_folder(2, name="reg"), "is_reg = true")
+    )
+    run = runs.checked()
+    (dataset,) = dataset_facts(run.training_set, processes=1)
+    lines = [f"  {line}" for line in dataset_lines(dataset)]
+    assert plan_lines(run, NetworkSize(1, 2, 3))[1 : 1 + len(lines)] == lines
+    assert "4 images, 12 with repeats; 2 for regularisation, 12 with repeats" in lines[1]
 
 
 def test_how_often_is_validated(runs):

@@ -118,7 +118,7 @@ def test_tags_count_once_an_image(tmp_path):
     item = make_item(tmp_path, caption="tree, house, tree\nsky; x, ")
     assert tags_of(item) == ["tree", "house", "tree", "sky; x"]
     data = training_set([item, make_item(tmp_path, "b.png", "tree")], [make_item(tmp_path, "v.png", "secret")])
-    assert facts_of(data).datasets[0].tags == {"tree": 2, "house": 1, "sky; x": 1}
+    assert facts_of(data).tags[0] == {"tree": 2, "house": 1, "sky; x": 1}
 
 
 def test_tags_are_cut_where_training_cuts_them(tmp_path):
