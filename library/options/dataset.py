@@ -24,7 +24,7 @@ class DatasetOptions:
     train_data_dir: str | None = opt(
         None, "folder of image folders named N_words (N = repeats), or the image folder of --in_json", path=True
     )
-    reg_data_dir: str | None = opt(None, "folder of image folders named N_words with regularization images", path=True)
+    reg_data_dir: str | None = opt(None, "folder of image folders named N_words with regularisation images", path=True)
     conditioning_data_dir: str | None = opt(
         None, "folder of loss masks for --masked_loss, each named as its image; see docs/masked_loss.md", path=True
     )
@@ -51,7 +51,7 @@ class DatasetOptions:
         "crop around the face named in the file name, MIN to MAX times as large as it; needs buckets off (not set = do not)",
         kind=NUMBER_RANGE,
     )
-    prior_loss_weight: float = opt(1.0, "weight of regularization images in the loss (1 = as much as training images)")
+    prior_loss_weight: float = opt(1.0, "weight of regularisation images in the loss (1 = as much as training images)")
     skip_bad_images: bool = opt(
         False, "leave out images and captions that cannot be read, naming each; otherwise they end the run"
     )

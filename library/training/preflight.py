@@ -225,7 +225,7 @@ def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:
             seed=options.run.seed,
         )
     if all(item.subset.is_reg for item in training_set.items):
-        raise DatasetError("there are only regularization images: add a subset of images to train")
+        raise DatasetError("there are only regularisation images: add a subset of images to train")
     return training_set
 
 

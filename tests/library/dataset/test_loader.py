@@ -184,10 +184,10 @@ def test_a_process_without_images_gets_none(tmp_path: Path) -> None:
     assert source(training_set, rank=1, processes=2).micro_batch(1, 0) is None
 
 
-def test_regularization_images_weigh_less(tmp_path: Path) -> None:
+def test_regularisation_images_weigh_less(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, 2)
-    regularization = replace(training_set.items[1], subset=replace(training_set.items[1].subset, is_reg=True))
-    training_set = replace(training_set, items=(training_set.items[0], regularization))
+    regularisation = replace(training_set.items[1], subset=replace(training_set.items[1].subset, is_reg=True))
+    training_set = replace(training_set, items=(training_set.items[0], regularisation))
     weights = {}
     for _, _, batch in first(source(training_set, prior_loss_weight=0.25), 2):
         weights.update(zip(batch.item_keys, batch.loss_weights.tolist(), strict=True))
@@ -196,8 +196,8 @@ def test_regularization_images_weigh_less(tmp_path: Path) -> None:
 
 def test_subsets_weigh_what_they_say(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, 2, loss_weight=0.5)
-    regularization = replace(training_set.items[1].subset, is_reg=True)
-    training_set = changed(training_set, 1, subset=regularization)
+    regularisation = replace(training_set.items[1].subset, is_reg=True)
+    training_set = changed(training_set, 1, subset=regularisation)
     weights = {}
     for _, _, batch in first(source(training_set, prior_loss_weight=0.25), 2):
         weights.update(zip(batch.item_keys, batch.loss_weights.tolist(), strict=True))
