@@ -367,6 +367,8 @@ class NetworkTrainer(CacheFilling):
         self.report_pending()  # so that the training average knows of this step
         outcome = self.validation.validate(self.progress, training_average=self.average.mean)
         self.stop_agreed = self.stop_agreed or outcome.given_up
+        if outcome.displaced_step is not None:
+            self.files.keep_old_best(outcome.displaced_step)
         if outcome.is_best and self.options.validation.save_best:
             self.files.save_lora(self.run.names.best_file(), self.progress, notes=self.validation.notes())
 

@@ -150,7 +150,7 @@ RESOLUTION = Kind("a size in pixels, 1024 or [width, height]", _resolution)
 SIZES = Topic("Size and batches", (
     Key(name="resolution", kind=RESOLUTION, levels=DATASET_LEVELS, flag="resolution", check=too_large_problem, example=1024,
         help="The training size in pixels: with buckets the *area* that images get, without buckets their exact size. "
-        "Must be set somewhere."),
+        "Must be set somewhere; a side has at most 16384 px."),
     Key(name="batch_size", kind=WHOLE, default=1, minimum=1, levels=DATASET_LEVELS, flag="train_batch_size", example=2,
         help="Images in one batch, per process."),
     Key(name="enable_bucket", kind=SWITCH, default=False, levels=DATASET_LEVELS, flag="enable_bucket", example=True,

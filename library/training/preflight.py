@@ -36,6 +36,7 @@ from library.training.schedule_names import schedule_notices, schedule_problems
 from library.training.state import StateDescription, check_identity, find_state, read_description, state_settings
 from library.training.steps import Progress, RunLength, initial_progress
 from library.training.trackers import tracker_problems
+from library.training.validated_images import trained_now
 from library.training.validation_plan import split_text
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
     changes: list[str] = []
     if resume_folder is not None and resumed is not None:
         changes = check_identity(resume_folder, resumed, settings)
+        if warning := trained_now(resumed.validation.images, training_set):
+            changes.append(warning)
         if options.run.seed not in (None, resumed.seed):
             changes.append(
                 f"--seed was {resumed.seed} when the state was saved and is {options.run.seed} now: other random numbers"

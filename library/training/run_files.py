@@ -56,6 +56,13 @@ class RunFiles:
         self._check_weights(progress)
         self._write_lora(file, progress, last=last, wait=not in_haste, notes=notes)
 
+    def keep_old_best(self, step: int) -> None:
+        """The best LoRA so far, of ``step``, gets a name of its own. Where that name is taken, this has been done before."""
+        best, kept = self.run.names.best_file(), self.run.names.old_best_file(step)
+        if self.is_main and best.exists() and not kept.exists():
+            best.rename(kept)
+            logger.info("kept %s as %s: its validation loss cannot be compared with the new one", best.name, kept)
+
     def save_state(self, folder: Path, description: StateDescription) -> None:
         self._check_weights(description.progress)
         if self.is_main:

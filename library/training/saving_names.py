@@ -47,6 +47,11 @@ class OutputNames:
         """The LoRA with the lowest validation loss so far."""
         return self.folder / ((f"{self.name}{BEST_SUFFIX}" if self.name else DEFAULT_BEST_NAME) + self.extension)
 
+    def old_best_file(self, step: int) -> Path:
+        """Where the best LoRA of ``step`` goes when a new best cannot be compared with it."""
+        best = self.best_file()
+        return best.with_name(f"{best.stem}-step{step:08d}{best.suffix}")
+
     def epoch_state(self, epoch: int) -> Path:
         return self.folder / (self._epoch_stem(epoch) + STATE_SUFFIX)
 

@@ -21,6 +21,7 @@ from library.training.objective import NoisyLatents, Objective
 from library.training.preflight import CheckedRun
 from library.training.processes import HostGroup
 from library.training.steps import Progress
+from library.training.validated_images import differences, validation_marks
 from library.training.validation_plan import ValidationRecord, ValidationSchedule
 
 if TYPE_CHECKING:
@@ -115,10 +116,12 @@ class FixedLosses:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one validation. ``given_up``: some process was told to stop, so that all of them stop."""
+    """Of one validation. ``given_up``: some process was told to stop, so that all of them stop. ``displaced_step``: of the best
+    LoRA file so far, where it is to be kept because its loss cannot be compared with this one."""
 
     given_up: bool = False
     is_best: bool = False
+    displaced_step: int | None = None
 
 
 class Validation:
@@ -166,12 +169,15 @@ class Validation:
             return Outcome(given_up=True)
         before = self.record
         is_best = math.isfinite(measured.mean) and (before.best is None or measured.mean < before.best)
+        displaced = before.displaced_step if is_best and self._run.options.validation.save_best else None
         self.record = replace(before, finished_step=progress.step)
         if is_best:
             self.record = replace(self.record, best=measured.mean, best_step=progress.step)
+        if displaced is not None:
+            self.record = replace(self.record, displaced_step=None)
         self._log(self._curves(measured, self._kinds(progress), training_average), progress.step)
         self._tell(measured.mean, progress.step, before)
-        return Outcome(is_best=is_best)
+        return Outcome(is_best=is_best, displaced_step=displaced)
 
     def notes(self) -> dict[str, str]:
         """Metadata of the best LoRA file."""
@@ -183,17 +189,31 @@ class Validation:
 
     def _first_record(self) -> ValidationRecord:
         """That of the state the run goes on from; what it says of other images, noise or kinds of loss does not count."""
-        resumed, measured = self._run.resumed, self._what_is_measured()
+        resumed = self._run.resumed
+        new = ValidationRecord(measured=self._what_is_measured(), images=validation_marks(self._run.training_set))
         if resumed is None:
-            return ValidationRecord(measured=measured, finished_step=self._run.start.step)
+            return replace(new, finished_step=self._run.start.step)
         saved = resumed.validation
-        if saved.measured == measured:
-            return saved
+        if saved.measured == new.measured:
+            return replace(saved, images=new.images)
         if saved.best is not None:
-            logger.warning(
-                "validation: images, noise or kind of loss are not those of the state, so its best loss does not count"
-            )
-        return ValidationRecord(measured=measured, finished_step=saved.finished_step)
+            self._tell_that_the_best_does_not_count(saved, new)
+        return replace(new, finished_step=saved.finished_step, displaced_step=saved.file_step)
+
+    def _tell_that_the_best_does_not_count(self, saved: ValidationRecord, new: ValidationRecord) -> None:
+        before = self._run.resumed.history if self._run.resumed is not None else {}
+        changed = [name for name in MEANING if before.get(name) != self._run.settings[1].get(name)]
+        reasons = [differences(saved.images, new.images), f"other {', '.join(changed)}" if changed else ""]
+        why = (
+            "; ".join(filter(None, reasons))
+            or "images, captions, sizes, masks, noise or the choice of batches are not those of the state"
+        )
+        logger.warning(
+            "validation: the best loss of the state (%.4f at step %s) does not count: %s", saved.best, saved.best_step, why
+        )
+        if self._run.options.validation.save_best and saved.file_step is not None:
+            best, kept = self._run.names.best_file().name, self._run.names.old_best_file(saved.file_step).name
+            logger.warning("validation: with the first new best, %s of step %s is renamed to %s", best, saved.file_step, kept)
 
     def _what_is_measured(self) -> str:
         items = [

@@ -67,7 +67,9 @@ class ValidationRecord:
     """What a run remembers of its validations; a part of its states. None: not known yet.
 
     ``measured`` names images, noise and kind of loss: losses of different ones cannot be compared. ``finished_step`` is the
-    step after which the last validation ran to its end, which tells a resumed run whether one is still owed.
+    step after which the last validation ran to its end, which tells a resumed run whether one is still owed. ``images`` are
+    the marks of ``validated_images``. ``displaced_step`` is the step of the best LoRA file where its loss does not count any
+    more, as long as the file is in its place.
     """
 
     measured: str = ""
@@ -75,6 +77,13 @@ class ValidationRecord:
     best: float | None = None
     best_step: int | None = None
     finished_step: int | None = None
+    images: str = ""
+    displaced_step: int | None = None
+
+    @property
+    def file_step(self) -> int | None:
+        """The step of the best LoRA file that is in its place, if there is one."""
+        return self.best_step if self.displaced_step is None else self.displaced_step
 
 
 def noise_seed(options: Any) -> int:

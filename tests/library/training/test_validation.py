@@ -242,7 +242,7 @@ def test_a_best_loss_of_something_else_does_not_count(runs, caplog):
     flags = (SPLIT, *BY_STEPS, "--save_state_on_train_end")
     runs.train(*flags, "--max_train_steps=2")
     trainer = watched(runs, *flags, "--max_train_steps=3", "--resume=latest", "--loss_type=l1")
-    assert "its best loss does not count" in caplog.text
+    assert "does not count: other --loss_type" in caplog.text
     assert trainer.validation.record.best == trainer.curves[CURVE][3]
     assert sorted(trainer.curves["loss/validation/baseline"]) == [2, 3]
 
@@ -273,6 +273,57 @@ def test_a_resumed_run_does_not_replace_a_better_file(runs):
     before = runs.metadata(name="t-best")
     runs.train(*flags, "--max_train_steps=4", "--resume=latest")
     assert runs.metadata(name="t-best") == before
+
+
+SAVED = (*BY_STEPS, "--save_best", "--save_state_on_train_end")
+
+
+def test_the_best_of_other_images_is_kept_under_another_name(runs, picture_folder, caplog):
+    caplog.set_level("INFO")
+    held_back, more = picture_folder(3, name="held_back"), picture_folder(5, name="more")
+    runs.write_dataset(runs.images_of(runs.pictures), runs.images_of(held_back, "is_validation = true"))
+    first = watched(runs, *SAVED, "--max_train_steps=2")
+    step, before = first.validation.record.best_step, runs.lora(name="t-best")
+    runs.write_dataset(runs.images_of(runs.pictures), runs.images_of(more, "is_validation = true"))
+    second = watched(runs, *SAVED, "--max_train_steps=4", "--resume=latest")
+    assert same_tensors(runs.lora(name=f"t-best-step{step:08d}"), before)
+    assert runs.metadata(name="t-best")["ss_steps"] == str(second.validation.record.best_step)
+    assert second.validation.record.displaced_step is None
+    assert "does not count: 2 of 5 validation images are new" in caplog.text
+    assert f"t-best.safetensors of step {step} is renamed to t-best-step{step:08d}.safetensors" in caplog.text
+    assert f"kept t-best.safetensors as {runs.folder / 'out'}" in caplog.text
+
+
+class NeverBetter(Watched):
+    def compute_loss(self, batch, noisy):
+        losses = super().compute_loss(batch, noisy)
+        return losses if torch.is_grad_enabled() else losses * float("nan")
+
+
+def test_the_old_best_waits_for_a_new_one_through_several_runs(runs, caplog):
+    first = watched(runs, SPLIT, *SAVED, "--max_train_steps=2")
+    step = first.validation.record.best_step
+    flags = (SPLIT, *SAVED, "--loss_type=l1", "--resume=latest")
+    second = watched(runs, *flags, "--max_train_steps=3", trainer_class=NeverBetter)
+    assert second.validation.record.displaced_step == step and second.validation.record.best is None
+    watched(runs, *flags, "--max_train_steps=4")
+    assert runs.metadata(name=f"t-best-step{step:08d}")["ss_steps"] == str(step)
+    third = runs.metadata(name="t-best")
+    watched(runs, *flags, "--max_train_steps=5")  # nothing has changed: an ordinary best
+    assert third["ss_steps"] == "4" and len(list((runs.folder / "out").glob("t-best-*"))) == 1
+
+
+def test_images_that_validated_and_are_trained_now_are_told(runs, picture_folder):
+    held_back = picture_folder(3, name="held_back")
+    own = runs.images_of(runs.pictures)
+    runs.write_dataset(own, runs.images_of(held_back, "is_validation = true"))
+    runs.train("--max_train_steps=2", "--save_state_on_train_end")
+    same = runs.checked("--max_train_steps=3", "--resume=latest")
+    assert not [warning for warning in same.warnings if "images that validated" in warning]
+    runs.write_dataset(own, runs.images_of(held_back))
+    checked = runs.checked("--max_train_steps=3", "--resume=latest")
+    (told,) = [warning for warning in checked.warnings if "images that validated" in warning]
+    assert "3 of the 3 images that validated when the state was saved are trained now (such as " in told
 
 
 class NotFinite(Watched):
