@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from library.errors import DatasetError, did_you_mean
+from library.files.json_text import parse_json
 from library.files.text_file import read_utf8
 from library.files.user_path import dead_link, user_path
 
@@ -85,21 +86,11 @@ def _near_path(path: Path) -> str:
 
 def _parse_json(text: str, path: Path) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_without_repetition)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a name twice; a number or a nesting that no one writes by hand
         raise DatasetError(f"{path}: {error}") from error
-
-
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """JSON allows a name twice in one object, and the first value would be lost without a word; TOML refuses it itself."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands twice in one object: take one of the two out")
-    return table
 
 
 def _parse_toml(text: str, path: Path) -> object:

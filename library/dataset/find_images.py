@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from library.dataset.folders import (
-    caption_warnings,
+    EMPTY,
+    MISSING,
+    CaptionText,
     file_names,
     folder_problem,
-    image_extensions,
     image_names,
-    printable,
     read_caption,
     text_problem,
     unread_images_warning,
 )
 from library.dataset.info_file import info_exists, read_info
 from library.dataset.items import DatasetSettings, SubsetSettings
-from library.dataset.mask_files import find_masks
+from library.dataset.mask_files import MaskFolders
 from library.dataset.metadata_file import read_metadata
 from library.dataset.verify import in_chunks
 from library.errors import DatasetError
@@ -44,6 +44,7 @@ class Found:
     tags: str | None  # see Item
     custom_attributes: Mapping[str, object]
     mask_path: Path | None = None
+    caption_note: str = ""  # see folders.CaptionText
 
 
 @dataclass(slots=True)
@@ -61,22 +62,28 @@ class Named(NamedTuple):
     name: str
     path: Path
     caption: str
+    caption_note: str = ""
     tags: str | None = None
     custom_attributes: Mapping[str, object] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Search:
+class Search:
     """What every search needs: the kinds of files that are images, threads that read, and where to say what is wrong."""
 
-    extensions: tuple[str, ...]
-    pool: ThreadPoolExecutor
-    findings: Findings
+    def __init__(self, extensions: tuple[str, ...], pool: ThreadPoolExecutor, findings: Findings):
+        self.extensions, self.pool, self.findings = extensions, pool, findings
+        self.masks = MaskFolders(extensions)
 
 
-def find_images(index: int, dataset: DatasetSettings, pool: ThreadPoolExecutor, findings: Findings) -> list[Found]:
+def find_all_images(datasets: Sequence[DatasetSettings], search: Search) -> list[Found]:
+    """The images of all datasets, in order."""
+    found = [image for index, dataset in enumerate(datasets) for image in _find_images(index, dataset, search)]
+    search.findings.warnings.extend(search.masks.warnings())
+    return found
+
+
+def _find_images(index: int, dataset: DatasetSettings, search: Search) -> list[Found]:
     """The images of one dataset; where two subsets name the same file, the later one has it, as in the reference."""
-    search = _Search(image_extensions(), pool, findings)
     by_path: dict[tuple[str, bool], Found] = {}  # what is trained cannot replace what validates: validation_split decides there
     replaced = 0
     for number, subset in enumerate(dataset.subsets):
@@ -96,26 +103,27 @@ def find_images(index: int, dataset: DatasetSettings, pool: ThreadPoolExecutor, 
                 tags=image.tags,
                 custom_attributes=attributes,
                 mask_path=mask,
+                caption_note=image.caption_note,
             )
     if replaced:
-        findings.warnings.append(f"{dataset.place}: {replaced} images are in two subsets: the later subset has them")
+        search.findings.warnings.append(f"{dataset.place}: {replaced} images are in two subsets: the later subset has them")
     return list(by_path.values())
 
 
-def _find_in_subset(subset: SubsetSettings, search: _Search) -> Iterator[tuple[Named, Path | None]]:
+def _find_in_subset(subset: SubsetSettings, search: Search) -> Iterator[tuple[Named, Path | None]]:
     """Images, each with its mask where the subset has masks."""
     findings = search.findings
     bad_place = _place_problem(subset)
     if bad_place:
         findings.problems.append(bad_place)
         return
-    named = [image for image in _named_images(subset, search) if _is_text(image.path, findings)]
+    left_out: list[Path] = []
+    named = [image for image in _named_images(subset, search, left_out) if _is_text(image.path, findings)]
     if subset.conditioning_data_dir is None or not named:
         yield from ((image, None) for image in named)
         return
-    pairs = find_masks(subset, [image.path for image in named], search.extensions)
+    pairs = search.masks.pair(subset, [image.path for image in named], left_out=left_out)
     findings.problems.extend(pairs.problems)
-    findings.warnings.extend(pairs.warnings)
     for image, mask in zip(named, pairs.masks, strict=False):  # no masks at all where a problem has been noted
         if isinstance(mask, str):
             findings.bad.append(mask)
@@ -123,10 +131,13 @@ def _find_in_subset(subset: SubsetSettings, search: _Search) -> Iterator[tuple[N
             yield image, mask
 
 
-def _named_images(subset: SubsetSettings, search: _Search) -> Iterator[Named]:
+def _named_images(subset: SubsetSettings, search: Search, left_out: list[Path]) -> Iterator[Named]:
+    """``left_out`` gets images that are there and whose captions cannot be read."""
     if subset.metadata_file is not None:
         return _find_in_metadata(subset, search)
-    return _find_in_info(subset, search) if subset.cache_info and info_exists(subset) else _find_in_folder(subset, search)
+    if subset.cache_info and info_exists(subset):
+        return _find_in_info(subset, search)
+    return _find_in_folder(subset, search, left_out)
 
 
 def _place_problem(subset: SubsetSettings) -> str | None:
@@ -145,7 +156,7 @@ def _is_text(path: Path, findings: Findings) -> bool:
     return problem is None
 
 
-def _find_in_folder(subset: SubsetSettings, search: _Search) -> Iterator[Named]:
+def _find_in_folder(subset: SubsetSettings, search: Search, left_out: list[Path]) -> Iterator[Named]:
     folder, extensions, findings = subset.image_dir, search.extensions, search.findings
     assert folder is not None
     try:
@@ -157,63 +168,56 @@ def _find_in_folder(subset: SubsetSettings, search: _Search) -> Iterator[Named]:
     except OSError as error:
         findings.problems.append(f"{subset.place}: {folder} cannot be read: {error.strerror}")
         return
-    unread = unread_images_warning(folder, extensions, names)
+    unread = unread_images_warning(folder, names, extensions)
     findings.warnings.extend([unread] if unread else [])
-    readable: list[Path] = []
-    captions: list[str | None] = []
     read = in_chunks(lambda image: _caption_or_error(image, subset), images, search.pool, size=CAPTIONS_AT_ONCE)
     for image, caption in zip(images, read, strict=True):
         if isinstance(caption, DatasetError):
             findings.bad.append(str(caption))
-            continue
-        readable.append(image)
-        captions.append(caption)
-        yield Named(image.name, image, (subset.class_tokens or "") if caption is None else caption)
-    findings.warnings.extend(caption_warnings(readable, captions, subset))
+            left_out.append(image)
+        else:
+            text, note = caption
+            yield Named(image.name, image, (subset.class_tokens or "") if note == MISSING else text, note)
 
 
-def _caption_or_error(image: Path, subset: SubsetSettings) -> str | None | DatasetError:
+def _caption_or_error(image: Path, subset: SubsetSettings) -> CaptionText | DatasetError:
     try:
         return read_caption(image, subset)
     except DatasetError as error:
         return error
 
 
-def _find_in_info(subset: SubsetSettings, search: _Search) -> Iterator[Named]:
+def _find_in_info(subset: SubsetSettings, search: Search) -> Iterator[Named]:
     findings = search.findings
     try:
         info = read_info(subset, search.extensions)
     except DatasetError as error:
-        findings.problems.append(f"{subset.place}: {error}")
+        findings.problems.extend(f"{subset.place}: {problem}" for problem in error.problems)
         return
     except OSError as error:
         findings.problems.append(f"{subset.place}: {error.filename} cannot be read: {error.strerror}")
         return
     findings.problems.extend(f"{subset.place}: {problem}" for problem in info.problems)
     findings.warnings.extend(info.warnings)
-    for path, caption in info.captions:
-        yield Named(path.name if path.parent == subset.image_dir else str(path), path, caption)
+    for path, (caption, note) in info.captions:
+        name = path.name if path.parent == subset.image_dir else str(path)
+        yield Named(name, path, caption, "" if note == EMPTY else note)  # no caption file need be empty
 
 
-def _find_in_metadata(subset: SubsetSettings, search: _Search) -> Iterator[Named]:
+def _find_in_metadata(subset: SubsetSettings, search: Search) -> Iterator[Named]:
     findings = search.findings
     try:
-        entries, problems = read_metadata(subset, search.extensions)
+        metadata = read_metadata(subset, search.extensions)
     except DatasetError as error:
-        findings.problems.append(f"{subset.place}: {error}")
+        findings.problems.extend(f"{subset.place}: {problem}" for problem in error.problems)
         return
-    findings.bad.extend(problems)
-    last = {os.fspath(entry.path): entry for entry in entries}
-    if len(last) < len(entries):
+    findings.bad.extend(metadata.problems)
+    findings.warnings.extend(metadata.warnings)
+    last = {os.fspath(entry.path): entry for entry in metadata.entries}
+    if len(last) < len(metadata.entries):
         findings.warnings.append(
-            f"{subset.place}: {len(entries) - len(last)} entries of {subset.metadata_file} name an image that a later entry "
-            "names again: the last one counts"
-        )
-    without_text = [entry.key for entry in last.values() if not entry.caption]
-    if without_text:
-        findings.warnings.append(
-            f"{subset.place}: {len(without_text)} images have neither caption nor tags (such as {printable(without_text[0])}): "
-            "they train with an empty caption"
+            f"{subset.place}: {len(metadata.entries) - len(last)} entries of {subset.metadata_file} name an image that a later "
+            "entry names again: the last one counts"
         )
     for entry in last.values():
-        yield Named(entry.key, entry.path, entry.caption, entry.tags, entry.custom_attributes)
+        yield Named(entry.key, entry.path, entry.caption, entry.caption_note, entry.tags, entry.custom_attributes)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 from library.dataset.items import SubsetSettings
 from library.errors import DatasetError
 from library.files.text_file import read_utf8
 
 ALWAYS_READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-READ_WITH_PLUGIN = {".avif": "pillow_avif", ".jxl": "pillow_jxl"}  # newer Pillow reads AVIF by itself
+PLUGINS = ("pillow_avif", "pillow_jxl")
+READ_WITH_PLUGIN = {".avif": "pillow-avif-plugin, or a newer Pillow", ".jxl": "pillow-jxl-plugin"}  # what to install
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap")  # what tagging tools write
+TO_RENAME, TO_CONVERT = (".jfif", ".jpe", ".pjpeg"), (".gif", ".tif", ".tiff", ".heic", ".heif", ".apng", ".jp2", ".tga", ".ppm")
+NOT_READ = {**dict.fromkeys(TO_RENAME, "rename to .jpg"), **dict.fromkeys(TO_CONVERT, "convert to .png or .webp")}  # what to do
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # would break a line, or do something to the terminal
+
+MISSING, EMPTY, CUT = "missing", "empty", "cut"  # what there is to note about a caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +39,7 @@ def image_extensions() -> tuple[str, ...]:
     """Lower-case extensions that this installation reads, each with its dot."""
     from PIL import Image
 
-    for plugin in READ_WITH_PLUGIN.values():
+    for plugin in PLUGINS:
         try:
             __import__(plugin)  # registers itself with Pillow
         except ImportError:
@@ -56,6 +64,13 @@ def image_names(names: Iterable[str], extensions: Iterable[str]) -> Iterator[str
     return (name for name in names if name.lower().endswith(allowed) and not name.startswith("."))
 
 
+class CaptionText(NamedTuple):
+    """``note``: ``MISSING`` without a file, ``EMPTY`` where it says nothing, ``CUT`` where it has lines that are not used."""
+
+    text: str
+    note: str = ""
+
+
 def folder_problem(folder: Path, extensions: Iterable[str]) -> str:
     """Why ``folder`` gave no images: its name, what was looked for, and where images are instead."""
     extensions = tuple(extensions)
@@ -65,10 +80,8 @@ def folder_problem(folder: Path, extensions: Iterable[str]) -> str:
     for name, is_folder in children:
         if is_folder and _has_images(folder / name, extensions):
             return f"{problem}; sub-folders are not searched, but {name} has images: make it a subset of its own"
-        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  # there may be very many names
-        if suffix in READ_WITH_PLUGIN:
-            return f"{problem}; to read {suffix} files, pip install {plugin_package(suffix)}"
-    return problem
+    unread = unread_images(unread_names((name for name, _ in children), extensions))
+    return f"{problem}; not read: {unread}" if unread else problem
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -100,32 +113,43 @@ def is_text(value: str) -> bool:
 
 
 def printable(name: str) -> str:
-    r"""The name with \xff in place of what is no text."""
+    r"""The name with \xff in place of what is no text, and \n in place of what would break the line."""
+    if name.isprintable():
+        return name
     try:
         data = os.fsencode(name)
     except UnicodeEncodeError:
         data = name.encode("utf-8", "backslashreplace")
-    return data.decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], data.decode("utf-8", "backslashreplace"))
 
 
-def plugin_package(extension: str) -> str:
-    return {".avif": "pillow-avif-plugin (or a newer Pillow)", ".jxl": "pillow-jxl-plugin"}[extension]
+def unread_names(names: Iterable[str], extensions: Iterable[str]) -> list[str]:
+    """The pictures among ``names`` whose kind is known but not read; those of ``extensions`` are."""
+    read = set(extensions)
+    return list(image_names(names, (kind for kind in (*NOT_READ, *READ_WITH_PLUGIN) if kind not in read)))
 
 
-def unread_images_warning(folder: Path, extensions: Iterable[str], names: Iterable[str] | None = None) -> str | None:
-    """AVIF and JPEG XL files that are left out because this installation cannot read them; ``names``: the folder's files."""
-    names = file_names(folder) if names is None else names
-    unread = tuple(extension for extension in READ_WITH_PLUGIN if extension not in tuple(extensions))
-    counts = Counter(Path(name).suffix.lower() for name in image_names(names, unread)) if unread else Counter()
-    parts = [f"{count} {extension} (pip install {plugin_package(extension)})" for extension, count in sorted(counts.items())]
-    return f"{folder}: images of these kinds cannot be read here and are left out: {', '.join(parts)}" if parts else None
+def unread_images(names: Iterable[str]) -> str:
+    """What to do about such pictures: "1 .gif, 2 .tif (convert them ...), 1 .jxl (pip install ...)"."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for name in names:
+        kind = os.path.splitext(name)[1].lower()  # noqa: PTH122  # there may be very many names
+        cure = NOT_READ.get(kind) or f"pip install {READ_WITH_PLUGIN[kind]}"
+        counts[cure][kind] += 1
+    parts = [(", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())), cure) for cure, kinds in counts.items()]
+    return ", ".join(f"{kinds} ({cure})" for kinds, cure in sorted(parts))
 
 
-def read_caption(image: Path, subset: SubsetSettings) -> str | None:
+def unread_images_warning(folder: Path, names: Iterable[str], extensions: Iterable[str]) -> str | None:
+    """``names``: the files of the folder."""
+    unread = unread_names(names, extensions)
+    return f"{folder}: pictures of these kinds are not read and are left out: {unread_images(unread)}" if unread else None
+
+
+def read_caption(image: Path, subset: SubsetSettings) -> CaptionText:
     """The caption file's text: its first line that is not empty, or with wildcards all of them joined by newlines.
 
-    None where there is no file; empty where the file says nothing. Raises DatasetError naming the file when it is a folder or
-    not UTF-8.
+    Raises DatasetError naming the file when it is a folder or not UTF-8.
     """
     for path in caption_paths(os.fspath(image), subset.caption_extension):
         try:
@@ -135,8 +159,8 @@ def read_caption(image: Path, subset: SubsetSettings) -> str | None:
             continue
         except (OSError, UnicodeDecodeError):
             text = _caption_with_reason(Path(path))
-        return caption_lines(text, all_lines=subset.enable_wildcard)
-    return None
+        return caption_text(text, all_lines=subset.enable_wildcard)
+    return CaptionText("", MISSING)
 
 
 def _caption_with_reason(path: Path) -> str:
@@ -159,24 +183,15 @@ def caption_path(image: Path, extension: str) -> Path:
     return image.with_name(image.stem + extension)
 
 
-def caption_lines(text: str, *, all_lines: bool) -> str:
+def caption_text(text: str, *, all_lines: bool) -> CaptionText:
     """The lines with text, stripped: all of them, or the first."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.strip() for line in text.split("\n")]
     lines = [line for line in lines if line]
-    return "\n".join(lines if all_lines else lines[:1])
-
-
-def caption_warnings(images: list[Path], captions: list[str | None], subset: SubsetSettings) -> Iterator[str]:
-    """Captions that a user probably believes to be read, but are not. ``captions`` as ``read_caption`` gave them."""
-    missing = [image for image, caption in zip(images, captions, strict=True) if caption is None]
-    empty = [image for image, caption in zip(images, captions, strict=True) if caption == ""]
-    if missing:
-        yield from _missing_caption_warnings(images, missing, subset)
-    if empty:
-        name = caption_path(empty[0], subset.caption_extension).name
-        yield f"{subset.place}: {len(empty)} caption files are empty (such as {name}): their images train with an empty caption"
+    if len(lines) > 1 and not all_lines:
+        return CaptionText(lines[0], CUT)
+    return CaptionText("\n".join(lines), "" if lines else EMPTY)
 
 
 def named_folders(parent: Path) -> tuple[list[NamedFolder], list[str]]:
@@ -205,23 +220,3 @@ def layout_problem(flag: str, parent: Path, ignored: list[str]) -> str:
         f"{flag} {parent} {found}: images must be in sub-folders named N_name, N being the repeats per epoch, "
         f"such as {parent / '10_cat'}; or name the folder in a file for --dataset_config"
     )
-
-
-def _missing_caption_warnings(images: list[Path], missing: list[Path], subset: SubsetSettings) -> Iterator[str]:
-    extension = subset.caption_extension
-    if len(missing) == len(images):
-        stems = {image.stem for image in images}
-        names = [Path(name) for name in file_names(images[0].parent) if name.endswith(CAPTION_EXTENSIONS)]
-        for other in CAPTION_EXTENSIONS:
-            count = sum(name.suffix == other and name.stem in stems for name in names) if other != extension else 0
-            if count:
-                yield (
-                    f"{subset.place}: none of the {len(images)} images has a {extension} caption file, and {count} {other} files "
-                    f'beside them are NOT read: set caption_extension = "{other}" (or --caption_extension {other})'
-                )
-                return
-    if not subset.class_tokens:
-        yield (
-            f"{subset.place}: {len(missing)} of {len(images)} images have no {extension} caption file "
-            f"(such as {missing[0].name}) and there are no class_tokens: they train with an empty caption"
-        )

@@ -55,7 +55,7 @@ def load_picture(
     has not the size of its image.
     """
     placement = placement or Placement.of(item)
-    wants_alpha = item.mask_path is None and item.subset.alpha_mask
+    wants_alpha = item.mask_path is None and item.is_masked
     source = _read(item, placement, wants_alpha=wants_alpha)
     pixels = _cut_out(source, placement, interpolation=item.subset.resize_interpolation)
     if colours is not None:
@@ -67,13 +67,6 @@ def load_picture(
         opacity = None if source.opacity is None else upright(source.opacity, source.orientation)
         mask = on_latent_grid(opacity, placement)
     return Picture(_mirrored(pixels, flipped), None if mask is None else _mirrored(mask, flipped))
-
-
-def load_pixels(item: Item, *, flipped: bool = False) -> np.ndarray:
-    """The item's own crop without its mask: (H, W, 3) uint8 RGB, contiguous. Raises as ``load_picture`` does."""
-    placement = Placement.of(item)
-    source = _read(item, placement, wants_alpha=False)
-    return _mirrored(_cut_out(source, placement, interpolation=item.subset.resize_interpolation), flipped)
 
 
 def _read(item: Item, placement: Placement, *, wants_alpha: bool) -> _Source:

@@ -3,18 +3,18 @@
 ``{image path: {"caption": text, "resolution": [width, height]}}``, as kohya-ss/sd-scripts writes it. Where the file exists it
 stands in for the list of the folder and for all caption files; where it is missing it is written once the images are checked.
 It goes stale like any copy, so that is looked for: listed images that are gone stop the run; images that it lacks, and caption
-files that are newer than it, are warned about. Its sizes are not used: each image is verified, and remembered, by us.
+files that are newer than it or gone, are warned about. Its sizes are not used: each image is verified, and remembered, by us.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.dataset.folders import caption_lines, caption_paths, file_names, image_names, is_text, printable
+from library.dataset.folders import CaptionText, caption_paths, caption_text, file_names, image_names, is_text, printable
 from library.dataset.items import SubsetSettings
 from library.dataset.metadata_file import read_json
 from library.errors import DatasetError, OutputError
@@ -29,7 +29,7 @@ Size = tuple[int, int]
 class FolderInfo:
     """What the file says: (image, caption) sorted by image, and what is wrong with it."""
 
-    captions: list[tuple[Path, str]] = field(default_factory=list)
+    captions: list[tuple[Path, CaptionText]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -51,7 +51,7 @@ def read_info(subset: SubsetSettings, extensions: tuple[str, ...]) -> FolderInfo
     if not isinstance(document, dict) or not document:
         raise DatasetError(f"{path} must hold an object with an entry for each image{cure}")
     names = set(file_names(path.parent))
-    found: dict[Path, str] = {}
+    found: dict[Path, CaptionText] = {}
     gone: list[str] = []
     for key, entry in document.items():
         caption = entry.get("caption") if isinstance(entry, dict) else None
@@ -61,11 +61,12 @@ def read_info(subset: SubsetSettings, extensions: tuple[str, ...]) -> FolderInfo
         if image is None:
             gone.append(key)
         else:
-            found[image] = caption_lines(caption, all_lines=subset.enable_wildcard)
+            found[image] = caption_text(caption, all_lines=subset.enable_wildcard)
     info = FolderInfo(sorted(found.items()))
     if gone:
         info.problems.append(f"{path} lists {len(gone)} images that are gone (such as {printable(gone[0])}){cure}")
-    info.warnings.extend(_stale_warnings(subset, names, [image for image, _ in info.captions], extensions))
+    info.warnings.extend(_lacking_warning(subset, names, found, extensions))
+    info.warnings.extend(_stale_warning(subset, names, found))
     return info
 
 
@@ -101,22 +102,41 @@ def _image_path(key: str, folder: Path, names: set[str]) -> Path | None:
     return Path(key) if "\0" not in key and Path(key).is_file() else None
 
 
-def _stale_warnings(subset: SubsetSettings, names: set[str], images: list[Path], extensions: tuple[str, ...]) -> Iterator[str]:
-    path = info_path(subset)
+def _lacking_warning(
+    subset: SubsetSettings, names: set[str], images: Iterable[Path], extensions: tuple[str, ...]
+) -> Iterator[str]:
     lacking = sorted(set(image_names(names, extensions)) - {image.name for image in images})
     if lacking:
         yield (
-            f"{subset.place}: {len(lacking)} images of the folder (such as {lacking[0]}) are not in {path} and are left out: "
-            "delete that file to have it made again, or switch cache_info off"
+            f"{subset.place}: {len(lacking)} images of the folder (such as {lacking[0]}) are not in {info_path(subset)} and are "
+            "left out: delete that file to have it made again, or switch cache_info off"
         )
+
+
+def _stale_warning(subset: SubsetSettings, names: set[str], captions: Mapping[Path, CaptionText]) -> Iterator[str]:
+    """Caption files that changed or went since the file was written. Where not a single image has one they were never there,
+    or the file is meant to replace them."""
+    path = info_path(subset)
+    files = {image: _caption_file(image, subset, names) for image in captions}
     written_ns = _mtime_ns(path) or 0
-    captions = (caption for image in images for caption in caption_paths(image.name, subset.caption_extension))
-    edited = [name for name in captions if name in names and (_mtime_ns(path.parent / name) or 0) > written_ns]
+    edited = [name for name in files.values() if name and (_mtime_ns(path.parent / name) or 0) > written_ns]
+    without_file = caption_text(subset.class_tokens or "", all_lines=subset.enable_wildcard).text
+    gone = [image.name for image, name in files.items() if not name and captions[image].text != without_file]
+    parts = []
     if edited:
+        parts.append(f"{len(edited)} caption files (such as {edited[0]}) are newer than {path}")
+    if gone and any(files.values()):
+        parts.append(f"the caption files of {len(gone)} images (such as {gone[0]}) are gone since {path} was written")
+    if parts:
         yield (
-            f"{subset.place}: {len(edited)} caption files (such as {edited[0]}) are newer than {path}, whose captions are used: "
+            f"{subset.place}: {', and '.join(parts)}, whose captions are used: "
             "delete that file to have it made again, or switch cache_info off"
         )
+
+
+def _caption_file(image: Path, subset: SubsetSettings, names: set[str]) -> str:
+    """The name of the image's caption file; empty where it has none. Elsewhere than in the subset's folder none is looked for."""
+    return next((name for name in caption_paths(image.name, subset.caption_extension) if name in names), "")
 
 
 def _mtime_ns(path: Path) -> int | None:

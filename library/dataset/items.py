@@ -79,6 +79,7 @@ class Item:
     caption: str  # as read: the first line, or all lines joined by newline where wildcards are on
     tags: str | None = None  # of a metadata file: the part of the caption that its "tags" are
     mask_path: Path | None = None  # the image in conditioning_data_dir that is this one's loss mask
+    has_alpha: bool = False  # whether the image has an alpha channel, or transparency of another kind
     custom_attributes: Mapping[str, object] = field(default_factory=dict, hash=False)  # the subset's, and the image's own
     dataset_index: int
     subset_index: int = 0  # in its dataset
@@ -98,7 +99,7 @@ class Item:
     @property
     def is_masked(self) -> bool:
         """Whether its loss is weighed by a mask, from a mask image or from the alpha channel."""
-        return self.mask_path is not None or self.subset.alpha_mask
+        return self.mask_path is not None or (self.subset.alpha_mask and self.has_alpha)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

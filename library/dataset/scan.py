@@ -1,14 +1,15 @@
 """Finding, verifying and placing every image before anything is trained: settings -> TrainingSet.
 
 Every file is read to its end here, so that a broken one is found now and not after hours; files that are as an earlier start
-found them are not read again. All bad images and captions are reported together, or left out with --skip_bad_images.
+found them are not read again. All bad images and captions are reported together, or left out with --skip_bad_images. What is
+allowed but perhaps not meant becomes a warning, about the images that are used.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from library.dataset.buckets import Buckets, Placement
-from library.dataset.find_images import Findings, Found, find_images
+from library.dataset.caption_warnings import caption_warnings
+from library.dataset.empty_masks import empty_mask_findings
+from library.dataset.find_images import Findings, Found, Search, find_all_images
+from library.dataset.folders import image_extensions, printable
 from library.dataset.image_records import ImageRecord, ImageRecords, Size
 from library.dataset.info_file import write_missing_infos
+from library.dataset.item_warnings import item_warnings
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.dataset.prefetch import thread_pool
 from library.dataset.validation_split import split_images, twin_warning, without_chance
@@ -27,7 +32,6 @@ from library.errors import DatasetError
 
 PROBLEMS_SHOWN = 20
 LOOKERS = 8  # threads that read captions and compare times of files; it is the disk or the network that they wait for
-LARGE_UPSCALE = 2.0  # beyond this an image trains visibly soft
 SKIP_HINT = "mend or remove them, or leave them out with --skip_bad_images"
 
 Results = dict[str, "ImageRecord | str"]  # by path: what a file holds, or what is wrong with it
@@ -66,10 +70,14 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
         found, results = _find_and_verify(datasets, findings, records, pools=(lookers, readers), progress=progress)
     with _no_garbage_collection():
         split = split_images(datasets, found, seed=seed)
-        trained = _trained_items(datasets, _placed(datasets, split.trained, results, findings))
-        validation = _validation_items(_placed(datasets, split.validation, results, findings), start=len(trained))
-    findings.warnings.extend([*_without_alpha(found, results), *split.warnings])
-    findings.warnings.extend(twin_warning(trained, validation, records.sha256))
+        to_train = list(_placed(datasets, split.trained, results, findings))
+        to_validate = list(_placed(datasets, split.validation, results, findings))
+        trained = _trained_items(datasets, to_train)
+        validation = _validation_items(to_validate, start=len(trained))
+        findings.warnings.extend(caption_warnings(entry.image for entry in (*to_train, *to_validate)))
+    empty_masks, warnings = empty_mask_findings(trained, validation, records)
+    findings.problems.extend(empty_masks)
+    findings.warnings.extend([*warnings, *split.warnings, *twin_warning(trained, validation, records.sha256)])
     if not findings.bad or skip_bad_images:
         findings.problems.extend(_nothing_left(datasets, trained, validation, findings))
     _raise_problems(findings, skip_bad_images=skip_bad_images)
@@ -79,12 +87,10 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
         datasets=datasets,
         items=tuple(trained),
         validation=tuple(validation),
-        skipped=tuple(dict.fromkeys(findings.bad)),
+        skipped=tuple(map(printable, dict.fromkeys(findings.bad))),
         warnings=(
             *(warning for dataset in datasets for warning in dataset.warnings),
-            *findings.warnings,
-            *_bucket_warnings(datasets, trained),
-            *_upscale_warnings(datasets, trained),
+            *map(printable, (*findings.warnings, *item_warnings(datasets, trained, validation))),
         ),
         records=records,
     )
@@ -121,7 +127,7 @@ def _find_and_verify(
     lookers, readers = pools
     try:
         with _no_garbage_collection():
-            found = [image for index, dataset in enumerate(datasets) for image in find_images(index, dataset, lookers, findings)]
+            found = find_all_images(datasets, Search(image_extensions(), lookers, findings))
         return found, verify_images(_files(found), records, lookers=lookers, readers=readers, progress=progress)
     finally:
         records.save()
@@ -237,6 +243,7 @@ def _item(index: int, placed: Placed, subset: SubsetSettings, *, repeats: int) -
         subset=subset,
         repeats=repeats,
         size_wh=record.size_wh,
+        has_alpha=record.has_alpha,
         bucket_wh=placement.bucket_wh,
         resized_wh=placement.resized_wh,
         crop_left_top=placement.crop_left_top,
@@ -277,56 +284,12 @@ def _raise_problems(findings: Findings, *, skip_bad_images: bool) -> None:
     bad = list(dict.fromkeys(findings.bad))  # one file may be in several datasets
     if not findings.problems and (skip_bad_images or not bad):
         return
-    problems = [*findings.problems, *bad[:PROBLEMS_SHOWN]]
-    if len(bad) > PROBLEMS_SHOWN:
-        problems.append(f"and {len(bad) - PROBLEMS_SHOWN:,} more")
-    if bad and not skip_bad_images:
+    problems = list(findings.problems)
+    if bad and skip_bad_images:
+        problems.append(f"(left out with --skip_bad_images: {len(bad):,} bad image(s) or caption(s), such as: {bad[0]})")
+    elif bad:
+        problems.extend(bad[:PROBLEMS_SHOWN])
+        if len(bad) > PROBLEMS_SHOWN:
+            problems.append(f"and {len(bad) - PROBLEMS_SHOWN:,} more")
         problems.append(f"{len(bad):,} bad image(s) or caption(s): {SKIP_HINT}")
-    raise DatasetError(*problems)
-
-
-def _without_alpha(found: Iterable[Found], results: Results) -> Iterator[str]:
-    """Subsets with alpha_mask that would train as if they had none."""
-    some_have: dict[tuple[int, int], bool] = {}
-    subsets: dict[tuple[int, int], SubsetSettings] = {}
-    for image in found:
-        if image.subset.alpha_mask and image.mask_path is None:
-            record, which = results[image.file], (image.dataset_index, image.subset_index)
-            subsets[which] = image.subset
-            some_have[which] = some_have.get(which, False) or (isinstance(record, ImageRecord) and record.has_alpha)
-    for which, subset in subsets.items():
-        if not some_have[which]:
-            yield (
-                f"{subset.place}: alpha_mask is on, but none of its images has an alpha channel: all of each picture counts; "
-                "use images with transparency (such as RGBA PNG), or conditioning_data_dir"
-            )
-
-
-def _bucket_warnings(datasets: tuple[DatasetSettings, ...], items: list[Item]) -> Iterator[str]:
-    entries: Counter[tuple[int, Size]] = Counter()
-    for item in items:
-        entries[item.dataset_index, item.bucket_wh] += item.repeats
-    for index, dataset in enumerate(datasets):
-        counts = {bucket: count for (owner, bucket), count in sorted(entries.items()) if owner == index}
-        small = [f"{width}x{height} ({count})" for (width, height), count in counts.items() if count < dataset.batch_size]
-        if small:
-            shown = ", ".join(small[:5]) + (" ..." if len(small) > 5 else "")
-            yield (
-                f"{dataset.place}: {len(small)} of {len(counts)} buckets have fewer images (with repeats) than batch_size "
-                f"{dataset.batch_size}, so their batches are smaller: {shown}"
-            )
-
-
-def _upscale_warnings(datasets: tuple[DatasetSettings, ...], items: list[Item]) -> Iterator[str]:
-    for index, dataset in enumerate(datasets):
-        enlarged = [item for item in items if item.dataset_index == index and _scale(item) > LARGE_UPSCALE]
-        if enlarged:
-            worst = max(enlarged, key=_scale)
-            yield (
-                f"{dataset.place}: {len(enlarged)} images are enlarged more than {LARGE_UPSCALE:g}x and will train blurred "
-                f"(such as {worst.path.name}, {_scale(worst):.1f}x): use larger ones, a lower resolution or bucket_no_upscale"
-            )
-
-
-def _scale(item: Item) -> float:
-    return max(item.resized_wh[0] / item.size_wh[0], item.resized_wh[1] / item.size_wh[1])
+    raise DatasetError(*map(printable, problems))

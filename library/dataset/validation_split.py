@@ -60,7 +60,7 @@ def split_images(datasets: Sequence[DatasetSettings], images: Sequence[Found], *
     """
     chosen = set(_validating(datasets, images, seed=seed))
     if not chosen:
-        return Split(list(images), [], [])
+        return Split(list(images), [], list(_nothing_validates(datasets)))
     real_path = RealPaths()
     held_out = {real_path(images[position].path) for position in chosen}
     trained: list[Found] = []
@@ -145,3 +145,12 @@ def _validating(datasets: Sequence[DatasetSettings], images: Sequence[Found], *,
         paths = {images[position].file: position for position in positions}
         chosen = chosen_for_validation(list(paths), share, seed=next(value for value in seeds if value is not None))
         yield from (paths[path] for path in chosen)
+
+
+def _nothing_validates(datasets: Sequence[DatasetSettings]) -> Iterator[str]:
+    for dataset in datasets:
+        if dataset.validation_split > 0:
+            yield (
+                f"{dataset.place}: validation_split is {dataset.validation_split:g}, but nothing validates: a subset of a single "
+                "image is trained, and regularisation images never validate; add images, or a subset with is_validation = true"
+            )

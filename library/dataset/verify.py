@@ -88,7 +88,7 @@ def read_record(path: Path, known: ImageRecord | None = None) -> ImageRecord:
         raise DatasetError(f"{path} {error.problems[0]}") from None
     except Exception as error:  # Pillow's readers raise anything at all on damaged data
         raise DatasetError(f"{path} cannot be read: {reason(error, path)}") from error
-    return ImageRecord(*stamp(stat), sha256, *found)
+    return ImageRecord(*stamp(stat), sha256, found.size_wh, found.has_alpha, found.is_transparent, found.is_black)
 
 
 def orientation(image: Image.Image) -> int:

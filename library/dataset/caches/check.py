@@ -5,7 +5,7 @@ others the header is read, and the tensors of those
 
 - whose size or times are not what was noted;
 - of which nothing is noted, up to ``FULL_CHECK_BYTES`` together. Of more than that a share of about this size is read, other
-  files each day; what slips through is found when training reads it (see ``load_cache_tensors``).
+  files each day; what slips through is found when training reads it (see ``rows``).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Asked:
 
 @dataclass(slots=True)
 class Found:
-    """A cache file that must be opened. ``read_whole``: its tensors are to be read, too; ``is_known``: the tensors that are wanted
-    were checked before, or will be now."""
+    """A cache file that must be opened. ``read_whole``: its tensors are to be read, too; ``is_known``: the wanted tensors were
+    checked before, or will be now."""
 
     path: str
     mark: str

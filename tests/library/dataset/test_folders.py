@@ -9,8 +9,11 @@ from PIL import Image
 
 from library.dataset.folders import (
     ALWAYS_READ,
+    CUT,
+    EMPTY,
+    MISSING,
+    CaptionText,
     caption_paths,
-    caption_warnings,
     folder_problem,
     image_extensions,
     layout_problem,
@@ -51,23 +54,35 @@ def test_extensions_include_what_pillow_can_read():
 
 def test_images_that_cannot_be_read_here_are_named(tmp_path: Path):
     (tmp_path / "x.jxl").touch()
-    assert "1 .jxl (pip install pillow-jxl-plugin)" in (unread_images_warning(tmp_path, ALWAYS_READ) or "")
-    assert unread_images_warning(tmp_path, (*ALWAYS_READ, ".avif", ".jxl")) is None
+    assert "1 .jxl (pip install pillow-jxl-plugin)" in (unread_images_warning(tmp_path, ["x.jxl"], ALWAYS_READ) or "")
+    assert unread_images_warning(tmp_path, ["x.jxl"], (*ALWAYS_READ, ".avif", ".jxl")) is None
     assert "pip install pillow-jxl-plugin" in folder_problem(tmp_path, ALWAYS_READ)
+
+
+def test_known_kinds_of_pictures_that_are_not_read_are_counted_with_what_to_do(tmp_path: Path):
+    names = ["a.GIF", "b.gif", "c.tiff", "d.jfif", "e.png", "f.txt", "._g.gif", "h.heic"]
+    assert unread_images_warning(tmp_path, names, ALWAYS_READ) == (
+        f"{tmp_path}: pictures of these kinds are not read and are left out: 1 .jfif (rename to .jpg), "
+        "2 .gif, 1 .heic, 1 .tiff (convert to .png or .webp)"
+    )
+    (tmp_path / "a.gif").touch()
+    assert folder_problem(tmp_path, ALWAYS_READ).endswith("; not read: 1 .gif (convert to .png or .webp)")
 
 
 def test_caption_is_the_first_line_with_text(tmp_path: Path):
     image = tmp_path / "a.b.png"
     (tmp_path / "a.b.txt").write_bytes("\ufeff  赤い, cat \r\nsecond\r\n\r\n third ".encode())
-    assert read_caption(image, subset()) == "赤い, cat"
-    assert read_caption(image, subset(enable_wildcard=True)) == "赤い, cat\nsecond\nthird"
-    assert read_caption(image, subset(caption_extension=".caption")) is None
+    assert read_caption(image, subset()) == ("赤い, cat", CUT)
+    assert read_caption(image, subset(enable_wildcard=True)) == ("赤い, cat\nsecond\nthird", "")
+    assert read_caption(image, subset(caption_extension=".caption")) == ("", MISSING)
+    (tmp_path / "a.b.txt").write_text("\n one line\n\n")
+    assert read_caption(image, subset()) == CaptionText("one line")
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf"])
 def test_empty_caption_file_is_an_empty_caption(content: bytes, tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(content)
-    assert read_caption(tmp_path / "a.png", subset()) == ""
+    assert read_caption(tmp_path / "a.png", subset()) == ("", EMPTY)
 
 
 def test_caption_that_is_not_utf8(tmp_path: Path):
@@ -77,23 +92,6 @@ def test_caption_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes("ab".encode("utf-16"))
     with pytest.raises(DatasetError, match="looks like UTF-16"):
         read_caption(tmp_path / "a.png", subset())
-
-
-def test_unread_caption_files_are_pointed_out(tmp_path: Path):
-    images = [make_image(tmp_path / f"{name}.png") for name in "ab"]
-    (tmp_path / "a.txt").write_text("cat")
-    (warning,) = caption_warnings(images, [None, None], subset(caption_extension=".caption"))
-    assert "none of the 2 images has a .caption file" not in warning and "1 .txt files beside them are NOT read" in warning
-    assert 'caption_extension = ".txt"' in warning
-
-
-def test_missing_and_empty_captions_are_counted(tmp_path: Path):
-    images = [tmp_path / f"{name}.png" for name in "abc"]
-    warnings = list(caption_warnings(images, [None, "", "text"], subset()))
-    assert "1 of 3 images have no .txt caption file (such as a.png)" in warnings[0]
-    assert "1 caption files are empty (such as b.txt)" in warnings[1]
-    assert len(warnings) == 2
-    assert not list(caption_warnings(images, [None, "x", "y"], subset(class_tokens="cat")))
 
 
 def test_folder_without_images_names_what_was_looked_for(tmp_path: Path):
@@ -124,9 +122,9 @@ def test_layout_is_explained(tmp_path: Path):
 def test_captions_of_face_crops(tmp_path: Path):
     (tmp_path / "girl.txt").write_text("whole picture")
     (tmp_path / "girl_1_2_3_4.txt").write_text("own")
-    assert read_caption(tmp_path / "girl_1_2_3_4.png", subset()) == "own"
-    assert read_caption(tmp_path / "girl_10_20_30_40.png", subset()) == "whole picture"
-    assert read_caption(tmp_path / "girl_in_a_red_dress.png", subset()) is None
+    assert read_caption(tmp_path / "girl_1_2_3_4.png", subset()).text == "own"
+    assert read_caption(tmp_path / "girl_10_20_30_40.png", subset()).text == "whole picture"
+    assert read_caption(tmp_path / "girl_in_a_red_dress.png", subset()).note == MISSING
     assert list(caption_paths("/some_data_of_2_3_4_5/x.png", ".txt")) == ["/some_data_of_2_3_4_5/x.txt"]
 
 
@@ -141,3 +139,9 @@ def test_names_that_are_no_text(name: str, shown: str):
     assert printable(name) == shown
     assert text_problem(name) == f"the name {shown} is not valid UTF-8: rename it"
     assert text_problem("日本.png") is None and printable("日本.png") == "日本.png"
+
+
+def test_names_that_would_break_a_line():
+    shown = printable("a\nb\t\x1b[31m\x7f\u2028 c\xa0d\u3000.png")
+    assert shown == r"a\nb\t\x1b[31m\x7f\u2028 c" + "\xa0d\u3000.png"
+    assert printable(shown) == shown and printable("\udcff\n") == r"\xff\n"

@@ -69,7 +69,8 @@ def test_the_file_stands_in_for_the_folder_and_its_captions(tmp_path: Path):
     first = start(tmp_path)
     assert captions(first) == {"a.png": "from the file"}
     assert first.items[0].size_wh == (64, 48)  # its own sizes are not believed
-    assert first.warnings == () and first.items[0].key == "0:0:a.png"
+    (warning,) = first.warnings
+    assert "1 of 1 captions have more than one line" in warning and first.items[0].key == "0:0:a.png"
     assert captions(start(tmp_path, enable_wildcard=True)) == {"a.png": "from the file\nsecond line"}
 
 
@@ -122,10 +123,26 @@ def test_captions_that_are_newer(tmp_path: Path):
     assert "1 caption files (such as a.txt) are newer than" in data.warnings[0]
 
 
+def test_captions_that_are_gone(tmp_path: Path):
+    for name, caption in (("a", "a cat"), ("b", "a dog"), ("c", None)):
+        picture(tmp_path / f"{name}.png", caption)
+    start(tmp_path, class_tokens="class")
+    (tmp_path / "b.txt").unlink()
+    data = start(tmp_path, class_tokens="class")
+    assert captions(data) == {"a.png": "a cat", "b.png": "a dog", "c.png": "class"}
+    assert data.warnings == (
+        f"my.toml, subset 1: the caption files of 1 images (such as b.png) are gone since {tmp_path / INFO_NAME} was written, "
+        "whose captions are used: delete that file to have it made again, or switch cache_info off",
+    )
+    (tmp_path / "a.txt").unlink()  # no caption file is left: the info file stands for all of them
+    assert start(tmp_path, class_tokens="class").warnings == ()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{broken", "line 1, column 2"),
+        ('{"a.png": {"caption": "x"}, "a.png": {"caption": "y"}}', "a.png stands twice in one object"),
         ("[]", "must hold an object with an entry for each image"),
         ("{}", "must hold an object with an entry for each image"),
         ('{"a.png": 3}', "the entry of a.png must be an object with a text"),
@@ -158,7 +175,7 @@ def test_two_readings_of_one_folder_are_not_mixed(tmp_path: Path):
     subsets = [SubsetSettings(place=f"subset {wild}", image_dir=tmp_path, caption_extension=".txt", cache_info=True,
                               enable_wildcard=wild) for wild in (False, True)]  # fmt: skip
     datasets = tuple(DatasetSettings(place="d", resolution_wh=(64, 64), subsets=(subset,)) for subset in subsets)
-    (warning,) = scan(datasets, records=ImageRecords()).warnings
+    (_, warning) = scan(datasets, records=ImageRecords()).warnings
     assert "is not written (cache_info): two subsets with this folder have different captions" in warning
     assert not (tmp_path / INFO_NAME).exists()
 

@@ -10,14 +10,14 @@ from PIL import Image
 from library.dataset.folders import ALWAYS_READ
 from library.dataset.image_records import ImageRecords
 from library.dataset.items import DatasetSettings, SubsetSettings
-from library.dataset.mask_files import find_masks
+from library.dataset.mask_files import MaskFolders
 from library.dataset.scan import scan
 from library.errors import DatasetError
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 77 if mode == "L" else None).save(path, **options)
+    Image.new(mode, size, 77 if mode == "L" else "red").save(path, **options)
     return path
 
 
@@ -68,8 +68,13 @@ def test_two_masks_for_one_image(tmp_path: Path):
     picture(tmp_path / "images" / "a.png")
     for name in ("a.png", "a.jpg"):
         picture(tmp_path / "masks" / name)
-    (text,) = problems(subset(tmp_path), skip_bad_images=True)
-    assert text == f"{tmp_path}/images/a.png has 2 masks in {tmp_path}/masks: a.jpg, a.png; keep one of them"
+    picture(tmp_path / "images" / "b.png")
+    picture(tmp_path / "masks" / "b.png")
+    text = f"{tmp_path}/images/a.png has 2 masks in {tmp_path}/masks: a.jpg, a.png; keep one of them"
+    assert problems(subset(tmp_path))[0] == text
+    data = scan((dataset(subset(tmp_path)),), skip_bad_images=True)
+    assert data.skipped == (text,) and [item.path.name for item in data.items] == ["b.png"]
+    assert data.warnings == ()
 
 
 def test_masks_without_an_image(tmp_path: Path):
@@ -78,6 +83,41 @@ def test_masks_without_an_image(tmp_path: Path):
         picture(tmp_path / "masks" / name)
     (warning,) = scan((dataset(subset(tmp_path)),)).warnings
     assert warning.startswith(f"my.toml, subset 1: 2 masks in {tmp_path}/masks belong to no image (such as other.png)")
+
+
+def test_a_mask_folder_is_judged_over_all_subsets_that_use_it(tmp_path: Path):
+    subsets = []
+    for folder, names in (("5_cat", "ab"), ("3_dog", "cd"), ("1_cow", "a")):
+        for name in names:
+            picture(tmp_path / folder / f"{name}.png")
+        subsets.append(subset(tmp_path, image_dir=tmp_path / folder, place=f"subset {folder}"))
+    for name in "abcde":
+        picture(tmp_path / "masks" / f"{name}.png", mode="L")
+    datasets = (dataset(*subsets[:2]), dataset(subsets[2]))
+    (warning,) = scan(datasets).warnings
+    assert warning.startswith(f"subset 5_cat: 1 masks in {tmp_path}/masks belong to no image (such as e.png)")
+    (tmp_path / "masks" / "e.png").unlink()
+    assert scan(datasets).warnings == ()
+
+
+def test_masks_of_images_that_are_left_out_are_not_told(tmp_path: Path):
+    for name in "ab":
+        picture(tmp_path / "images" / f"{name}.png")
+        picture(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "images" / "b.txt").write_bytes(b"\xff")
+    data = scan((dataset(subset(tmp_path)),), skip_bad_images=True)
+    assert len(data.items) == 1 and data.warnings == ()
+
+
+def test_masks_of_kinds_that_are_not_read(tmp_path: Path):
+    for name in ("a", "b"):
+        picture(tmp_path / "images" / f"{name}.png")
+    picture(tmp_path / "masks" / "a.png")
+    picture(tmp_path / "masks" / "b.GIF")
+    found = problems(subset(tmp_path))
+    assert found[0] == (f"{tmp_path}/images/b.png has no mask: no b.* in {tmp_path}/masks; b.GIF is there, but gif is not read")
+    (warning,) = scan((dataset(subset(tmp_path)),), skip_bad_images=True).warnings
+    assert f"conditioning_data_dir {tmp_path}/masks: pictures of these kinds are not read and are left out: 1 .gif" in warning
 
 
 def test_a_mask_of_another_size_names_both_files_and_sizes(tmp_path: Path):
@@ -99,7 +139,7 @@ def test_sizes_are_those_of_the_upright_pictures(tmp_path: Path):
 def test_a_damaged_mask_is_named_with_its_image(tmp_path: Path):
     image = picture(tmp_path / "images" / "a.png")
     mask = picture(tmp_path / "masks" / "a.png")
-    mask.write_bytes(mask.read_bytes()[:-20])
+    mask.write_bytes(mask.read_bytes()[:-40])
     found = problems(subset(tmp_path))
     assert found[0].startswith(f"{mask} cannot be read") and found[0].endswith(f"(it is the mask of {image})")
 
@@ -135,13 +175,17 @@ def test_alpha_masks_without_an_alpha_channel(tmp_path: Path):
     (warning,) = scan((dataset(settings),)).warnings
     assert "my.toml, subset 1: alpha_mask is on, but none of its images has an alpha channel" in warning
     picture(tmp_path / "images" / "b.png", mode="RGBA")
-    assert scan((dataset(settings),)).warnings == ()
+    data = scan((dataset(settings),))
+    assert data.warnings == ()
+    assert [(item.path.name, item.is_masked) for item in data.items] == [("a.png", False), ("b.png", True)]
+    plain = scan((dataset(subset(tmp_path, conditioning_data_dir=None)),))
+    assert not any(item.is_masked for item in plain.items)
 
 
 def test_two_images_of_one_name_share_their_mask(tmp_path: Path):
     images = [picture(tmp_path / "images" / name) for name in ("a.jpg", "a.png")]
     mask = picture(tmp_path / "masks" / "a.png")
-    assert find_masks(subset(tmp_path), images, ALWAYS_READ).masks == [mask, mask]
+    assert MaskFolders(ALWAYS_READ).pair(subset(tmp_path), images).masks == [mask, mask]
 
 
 def test_a_metadata_file_can_have_masks(tmp_path: Path):

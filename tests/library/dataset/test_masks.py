@@ -24,7 +24,7 @@ def item(path: Path, *, size_wh, mask_path: Path | None = None, resolution=(64, 
     placed = Buckets(dataset).place(size_wh)
     return Item(index=0, key="0:0:x", path=path, caption="", dataset_index=0, subset=subset, repeats=1, size_wh=size_wh,
                 bucket_wh=placed.bucket_wh, resized_wh=placed.resized_wh, crop_left_top=placed.crop_left_top,
-                mask_path=mask_path, is_bucketed=buckets)  # fmt: skip
+                mask_path=mask_path, has_alpha="alpha_mask" in settings, is_bucketed=buckets)  # fmt: skip
 
 
 def blots(width: int, height: int) -> Image.Image:
@@ -144,10 +144,12 @@ def test_mask_image_wins_over_alpha(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
-def test_image_without_alpha_counts_everywhere(suffix: str, tmp_path: Path):
+def test_image_that_lost_its_alpha_counts_everywhere(suffix: str, tmp_path: Path):
     path = tmp_path / f"x{suffix}"
     half_and_half((1, 2, 3), (200, 2, 3), "RGB").save(path)
-    mask = load_picture(item(path, size_wh=(64, 64), alpha_mask=True)).mask
+    masked = item(path, size_wh=(64, 64), alpha_mask=True)
+    mask = load_picture(masked).mask
+    assert load_picture(replace(masked, has_alpha=False)).mask is None
     assert np.array_equal(mask, np.ones((8, 8), np.float32)) and mask.dtype == np.float32
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from library.dataset import verify
 from library.dataset.image_records import RECORDS_NAME, ImageRecords
-from library.dataset.images import load_pixels
+from library.dataset.images import load_picture
 from library.dataset.items import DatasetSettings, SubsetSettings, TrainingSet
 from library.dataset.scan import scan
 from library.errors import DatasetError
@@ -70,7 +70,7 @@ def test_items_have_size_bucket_caption_and_key(tmp_path: Path):
     assert (first.index, first.key, first.caption, first.repeats) == (0, "0:0:b.jpg", "dog", 3)
     assert (second.index, second.key, second.caption, second.size_wh) == (1, "0:0:日本.PNG", "赤, cat", (100, 50))
     assert (second.bucket_wh, second.resized_wh, second.crop_left_top) == ((80, 48), (96, 48), (8, 0))
-    assert load_pixels(second).shape == (48, 80, 3)
+    assert load_picture(second).pixels.shape == (48, 80, 3)
 
 
 def test_size_is_that_of_the_upright_picture(tmp_path: Path):
@@ -80,7 +80,7 @@ def test_size_is_that_of_the_upright_picture(tmp_path: Path):
     Image.new("RGB", (100, 50)).save(tmp_path / "a" / "x.jpg", exif=exif)
     (item,) = scan((dataset(subset(tmp_path / "a"), enable_bucket=True),)).items
     assert item.size_wh == (50, 100) and item.bucket_wh == (48, 80)
-    assert load_pixels(item).shape == (80, 48, 3)
+    assert load_picture(item).pixels.shape == (80, 48, 3)
 
 
 def bad_folder(folder: Path) -> Path:
@@ -130,6 +130,31 @@ def test_image_too_small_for_no_upscale(tmp_path: Path):
     assert "x.png is too small (60x200) for bucket_no_upscale" in problems(settings)[0]
     found = problems(settings, skip_bad_images=True)
     assert found[0] == "my.toml, [[datasets]] 1: none of its images can be trained"
+    assert found[1].startswith("(left out with --skip_bad_images: 1 bad image(s) or caption(s), such as: ") and len(found) == 2
+
+
+def test_what_is_skipped_need_not_be_mended(tmp_path: Path):
+    bad_folder(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    settings = dataset(subset(tmp_path / "a"), subset(tmp_path / "b"), **LARGE)
+    assert len(problems(settings)) == 9
+    empty, left_out = problems(settings, skip_bad_images=True)
+    assert empty.startswith("my.toml, subset b: no images in") and left_out.startswith("(left out with --skip_bad_images: 7 bad")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_with_control_characters_are_printed_escaped(tmp_path: Path):
+    folder = tmp_path / "a"
+    picture(folder / "good\n.png", caption=None)
+    (folder / "bad\n\x1b[2J.png").touch()
+    (folder / "odd\r.txt").touch()
+    (found, _) = problems(dataset(subset(folder)))
+    assert found == f"{folder}/bad\\n\\x1b[2J.png cannot be read: the file is empty (0 bytes)"
+    data = scan((dataset(subset(folder)),), skip_bad_images=True)
+    assert data.skipped == (found,)
+    assert "(such as good\\n.png)" in data.warnings[0]
+    assert all(text.isprintable() for text in (*data.skipped, *data.warnings))
+    assert "\n" in str(data.items[0].path)
 
 
 def test_empty_folder(tmp_path: Path):

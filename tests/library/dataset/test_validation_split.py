@@ -143,6 +143,19 @@ def test_one_image_alone_is_trained_and_a_split_of_one_validates_all(tmp_path: P
     assert names(data.items) == ["00.png"] and len(data.validation) == 3
 
 
+@pytest.mark.parametrize("regular", [True, False])
+def test_a_split_of_nothing_is_told(regular: bool, tmp_path: Path):
+    one = pictures(tmp_path / "a", 1)
+    subsets = [subset(one), *([subset(pictures(tmp_path / "r", 4), is_reg=True)] if regular else [])]
+    data = scan((dataset(*subsets, validation_split=0.5),))
+    assert data.validation == ()
+    (warning,) = data.warnings
+    assert warning.startswith(
+        "my.toml, [[datasets]] 1: validation_split is 0.5, but nothing validates: a subset of a single image"
+    )
+    assert scan((dataset(*subsets),)).warnings == ()
+
+
 def test_marked_subsets_validate_whole(tmp_path: Path):
     train, held_out = pictures(tmp_path / "a", 3), pictures(tmp_path / "v", 2)
     data = scan((dataset(subset(train), subset(held_out, is_validation=True, num_repeats=4)),))

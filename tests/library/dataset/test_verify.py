@@ -120,7 +120,8 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     first = verified(*paths)
     new = picture(tmp_path / "new.png", (32, 32))
     read: list[str] = []
-    monkeypatch.setattr(verify, "_decode", lambda data: read.append("decoded") or ((32, 32), False, False, False))
+    decode = verify._decode
+    monkeypatch.setattr(verify, "_decode", lambda data: read.append("decoded") or decode(data))
     told: list[tuple[int, int]] = []
     second = verified(*paths, new, told=told)
     assert told == [(1, 1)] and read == ["decoded"]  # only images that must be read are counted

@@ -66,7 +66,7 @@ def test_an_image_without_a_mask_has_none(tmp_path: Path) -> None:
 
 
 def test_the_alpha_channel_as_mask(tmp_path: Path) -> None:
-    training_set = make_training_set(tmp_path, 1, alpha_mask=True)
+    training_set = changed(make_training_set(tmp_path, 1, alpha_mask=True), 0, has_alpha=True)
     pixels = np.random.default_rng(5).integers(0, 256, (64, 64, 4), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     fill(training_set)
