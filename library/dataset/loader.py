@@ -51,7 +51,6 @@ class BatchSource:
         if not self.training_set.items:
             raise ValueError("there is nothing to train")  # the scan has refused such a set
         self._orders = OrderSource(self.training_set, seed=self.seed, processes=self.processes)
-        self._last_order: tuple[int, EpochOrder] | None = None
         self._maker = BatchMaker(
             datasets=self.training_set.datasets,
             latent_cache=self.latent_cache,
@@ -68,14 +67,11 @@ class BatchSource:
             self._numbered, self._places(start_epoch, start_index), workers=workers, depth=workers * BATCHES_PER_WORKER
         )
 
-    def micro_batch(self, epoch: int, index: int) -> Batch | None:
-        """This process' share of global batch ``index`` of ``epoch`` (1-based); None when the batch has too few images for it."""
-        return self._batch(self._place(epoch, index, self._order(epoch)))
-
     def _numbered(self, place: _Place) -> tuple[int, int, Batch | None]:
         return place.epoch, place.number, self._batch(place)
 
     def _batch(self, place: _Place) -> Batch | None:
+        """This process' share of a global batch; None where that has too few images for it."""
         size = len(place.entries)
         positions = tuple(rank_positions(size, rank=self.rank, processes=self.processes))
         if not positions:
@@ -103,12 +99,6 @@ class BatchSource:
     def _place(self, epoch: int, number: int, order: EpochOrder) -> _Place:
         moment = None if self.clock is None else self.clock.moment(epoch, number, batches_per_epoch=len(order))
         return _Place(epoch, number, order[number], moment)
-
-    def _order(self, epoch: int) -> EpochOrder:
-        last = self._last_order
-        if last is None or last[0] != epoch:
-            last = self._last_order = (epoch, self._orders.epoch(epoch))
-        return last[1]
 
 
 class ValidationBatches:

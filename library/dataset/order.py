@@ -86,13 +86,8 @@ class OrderSource:
         return entries
 
 
-def epoch_batches(training_set: TrainingSet, *, seed: int, epoch: int, processes: int) -> EpochOrder:
-    """The global batches of one epoch (1-based), see :class:`OrderSource`."""
-    return OrderSource(training_set, seed=seed, processes=processes).epoch(epoch)
-
-
 def batches_per_epoch(training_set: TrainingSet, *, processes: int) -> int:
-    """``len(epoch_batches(...))``, which is the same for every seed and epoch."""
+    """How many an epoch of ``OrderSource`` has, which is the same for every seed and epoch."""
     entries: dict[Bucket, int] = defaultdict(int)
     for item in training_set.items:
         entries[item.dataset_index, item.bucket_wh] += item.repeats

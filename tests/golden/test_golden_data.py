@@ -13,7 +13,7 @@ from golden_files import load_golden, load_golden_json
 from library.dataset.augment import told_crop
 from library.dataset.buckets import Buckets, bucket_problems, bucket_sizes, rounded_limits
 from library.dataset.captions import Moment, caption_for
-from library.dataset.images import load_pixels
+from library.dataset.images import load_picture
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.dataset.resizing import resize
 from library.errors import DatasetError
@@ -106,9 +106,9 @@ def test_resize_and_crop(number: int, tmp_path: Path):
         subset=SubsetSettings(place="golden", image_dir=None, resize_interpolation=case["interpolation"]),
     )
     expected = golden.outputs[f"{number}/image_hwc"].numpy()
-    difference = np.abs(load_pixels(item).astype(int) - expected.astype(int)).max()
+    difference = np.abs(load_picture(item).pixels.astype(int) - expected.astype(int)).max()
     assert difference <= (0 if case["interpolation"] == "nearest" or case["size_wh"] == case["resized_wh"] else 1)
-    assert np.array_equal(load_pixels(item, flipped=True), load_pixels(item)[:, ::-1])
+    assert np.array_equal(load_picture(item, flipped=True).pixels, load_picture(item).pixels[:, ::-1])
 
 
 def test_pixel_values_of_the_model():

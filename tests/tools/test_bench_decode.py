@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.dataset.images import load_pixels
+from library.dataset.images import load_picture
 from tools.bench_parts import decode
 
 
@@ -18,7 +18,7 @@ def test_both_ways_give_the_same_picture(suffix: str, tmp_path: Path):
     item = decode.make_item(decode.Case(suffix, (640, 480), 1), tmp_path, resolution=128)
     with Image.open(item.path) as image:
         assert image.size == item.size_wh == (640, 480)
-    ours, pillow = load_pixels(item), decode.pillow_pixels(item, Image.Resampling.BICUBIC)
+    ours, pillow = load_picture(item).pixels, decode.pillow_pixels(item, Image.Resampling.BICUBIC)
     assert ours.shape == pillow.shape == (item.bucket_wh[1], item.bucket_wh[0], 3)
     assert np.abs(ours.astype(int) - pillow.astype(int)).mean() < 6
 

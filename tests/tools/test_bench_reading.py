@@ -33,7 +33,8 @@ def test_files_stay_as_they_are_when_they_leave_memory(tmp_path: Path) -> None:
 
 def test_batches_hold_what_was_cached(tmp_path: Path) -> None:
     cached = reading.make_cached_set(tmp_path, images=8, side_px=64)
-    batch = cached.source().micro_batch(1, 0)
+    with cached.source().batches(1, 0, workers=0) as batches:
+        _, _, batch = next(batches)
     assert batch is not None
     assert batch.latents is not None
     assert (batch.latents.shape, batch.latents.dtype) == ((reading.BATCH, 16, 8, 8), torch.bfloat16)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from library.dataset.buckets import Buckets
-from library.dataset.images import load_pixels
+from library.dataset.images import load_picture
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from tools.bench_parts.figures import Figure, alternate, stopwatch
 
@@ -59,7 +59,7 @@ def compared(case: Case, folder: Path, *, resolution: int, repeats: int) -> list
     width, height = case.size_wh
     figures = []
     for name, (filtering, target) in FILTERS.items():
-        pillow, ours = stopwatch(partial(pillow_pixels, item, filtering)), stopwatch(partial(load_pixels, item))
+        pillow, ours = stopwatch(partial(pillow_pixels, item, filtering)), stopwatch(partial(load_picture, item))
         pairs = alternate(pillow, ours, repeats=repeats * case.pairs)
         figures.append(
             Figure(

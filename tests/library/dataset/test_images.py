@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +12,7 @@ from PIL import Image
 from library.dataset import images
 from library.dataset.augment import ColourChange
 from library.dataset.buckets import Placement
-from library.dataset.images import load_picture, load_pixels
+from library.dataset.images import load_picture
 from library.dataset.items import Item, SubsetSettings
 from library.dataset.picture_file import loaded_upright, opened, rgb
 from library.dataset.resizing import resize
@@ -93,13 +92,13 @@ def test_decompression_bomb(tmp_path: Path):
     assert "too large" in problem(path)
 
 
-def test_load_pixels_resizes_crops_and_flips(tmp_path: Path):
+def test_load_picture_resizes_crops_and_flips(tmp_path: Path):
     path = tmp_path / "x.png"
     picture().save(path)
-    pixels = load_pixels(item(path))
+    pixels = load_picture(item(path)).pixels
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and pixels.flags["C_CONTIGUOUS"]
     assert near(pixels[16, 2], RED) and near(pixels[4, 28], GREEN)
-    flipped = load_pixels(item(path), flipped=True)
+    flipped = load_picture(item(path), flipped=True).pixels
     assert np.array_equal(flipped, pixels[:, ::-1]) and flipped.flags["C_CONTIGUOUS"]
 
 
@@ -107,7 +106,7 @@ def test_interpolation_of_the_subset_is_used(tmp_path: Path):
     path = tmp_path / "x.png"
     noise(60, 40).save(path)
     results = {
-        name: load_pixels(item(path, interpolation=name)).tobytes()
+        name: load_picture(item(path, interpolation=name)).pixels.tobytes()
         for name in (None, "lanczos", "nearest", "bilinear", "cubic", "area")
     }
     assert results["area"] == results[None]
@@ -118,10 +117,10 @@ def test_file_that_breaks_or_changes_after_the_scan(tmp_path: Path):
     path = tmp_path / "x.png"
     picture(80, 40).save(path)
     with pytest.raises(DatasetError, match="x.png is 80x40 now but was 60x40"):
-        load_pixels(item(path))
+        load_picture(item(path))
     path.write_bytes(b"")
     with pytest.raises(DatasetError, match="x.png cannot be read: the file is empty"):
-        load_pixels(item(path))
+        load_picture(item(path))
 
 
 # ------------------------------------------------------------------ large pictures are shrunk while they are decoded
@@ -159,7 +158,7 @@ def fully_decoded(path: Path, resized_wh: tuple[int, int]) -> np.ndarray:
 def test_shrunk_while_decoding_is_nearly_the_area_of_all_pixels(suffix: str, resized_wh: tuple[int, int], tmp_path: Path):
     path = tmp_path / f"x{suffix}"
     photo(1001, 751).save(path, quality=92)
-    assert mean_difference(load_pixels(whole(path, (1001, 751), resized_wh)), fully_decoded(path, resized_wh)) < 1.0
+    assert mean_difference(load_picture(whole(path, (1001, 751), resized_wh)).pixels, fully_decoded(path, resized_wh)) < 1.0
 
 
 @pytest.mark.parametrize("width", [800, 801, 804, 807])
@@ -168,7 +167,7 @@ def test_shrinking_while_decoding_moves_nothing(width: int, tmp_path: Path):
     path = tmp_path / "x.jpg"
     ramp = np.broadcast_to(np.linspace(0, 255, width)[None, :, None], (160, width, 3))
     Image.fromarray(np.rint(ramp).astype(np.uint8)).save(path, quality=100)
-    found = load_pixels(whole(path, (width, 160), (80, 16)))[8, :, 0].astype(float)
+    found = load_picture(whole(path, (width, 160), (80, 16))).pixels[8, :, 0].astype(float)
     expected = fully_decoded(path, (80, 16))[8, :, 0].astype(float)
     step = 255 / 80  # from one pixel to the next
     assert np.abs(found - expected).max() < step / 4 + 1
@@ -178,7 +177,7 @@ def test_shrinking_while_decoding_moves_nothing(width: int, tmp_path: Path):
 def test_explicit_interpolation_sees_every_pixel(interpolation: str, tmp_path: Path):
     path = tmp_path / "x.jpg"
     photo(800, 600).save(path, quality=92)
-    found = load_pixels(whole(path, (800, 600), (160, 120), interpolation))
+    found = load_picture(whole(path, (800, 600), (160, 120), interpolation)).pixels
     with opened(path) as file:
         expected = resize(rgb(loaded_upright(file)), (160, 120), interpolation=interpolation)
     assert np.array_equal(found, expected)
@@ -188,7 +187,7 @@ def test_explicit_area_is_the_default(tmp_path: Path):
     path = tmp_path / "x.jpg"
     photo(800, 600).save(path, quality=92)
     assert np.array_equal(
-        load_pixels(whole(path, (800, 600), (130, 98), "area")), load_pixels(whole(path, (800, 600), (130, 98)))
+        load_picture(whole(path, (800, 600), (130, 98), "area")).pixels, load_picture(whole(path, (800, 600), (130, 98))).pixels
     )
 
 
@@ -202,7 +201,7 @@ def test_turned_photo_is_shrunk_by_its_own_sides(orientation: int, tmp_path: Pat
     photo(*stored).save(path, exif=exif, quality=92)
     decoded: list[tuple[int, int]] = []
     monkeypatch.setattr(images, "rgb", lambda image: decoded.append(image.size) or rgb(image))
-    found = load_pixels(whole(path, (1200, 240), (290, 58)))
+    found = load_picture(whole(path, (1200, 240), (290, 58))).pixels
     assert decoded == [(stored[0] // 4, stored[1] // 4)]
     assert found.shape == (58, 290, 3) and mean_difference(found, fully_decoded(path, (290, 58))) < 1.0
 
@@ -211,7 +210,7 @@ def test_large_cmyk_and_grey_photos(tmp_path: Path):
     for mode in ("CMYK", "L"):
         path = tmp_path / f"{mode}.jpg"
         photo(800, 600).convert(mode).save(path, quality=92)
-        assert mean_difference(load_pixels(whole(path, (800, 600), (160, 120))), fully_decoded(path, (160, 120))) < 1.0
+        assert mean_difference(load_picture(whole(path, (800, 600), (160, 120))).pixels, fully_decoded(path, (160, 120))) < 1.0
 
 
 def test_several_pictures_in_one_jpeg(tmp_path: Path):
@@ -220,7 +219,7 @@ def test_several_pictures_in_one_jpeg(tmp_path: Path):
     photo(800, 600).save(path, "MPO", quality=92, save_all=True, append_images=[Image.new("RGB", (800, 600), BLUE)])
     with Image.open(path) as file:
         assert file.format == "MPO"
-    assert mean_difference(load_pixels(whole(path, (800, 600), (160, 120))), fully_decoded(path, (160, 120))) < 1.0
+    assert mean_difference(load_picture(whole(path, (800, 600), (160, 120))).pixels, fully_decoded(path, (160, 120))) < 1.0
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
@@ -229,7 +228,7 @@ def test_orientation_of_other_formats_is_known_before_they_shrink(suffix: str, t
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: red, which was left, is above
     picture(600, 400).save(path, exif=exif, lossless=True)
-    found = load_pixels(whole(path, (400, 600), (80, 120)))
+    found = load_picture(whole(path, (400, 600), (80, 120))).pixels
     assert near(found[10, 40], RED) and near(found[-10, 10], BLUE) and near(found[-10, -10], GREEN)
 
 
@@ -250,14 +249,7 @@ def test_colours_change_what_was_cropped(tmp_path: Path):
     noise(60, 40).save(path)
     change = ColourChange(hue_steps=5, gamma=1.04)
     found = load_picture(item(path), colours=change, flipped=True).pixels
-    assert np.array_equal(found, change.applied_to(load_pixels(item(path)))[:, ::-1])
-
-
-def test_load_pixels_is_the_picture_without_its_mask(tmp_path: Path):
-    path = tmp_path / "x.png"
-    noise(60, 40).save(path)
-    masked = replace(item(path), mask_path=tmp_path / "not there.png")
-    assert np.array_equal(load_pixels(masked, flipped=True), load_picture(item(path), flipped=True).pixels)
+    assert np.array_equal(found, change.applied_to(load_picture(item(path)).pixels)[:, ::-1])
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])

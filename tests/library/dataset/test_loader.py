@@ -14,10 +14,10 @@ from library.dataset.augment import colours_for, placement_for
 from library.dataset.batch import Batch, normalized_pixels
 from library.dataset.captions import Moment, caption_for, caption_variant
 from library.dataset.clock import Clock
-from library.dataset.images import load_picture, load_pixels
+from library.dataset.images import load_picture
 from library.dataset.items import Item, TrainingSet
 from library.dataset.loader import BatchSource, ValidationBatches
-from library.dataset.order import Entry, batches_per_epoch, epoch_batches, is_flipped
+from library.dataset.order import Entry, OrderSource, batches_per_epoch, is_flipped
 from library.dataset.showing import TrainingShowing, When
 from library.dataset.validation_split import without_chance
 from library.errors import DatasetError
@@ -42,6 +42,10 @@ def source(training_set: TrainingSet, **settings: Any) -> BatchSource:
 def first(source: BatchSource, count: int, *, epoch: int = 1, index: int = 0, workers: int = 0) -> list[tuple]:
     with source.batches(epoch, index, workers=workers) as batches:
         return list(itertools.islice(batches, count))
+
+
+def batch_of(source: BatchSource, epoch: int, index: int) -> Batch | None:
+    return first(source, 1, epoch=epoch, index=index)[0][2]
 
 
 def assert_same(one: list[tuple], other: list[tuple]) -> None:
@@ -90,8 +94,8 @@ def test_live_batches_carry_pixels_and_captions(tmp_path: Path) -> None:
     items = (replace(item, bucket_wh=(48, 48)) for item in training_set.items)
     training_set = replace(training_set, items=tuple(items))
     live = source(training_set)
-    for index, entries in enumerate(epoch_batches(training_set, seed=3, epoch=2, processes=1)):
-        batch = live.micro_batch(2, index)
+    for index, entries in enumerate(OrderSource(training_set, seed=3, processes=1).epoch(2)):
+        batch = batch_of(live, 2, index)
         assert batch.latents is None
         assert batch.text is None
         assert batch.pixels.dtype == torch.float32
@@ -140,7 +144,7 @@ def test_cached_batches_carry_latents_and_text(tmp_path: Path, on_disk: bool) ->
     cached, live = cached_source(training_set, on_disk=on_disk), source(training_set)
     dropped = 0
     for index in range(batches_per_epoch(training_set, processes=1)):
-        batch, same = cached.micro_batch(1, index), live.micro_batch(1, index)
+        batch, same = batch_of(cached, 1, index), batch_of(live, 1, index)
         assert batch.pixels is None
         assert batch.latents.dtype == torch.bfloat16
         assert torch.equal(batch.latents, TinyVae()(same.pixels).to(torch.bfloat16))
@@ -161,7 +165,7 @@ def test_the_dropout_rate_can_change_with_a_warm_cache(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, caption_dropout_rate=1.0)
     text = text_cache(training_set)
     assert text.state().is_complete
-    batch = source(training_set, text_cache=text).micro_batch(1, 0)
+    batch = batch_of(source(training_set, text_cache=text), 1, 0)
     assert set(batch.captions) == {""}
     assert not batch.text.mask.any()
 
@@ -169,8 +173,8 @@ def test_the_dropout_rate_can_change_with_a_warm_cache(tmp_path: Path) -> None:
 def test_two_processes_split_each_global_batch(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, 5, batch_size=2)
     ranks = [source(training_set, rank=rank, processes=2) for rank in (0, 1)]
-    for index, entries in enumerate(epoch_batches(training_set, seed=3, epoch=1, processes=2)):
-        shares = [rank.micro_batch(1, index) for rank in ranks]
+    for index, entries in enumerate(OrderSource(training_set, seed=3, processes=2).epoch(1)):
+        shares = [batch_of(rank, 1, index) for rank in ranks]
         there = [share for share in shares if share is not None]
         assert sum((share.positions for share in there), ()) == tuple(range(len(entries)))
         assert {share.global_size for share in there} == {len(entries)}
@@ -180,8 +184,8 @@ def test_two_processes_split_each_global_batch(tmp_path: Path) -> None:
 
 def test_a_process_without_images_gets_none(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, 1)
-    assert isinstance(source(training_set, rank=0, processes=2).micro_batch(1, 0), Batch)
-    assert source(training_set, rank=1, processes=2).micro_batch(1, 0) is None
+    assert isinstance(batch_of(source(training_set, rank=0, processes=2), 1, 0), Batch)
+    assert batch_of(source(training_set, rank=1, processes=2), 1, 0) is None
 
 
 def test_regularisation_images_weigh_less(tmp_path: Path) -> None:
@@ -223,11 +227,11 @@ def test_the_told_crop_is_the_one_that_was_made(tmp_path: Path, cached: bool) ->
     training_set = make_training_set(tmp_path, 1, flip_aug=True, num_repeats=12)
     item = training_set.items[0]
     training_set = changed(training_set, 0, bucket_wh=(32, 48), crop_left_top=(10, 5))  # of 64x64
-    whole = torch.from_numpy(normalized_pixels([load_pixels(item)]))[0]  # (3, 64, 64)
+    whole = torch.from_numpy(normalized_pixels([load_picture(item).pixels]))[0]  # (3, 64, 64)
     live, seen = source(training_set), set()
     shown = cached_source(training_set) if cached else live
     for index in range(batches_per_epoch(training_set, processes=1)):
-        batch, same = shown.micro_batch(1, index), live.micro_batch(1, index)
+        batch, same = batch_of(shown, 1, index), batch_of(live, 1, index)
         for row, (left, top) in enumerate(batch.crop_left_top.tolist()):
             is_mirrored = left != 10
             picture = whole.flip(-1) if is_mirrored else whole
@@ -240,8 +244,8 @@ def test_random_crops_are_told_as_they_were_made(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path, 1, random_crop=True, num_repeats=12, batch_size=12)
     item = training_set.items[0]
     training_set = changed(training_set, 0, bucket_wh=(32, 48), crop_left_top=(16, 8))
-    whole = torch.from_numpy(normalized_pixels([load_pixels(item)]))[0]
-    batch = source(training_set).micro_batch(1, 0)
+    whole = torch.from_numpy(normalized_pixels([load_picture(item).pixels]))[0]
+    batch = batch_of(source(training_set), 1, 0)
     crops = batch.crop_left_top.tolist()
     assert len({tuple(crop) for crop in crops}) > 6
     for row, (left, top) in enumerate(crops):
@@ -255,8 +259,8 @@ def test_masks_come_with_their_images(tmp_path: Path, on_disk: bool | None) -> N
     shown = source(training_set) if on_disk is None else cached_source(training_set, on_disk=on_disk)
     kinds = set()
     for epoch in range(1, 7):
-        for index, entries in enumerate(epoch_batches(training_set, seed=3, epoch=epoch, processes=1)):
-            batch = shown.micro_batch(epoch, index)
+        for index, entries in enumerate(OrderSource(training_set, seed=3, processes=1).epoch(epoch)):
+            batch = batch_of(shown, epoch, index)
             kinds.add(expect_masks(batch, training_set, entries, epoch=epoch))
     assert kinds == {"masked", "mixed", "unmasked"}
 
@@ -340,7 +344,7 @@ def test_a_mistake_of_ours_names_the_image_too(tmp_path: Path) -> None:
     cached = cached_source(make_training_set(tmp_path, 1))
     cached.text_cache.conditioning_type = None
     with pytest.raises(RuntimeError, match=r"a\.png could not be made ready") as caught:
-        cached.micro_batch(1, 0)
+        batch_of(cached, 1, 0)
     assert caught.value.__cause__ is not None
 
 
@@ -381,7 +385,7 @@ def test_validation_shows_each_image_once_as_it_is(tmp_path: Path) -> None:
         assert batch.loss_weights.tolist() == [1.0] * batch.global_size
         for row, key in enumerate(batch.item_keys):
             assert batch.captions[row] == caption_variant(by_key[key], 0) == by_key[key].caption
-            expected = normalized_pixels([load_pixels(by_key[key])])
+            expected = normalized_pixels([load_picture(by_key[key]).pixels])
             assert torch.equal(batch.pixels[row : row + 1], torch.from_numpy(expected))
     assert sorted(seen) == sorted(by_key)
 

@@ -15,7 +15,7 @@ import pytest
 
 from library.dataset.captions import caption_for
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
-from library.dataset.order import OrderSource, batches_per_epoch, epoch_batches, is_flipped, rank_positions, validation_batches
+from library.dataset.order import OrderSource, batches_per_epoch, is_flipped, rank_positions, validation_batches
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,7 +41,7 @@ def one_run() -> list:
     data = training_set()
     chosen = []
     for epoch in (1, 2):
-        for index, occurrence in (entry for batch in epoch_batches(data, seed=7, epoch=epoch, processes=1) for entry in batch):
+        for index, occurrence in (entry for batch in OrderSource(data, seed=7, processes=1).epoch(epoch) for entry in batch):
             showing = {"seed": 7, "epoch": epoch, "occurrence": occurrence}
             item = data.items[index]
             chosen.append([index, occurrence, is_flipped(item, **showing), caption_for(item, **showing)])
@@ -52,7 +52,7 @@ def one_run() -> list:
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_every_showing_appears_once(processes: int, epoch: int):
     data = training_set()
-    batches = epoch_batches(data, seed=1, epoch=epoch, processes=processes)
+    batches = OrderSource(data, seed=1, processes=processes).epoch(epoch)
     entries = [entry for batch in batches for entry in batch]
     assert len(set(entries)) == len(entries)
     assert Counter(index for index, _ in entries) == {item.index: item.repeats for item in data.items}
@@ -66,7 +66,7 @@ def test_every_showing_appears_once(processes: int, epoch: int):
 def test_a_batch_is_of_one_bucket_and_of_its_size(processes: int):
     data = training_set()
     sizes = Counter()
-    for batch in epoch_batches(data, seed=1, epoch=1, processes=processes):
+    for batch in OrderSource(data, seed=1, processes=processes).epoch(1):
         (owner,) = {(data.items[index].dataset_index, data.items[index].bucket_wh) for index, _ in batch}
         assert len(batch) <= data.datasets[owner[0]].batch_size * processes
         sizes[owner, len(batch)] += 1
@@ -77,17 +77,17 @@ def test_a_batch_is_of_one_bucket_and_of_its_size(processes: int):
 
 def test_order_depends_on_seed_and_epoch_alone():
     data = training_set()
-    order = epoch_batches(data, seed=1, epoch=1, processes=1)
-    assert order == epoch_batches(data, seed=1, epoch=1, processes=1)
-    assert order != epoch_batches(data, seed=2, epoch=1, processes=1)
+    order = OrderSource(data, seed=1, processes=1).epoch(1)
+    assert order == OrderSource(data, seed=1, processes=1).epoch(1)
+    assert order != OrderSource(data, seed=2, processes=1).epoch(1)
     assert [[index for index, _ in batch] for batch in order] != [
-        [index for index, _ in batch] for batch in epoch_batches(data, seed=1, epoch=2, processes=1)
+        [index for index, _ in batch] for batch in OrderSource(data, seed=1, processes=1).epoch(2)
     ]
 
 
 def test_buckets_are_mixed():
     data = training_set()
-    owners = [data.items[batch[0][0]].dataset_index for batch in epoch_batches(data, seed=1, epoch=1, processes=1)]
+    owners = [data.items[batch[0][0]].dataset_index for batch in OrderSource(data, seed=1, processes=1).epoch(1)]
     assert owners != sorted(owners) and owners != sorted(owners, reverse=True)
 
 
@@ -96,7 +96,7 @@ def test_more_processes_see_the_same_images_in_larger_batches():
     data = training_set()
     larger = tuple(replace(dataset, batch_size=2 * dataset.batch_size) for dataset in data.datasets)
     doubled = TrainingSet(datasets=larger, items=data.items)
-    assert epoch_batches(data, seed=1, epoch=1, processes=2) == epoch_batches(doubled, seed=1, epoch=1, processes=1)
+    assert OrderSource(data, seed=1, processes=2).epoch(1) == OrderSource(doubled, seed=1, processes=1).epoch(1)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_half_of_the_showings_are_flipped():
 
 
 def test_an_order_can_be_read_like_a_list():
-    order = epoch_batches(training_set(), seed=1, epoch=2, processes=1)
+    order = OrderSource(training_set(), seed=1, processes=1).epoch(2)
     batches = list(order)
     assert len(order) == len(batches)
     assert (order[0], order[-1], order[2:5]) == (batches[0], batches[-1], batches[2:5])
@@ -126,7 +126,7 @@ def test_an_order_can_be_read_like_a_list():
 def test_epochs_can_be_asked_for_in_any_order():
     source = OrderSource(training_set(), seed=1, processes=2)
     for epoch in (3, 1, 2, 3):
-        assert source.epoch(epoch) == epoch_batches(training_set(), seed=1, epoch=epoch, processes=2)
+        assert source.epoch(epoch) == OrderSource(training_set(), seed=1, processes=2).epoch(epoch)
 
 
 def test_the_order_of_a_big_set_is_quick_and_small():
@@ -176,7 +176,7 @@ def test_the_order_of_validation_depends_on_the_seed_alone_and_mixes_buckets():
 
 def test_validation_images_are_not_in_the_order_of_training():
     data = with_validation()
-    assert epoch_batches(data, seed=1, epoch=1, processes=1) == epoch_batches(training_set(), seed=1, epoch=1, processes=1)
+    assert OrderSource(data, seed=1, processes=1).epoch(1) == OrderSource(training_set(), seed=1, processes=1).epoch(1)
     assert batches_per_epoch(data, processes=1) == batches_per_epoch(training_set(), processes=1)
 
 

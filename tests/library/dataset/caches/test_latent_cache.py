@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from library.dataset.caches.latent_cache import LatentCache
-from library.dataset.images import load_pixels
+from library.dataset.images import load_picture
 from library.errors import DatasetError, OutputError
 from library.files.safetensors_file import read_header
 from tests.library.dataset.caches.cache_parts import (
@@ -61,7 +61,7 @@ def test_filled_latents_are_those_of_the_encoder(tmp_path: Path, on_disk: bool) 
     assert cache.state().bytes_needed == 0
     assert all(batch.shape[0] <= 2 and batch.dtype == torch.float32 for batch in vae.batches)
     for item in training_set.items:
-        pixels = torch.tensor(load_pixels(item)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = torch.tensor(load_picture(item).pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         latents = cache.load(item, flipped=False)
         assert latents.dtype == torch.bfloat16
         assert torch.equal(latents, TinyVae()(pixels)[0].to(torch.bfloat16))
@@ -93,7 +93,7 @@ def test_flipped_latents_are_those_of_the_mirrored_image(tmp_path: Path) -> None
     cache = latent_cache(training_set)
     fill(cache)
     item = training_set.items[1]
-    mirrored = torch.from_numpy(load_pixels(item, flipped=True)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mirrored = torch.from_numpy(load_picture(item, flipped=True).pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     assert torch.equal(cache.load(item, flipped=True), TinyVae()(mirrored)[0].to(torch.bfloat16))
     assert not torch.equal(cache.load(item, flipped=True), cache.load(item, flipped=False).flip(-1))
 
