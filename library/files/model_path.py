@@ -12,6 +12,7 @@ from pathlib import Path
 
 from library.errors import CheckpointError
 from library.files.safetensors_file import SafetensorsHeader
+from library.files.user_path import dead_link
 
 ANIMA_DIT = "Anima DiT"
 COSMOS_DIT = "Cosmos-Predict2 DiT without an LLM adapter"
@@ -60,7 +61,9 @@ def find_model_file(flag: str, value: str | Path | None, kind: str, *, allow_fol
         return path
     if path.is_dir():
         raise CheckpointError(f"{flag} {path} is a folder: give the file of the {kind}{_files_in(path)}")
-    raise CheckpointError(f"{flag} {path} does not exist: give the path of the {kind}{_near_names(path)}")
+    link = dead_link(path)
+    hint = f" ({link})" if link else _near_names(path)
+    raise CheckpointError(f"{flag} {path} does not exist: give the path of the {kind}{hint}")
 
 
 def recognise(header: SafetensorsHeader) -> str | None:

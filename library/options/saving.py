@@ -10,6 +10,7 @@ from library.options.rules import at_least
 
 FILE_FORMATS = ("ckpt", "pt", "safetensors")
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
+MAX_NAME_BYTES = 200  # of the 255 that file systems take
 FORBIDDEN_ON_WINDOWS = frozenset(':?*<>|"') | {chr(code) for code in range(32)}  # as its file API documents
 
 
@@ -44,6 +45,8 @@ class SavingOptions:
         )
         if self.output_name and ("/" in self.output_name or "\\" in self.output_name):
             yield f"--output_name is {self.output_name!r}: give the start of a file name; the folder is --output_dir"
+        elif (length := len((self.output_name or "").encode("utf-8", "replace"))) > MAX_NAME_BYTES:
+            yield f"--output_name has {length} bytes: give at most {MAX_NAME_BYTES}: endings such as -step00000500-state follow"
         elif forbidden := sorted(FORBIDDEN_ON_WINDOWS.intersection(self.output_name or "")):
             yield (
                 f"--output_name is {self.output_name!r}: file names cannot hold {' '.join(map(repr, forbidden))} on Windows, and "

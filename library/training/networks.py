@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from library.errors import CheckpointError, NetworkError, did_you_mean
+from library.files.user_path import dead_link
 from library.options.reference_table import as_dict
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def check_weights_file(flag: str, file: str | Path | None) -> None:
     if file is None or not Path(file).is_file():
         folder = Path(file).parent if file is not None else None
         near = [path.name for path in folder.iterdir()] if folder is not None and folder.is_dir() else []
-        raise CheckpointError(f"{flag} {file}: there is no such file{did_you_mean(Path(str(file)).name, near)}")
+        link = dead_link(Path(str(file)))
+        hint = f": {link}" if link else did_you_mean(Path(str(file)).name, near)
+        raise CheckpointError(f"{flag} {file}: there is no such file{hint}")
 
 
 def load_network_weights(network: Any, file: str | Path) -> str:

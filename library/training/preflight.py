@@ -24,6 +24,7 @@ from library.dataset.scan import scan
 from library.dataset.toml_config import read_datasets
 from library.errors import DatasetError, OptionError, OutputError, ProblemList, os_error_text, user_errors_end_the_script
 from library.files.safetensors_file import read_header
+from library.files.user_path import dead_link
 from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
@@ -196,7 +197,7 @@ def check_writable(folder: Path, what: str, cure: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as error:
-        raise OutputError(f"{what} {folder}: {os_error_text(error)}{cure}") from error
+        raise OutputError(f"{what} {folder}: {dead_link(folder) or os_error_text(error)}{cure}") from error
     finally:
         with suppress(OSError):  # where the folder is no folder, the error above says so
             probe.unlink(missing_ok=True)

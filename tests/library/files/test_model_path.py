@@ -88,3 +88,11 @@ def test_folder_instead_of_a_file_names_the_files_in_it(tmp_path):
 def test_missing_value_names_the_flag(nothing):
     with pytest.raises(CheckpointError, match="--qwen3 is missing: give the path of the Qwen3 text encoder"):
         find_model_file("--qwen3", nothing, QWEN3)
+
+
+def test_a_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "vae.safetensors").symlink_to("gone")
+    with pytest.raises(
+        CheckpointError, match=r"does not exist: .* \(.*vae.safetensors is a link that leads nowhere \(to gone\)\)"
+    ):
+        find_model_file("--vae", tmp_path / "vae.safetensors", QWEN_IMAGE_VAE)

@@ -183,6 +183,7 @@ REFUSED = [
     ("--save_every_n_epochs=0", "--save_every_n_epochs is 0"),
     ("--save_last_n_steps_state=0", "--save_last_n_steps_state is 0"),
     ("--output_name=a/b", "--output_name is 'a/b': give the start of a file name; the folder is --output_dir"),
+    (f"--output_name={'x' * 201}", "--output_name has 201 bytes: give at most 200"),
     ('--output_name=a:b?"', "file names cannot hold '\"' ':' '?' on Windows"),
     ("--output_name=a\x07b", "file names cannot hold '\\x07' on Windows"),
     ("--initial_epoch=0", "--initial_epoch is 0: give 1 or more"),

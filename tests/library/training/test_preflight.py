@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import OutputError
+from library.errors import CheckpointError, OutputError
 from tests.tiny_runs import TinyRuns
 
 
@@ -13,3 +13,13 @@ def test_caches_that_cannot_be_written_name_the_flag_that_moves_them(picture_fol
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OutputError, match="the caches cannot be written to .*; give --cache_dir a folder that can be written"):
         runs.checked("--max_train_steps=1", "--cache_latents_to_disk", f"--cache_dir={tmp_path / 'file' / 'caches'}")
+
+
+def test_links_that_lead_nowhere_are_called_that(picture_folder, tmp_path):
+    runs = TinyRuns(tmp_path, picture_folder(2))
+    (tmp_path / "dead").symlink_to("gone")
+    nowhere = rf"{tmp_path / 'dead'} is a link that leads nowhere \(to gone\)"
+    with pytest.raises(OutputError, match=f"--output_dir .*: {nowhere}"):
+        runs.checked("--max_train_steps=1", output="dead")
+    with pytest.raises(CheckpointError, match=f"--network_weights .*: there is no such file: {nowhere}"):
+        runs.checked("--max_train_steps=1", f"--network_weights={tmp_path / 'dead'}")
