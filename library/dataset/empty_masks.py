@@ -22,16 +22,17 @@ def empty_mask_findings(
     warnings: list[str] = []
     for own in by_subset((*trained, *validation)):
         masked = [item for item in own if item.is_masked]
-        empty = [item for item in masked if _is_empty(item, records)]
+        empty = [item for item in masked if has_empty_mask(item, records)]
         if empty:
             to_train = [item for item in own if item.index < len(trained)]
-            nothing_counts = bool(to_train) and all(_is_empty(item, records) for item in to_train)
+            nothing_counts = bool(to_train) and all(has_empty_mask(item, records) for item in to_train)
             text = f"{own[0].subset.place}: {_finding(empty, len(masked), records)}"
             (problems if nothing_counts else warnings).append(text)
     return problems, warnings
 
 
-def _is_empty(item: Item, records: ImageRecords) -> bool:
+def has_empty_mask(item: Item, records: ImageRecords) -> bool:
+    """Whether the item's mask lets nothing of it count. ``records``: of its image and its mask."""
     if not item.is_masked:
         return False
     record = records.get(item.path if item.mask_path is None else item.mask_path)

@@ -164,7 +164,8 @@ def _notable(facts: Facts) -> list[Item]:
     """The images that the lists of the page begin with."""
     copies = [item for group in facts.duplicates[:NOTABLE] for item in group.items[:NOTABLE]]
     cut = [cut.item for cut in facts.cut[:NOTABLE]]
-    return [*copies[:NOTABLE], *facts.enlarged[:NOTABLE], *facts.cropped[:NOTABLE], *cut, *facts.without_caption[:NOTABLE]]
+    lists = (copies, facts.with_empty_mask, facts.enlarged, facts.cropped, cut, facts.without_caption)
+    return [item for items in lists for item in items[:NOTABLE]]
 
 
 def _processes() -> int:

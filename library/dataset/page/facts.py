@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from library.dataset.captions import split_tags
+from library.dataset.empty_masks import has_empty_mask
 from library.dataset.image_records import ImageRecords
 from library.dataset.items import DatasetSettings, Item, TrainingSet
 from library.dataset.order import items_by_bucket
@@ -135,6 +136,7 @@ class Facts:
     duplicates: tuple[Duplicates, ...]
     enlarged: tuple[Item, ...]
     cropped: tuple[Item, ...]  # those that lose more than LARGE_CROP
+    with_empty_mask: tuple[Item, ...]  # nothing of them counts in the loss
     without_caption: tuple[Item, ...]  # the encoder gets the empty text
     with_class_tokens: tuple[Item, ...]  # no caption of their own
     skipped: tuple[str, ...]
@@ -171,7 +173,7 @@ def gather_facts(
     progress: Progress | None = None,
 ) -> Facts:
     """``progress`` follows the counting of tokens, which takes the longest."""
-    everything = training_set.all_items
+    everything, records = training_set.all_items, training_set.records
     datasets = tuple(dataset_facts(training_set, processes=processes))
     encoders, cut = _text_lengths(everything, showings, count_tokens, progress)
     captions = {item.index: showings.full_text(item) for item in everything if not item.caption.strip()}
@@ -183,6 +185,7 @@ def gather_facts(
         duplicates=tuple(duplicates),
         enlarged=_worst((item for item in everything if item.scale > 1), attrgetter("scale")),
         cropped=_worst((item for item in everything if cut_away(item) > LARGE_CROP), cut_away),
+        with_empty_mask=tuple(item for item in everything if records is not None and has_empty_mask(item, records)),
         without_caption=tuple(item for item in everything if not captions.get(item.index, "x").strip()),
         with_class_tokens=tuple(item for item in everything if _has_class_tokens_only(item)),
         skipped=training_set.skipped,

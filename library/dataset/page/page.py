@@ -106,6 +106,7 @@ def _counts(facts: Facts, showings: Showings) -> Iterator[tuple[str, int]]:
 
 
 def _alerts(facts: Facts) -> Iterator[tuple[str, int, str]]:
+    yield "empty masks", len(facts.with_empty_mask), "checks"
     yield "enlarged", len(facts.enlarged), "checks"
     yield "much cropped", len(facts.cropped), "checks"
     yield "duplicates", facts.duplicate_files, "checks"

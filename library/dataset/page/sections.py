@@ -126,9 +126,13 @@ def captions_section(facts: Facts, names: ImageNames) -> Html:
 
 
 def checks_section(facts: Facts, names: ImageNames) -> Html:
-    """Duplicates, enlarged and much cropped images."""
+    """Images that train nothing, duplicates, enlarged and much cropped ones."""
+    masks = None
+    if facts.with_empty_mask:
+        words = "Empty masks: nothing of these images counts"
+        masks = _listed(words, len(facts.with_empty_mask), _names(facts.with_empty_mask, names))
     sizes = [element("div", part) for part in (_enlarged(facts.enlarged, names), _cropped(facts.cropped, names))]
-    return section("checks", "Images to look at", _duplicates(facts, names), element("div", sizes, class_="columns-2"))
+    return section("checks", "Images to look at", masks, _duplicates(facts, names), element("div", sizes, class_="columns-2"))
 
 
 def tags_section(facts: Facts) -> Html:

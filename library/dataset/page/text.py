@@ -28,15 +28,7 @@ def fact_lines(facts: Facts, showings: Showings) -> Iterator[str]:
         yield f"{encoder.encoder}: at most {encoder.longest:,} tokens of {encoder.limit:,}{cut}"
     if facts.cut:
         yield f"  cut: {_names([cut.item for cut in facts.cut])}"
-    if facts.enlarged:
-        most = f"{counted(len(facts.enlarged), 'image')}, at most {facts.enlarged[0].scale:.2f}x"
-        yield f"enlarged: {most}: {_names(facts.enlarged)}"
-    if facts.cropped:
-        yield (
-            f"much cropped: {counted(len(facts.cropped), 'image')}, at most {cut_away(facts.cropped[0]):.0%} of the area: "
-            f"{_names(facts.cropped)}"
-        )
-    yield from _duplicate_lines(facts)
+    yield from _check_lines(facts)
     if facts.without_caption:
         yield f"without a caption: {counted(len(facts.without_caption), 'image')}: {_names(facts.without_caption)}"
     if facts.with_class_tokens:
@@ -94,6 +86,21 @@ def dataset_lines(dataset: DatasetFacts) -> Iterator[str]:
     sizes = ", ".join(f"{bucket.bucket_wh[0]}x{bucket.bucket_wh[1]} ({bucket.showings:,})" for bucket in told)
     rest = f" and {len(dataset.buckets) - BUCKETS_TOLD:,} more" if len(dataset.buckets) > BUCKETS_TOLD else ""
     yield f"  {counted(len(dataset.buckets), 'bucket')}: {sizes}{rest}"
+
+
+def _check_lines(facts: Facts) -> Iterator[str]:
+    if facts.with_empty_mask:
+        empty = facts.with_empty_mask
+        yield f"empty masks, so that nothing counts: {counted(len(empty), 'image')}: {_names(empty)}"
+    if facts.enlarged:
+        most = f"{counted(len(facts.enlarged), 'image')}, at most {facts.enlarged[0].scale:.2f}x"
+        yield f"enlarged: {most}: {_names(facts.enlarged)}"
+    if facts.cropped:
+        yield (
+            f"much cropped: {counted(len(facts.cropped), 'image')}, at most {cut_away(facts.cropped[0]):.0%} of the area: "
+            f"{_names(facts.cropped)}"
+        )
+    yield from _duplicate_lines(facts)
 
 
 def _duplicate_lines(facts: Facts) -> Iterator[str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from library.dataset.clock import Clock, Moments
+from library.dataset.image_records import ImageRecords
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.dataset.page.showings import Showings
 from library.dataset.token_use import TokenUse
+from library.dataset.verify import read_record
 
 WORDS = 6  # that the small encoder sees
 
@@ -52,6 +54,26 @@ def training_set(items, validation=(), *, batch_size=2, datasets=None, **more) -
         validation=tuple(everything[len(items) :]),
         **more,
     )
+
+
+def with_masks(folder: Path) -> TrainingSet:
+    """Four images as a scan has read them: one with a black mask, one that is transparent, one of each that is neither."""
+    (alpha_only := folder / "alpha").mkdir()
+    subset = SubsetSettings(place="here", image_dir=folder)
+    transparent = SubsetSettings(place="there", image_dir=alpha_only, alpha_mask=True)
+    items = []
+    for name, value in (("black.png", 0), ("grey.png", 9)):
+        item = save_picture(make_item(folder, name, subset=subset, mask_path=folder / f"mask of {name}"))
+        Image.new("L", item.size_wh, value).save(item.mask_path)
+        items.append(item)
+    for name, value in (("clear.png", 0), ("solid.png", 255)):
+        item = make_item(alpha_only, name, subset=transparent, has_alpha=True)
+        Image.new("RGBA", item.size_wh, (9, 9, 9, value)).save(item.path)
+        items.append(item)
+    records = ImageRecords(reads=False, writes=False)
+    for path in [item.path for item in items] + [item.mask_path for item in items if item.mask_path]:
+        records.put(path, read_record(path))
+    return training_set(items, records=records)
 
 
 def showings_of(data: TrainingSet, *, variants=None, epochs=4) -> Showings:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from library.dataset.items import SubsetSettings
 from library.dataset.page.facts import cut_away, find_duplicates, gather_facts, tags_of
 from library.errors import DatasetError
-from tests.library.dataset.page.page_parts import count_words, make_item, save_picture, showings_of, training_set
+from tests.library.dataset.page.page_parts import count_words, make_item, save_picture, showings_of, training_set, with_masks
 
 
 def facts_of(data, **more):
@@ -96,6 +97,12 @@ def test_enlarged_and_cropped_images_come_worst_first(tmp_path):
     assert [item.path.name for item in facts.cropped] == ["smaller.png", "a.png"]
     assert (smaller.scale, exact.scale) == (4.0, 1.0)
     assert cut_away(make_item(tmp_path)) == pytest.approx(1 / 3)
+
+
+def test_empty_masks_are_those_that_let_nothing_count(tmp_path):
+    data = with_masks(tmp_path)
+    assert [item.path.name for item in facts_of(data).with_empty_mask] == ["black.png", "clear.png"]
+    assert facts_of(replace(data, records=None)).with_empty_mask == ()  # a set that no scan has read
 
 
 def test_empty_captions_and_class_tokens(tmp_path):

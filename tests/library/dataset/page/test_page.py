@@ -16,7 +16,7 @@ from library.dataset.page.html import VOID
 from library.dataset.page.page import PageContent, page_html, write_page
 from library.dataset.page.pictures import choose, draw
 from library.errors import OutputError
-from tests.library.dataset.page.page_parts import count_words, make_item, save_picture, showings_of, training_set
+from tests.library.dataset.page.page_parts import count_words, make_item, save_picture, showings_of, training_set, with_masks
 
 ATTACK = "</p><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> & \"quotes\""
 
@@ -145,6 +145,16 @@ def test_every_image_has_a_card_with_pictures_crop_and_badges(rich):
     assert "trained and used for validation" in page.texts
     assert page.all("svg", "crop")[0]["viewbox"] == "0 0 64 96"
     assert page.all("path", "edge")[0]["d"] == "M0 16h64v64h-64z"
+
+
+def test_images_of_which_nothing_counts_are_listed_and_marked(tmp_path):
+    html, page = page_of(with_masks(tmp_path))
+    listed = html[html.index("Empty masks: nothing of these images counts") : html.index("Duplicates")]
+    assert [name for name in ("black", "grey", "clear", "solid") if f">{name}.png<" in listed] == ["black", "clear"]
+    assert [attrs["id"] for attrs in page.all("article") if "blank" in attrs["data-kinds"].split()] == ["image-0", "image-2"]
+    assert "empty masks" in page.texts and "nothing counts" in page.texts
+    plain = training_set([save_picture(make_item(tmp_path))])
+    assert "empty masks" not in page_of(plain)[1].texts
 
 
 def test_what_is_cut_is_struck_only_where_no_encoder_sees_it(rich):

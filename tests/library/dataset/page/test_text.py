@@ -5,7 +5,7 @@ from dataclasses import replace
 from library.dataset.items import SubsetSettings
 from library.dataset.page.facts import Duplicates, gather_facts
 from library.dataset.page.text import caption_lines, fact_lines, visible
-from tests.library.dataset.page.page_parts import count_words, make_item, showings_of, training_set
+from tests.library.dataset.page.page_parts import count_words, make_item, showings_of, training_set, with_masks
 
 LONG = "one two three four five six seven eight"
 
@@ -55,6 +55,10 @@ def test_facts_that_need_a_look(tmp_path):
         "left out (--skip_bad_images): 1 bad image or caption",
     ):
         assert line in text
+
+
+def test_empty_masks_are_told(tmp_path):
+    assert "empty masks, so that nothing counts: 2 images: black.png, clear.png" in told(with_masks(tmp_path))
 
 
 def test_long_names_lose_their_middle(tmp_path):
