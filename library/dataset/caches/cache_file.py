@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +32,9 @@ from typing import TYPE_CHECKING
 from library.dataset.caches.names import SUFFIX
 from library.dataset.image_records import SourceIdentity, unreadable_source
 from library.errors import CheckpointError, DatasetError, os_error_text
-from library.files.atomic import TEMPORARY_MARK
+from library.files.atomic import TEMPORARY_MARK, file_written_atomically
 from library.files.left_overs import remove_left_overs
-from library.files.safetensors_file import TensorFile, save_safetensors, torch_dtypes
+from library.files.safetensors_file import TensorFile, serialize, torch_dtypes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,8 +179,10 @@ def write_cache_file(
     ingredients: Mapping[str, object],
     sources: Mapping[str, SourceIdentity] | None = None,
     details: Mapping[str, str] | None = None,
-) -> None:
+) -> os.stat_result:
     """Writes atomically; equal arguments give equal bytes. ``details`` is metadata beyond the common keys.
+
+    Gives what is known of the file from before it got its name: afterwards the name may be that of another run's file.
 
     Raises OutputError when the disk is full or the folder cannot be written.
     """
@@ -193,7 +196,10 @@ def write_cache_file(
     metadata["fingerprint"] = fingerprint(metadata["ingredients"])
     for name, tensor in tensors.items():
         metadata[CHECKSUM + name] = checksum(tensor_bytes(tensor))
-    save_safetensors(path, tensors, metadata)
+    data = serialize(tensors, metadata)
+    with file_written_atomically(path) as temporary:
+        temporary.write_bytes(data)
+        return temporary.stat()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -81,10 +81,17 @@ class CacheCheck(Generic[E, R]):
                 verdicts[place] = verdict
         return cast("list[Verdict | R]", verdicts)
 
-    def note_written(self, asked: Asked, source_stamps: Sequence[str]) -> None:
-        """Notes a file that was just written, from sources that had these stamps before they were read."""
-        stat = os.stat(asked.path)  # noqa: PTH116  # a name, no Path: there are very many
-        self.notes.note(asked.path, _mark(stat, asked, source_stamps), changed_ns=stat.st_ctime_ns)
+    def note_written(self, asked: Asked, source_stamps: Sequence[str], *, written: os.stat_result) -> None:
+        """Notes a file that was just written, from sources that had these stamps before they were read.
+
+        ``written`` was taken before the file got its name, under which another run may have put its own since: that is not noted.
+        """
+        try:
+            stat = os.stat(asked.path)  # noqa: PTH116  # a name, no Path: there are very many
+        except OSError:
+            return
+        if _identity(stat) == _identity(written):
+            self.notes.note(asked.path, _mark(stat, asked, source_stamps), changed_ns=stat.st_ctime_ns)
 
     def _look(self, entry: E) -> Verdict | Found:
         asked = self._ask(entry)
@@ -129,6 +136,11 @@ def _stamp_or_nothing(path: str) -> str:
         return stamp(os.stat(path))  # noqa: PTH116
     except OSError:
         return ""
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
+    """What giving a file another name does not change, as it does the ctime."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _mark(stat: os.stat_result, asked: Asked, stamps: Sequence[str]) -> str:

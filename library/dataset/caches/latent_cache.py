@@ -358,8 +358,9 @@ class LatentCache:
         if not self.on_disk:
             self._memory[asked.path] = tensors
             return
-        write_cache_file(Path(asked.path), tensors, ingredients=self._entries.ingredients(entry.item), sources=origin.identities)
-        self.check.note_written(asked, origin.stamps)
+        ingredients = self._entries.ingredients(entry.item)
+        written = write_cache_file(Path(asked.path), tensors, ingredients=ingredients, sources=origin.identities)
+        self.check.note_written(asked, origin.stamps, written=written)
 
     def _share(self, entries: Sequence[LatentEntry], gather: Gather | None, *, processes: int) -> None:
         paths = map(self._entries.path, entries)

@@ -346,9 +346,9 @@ class TextCache:
             "texts": json.dumps({text_hash(text): text for text in texts}, ensure_ascii=False),
             "captions": json.dumps(file.captions, ensure_ascii=False),
         }
-        write_cache_file(Path(file.path), tensors, ingredients=self._files.ingredients, details=details)
+        written = write_cache_file(Path(file.path), tensors, ingredients=self._files.ingredients, details=details)
         if set(file.texts) <= set(texts):
-            self.check.note_written(self._files.asked(file.items), ())
+            self.check.note_written(self._files.asked(file.items), (), written=written)
 
     def _kept(self, file: TextFile, made: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """The texts of the old file that stay: those in use, and a few that are not. A damaged one is dropped."""

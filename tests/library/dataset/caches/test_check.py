@@ -8,7 +8,7 @@ import pytest
 
 from library.dataset.caches.cache_file import MISSING, VALID, Verdict
 from library.dataset.caches.check import Asked, CacheCheck, Found, source_stamps
-from library.dataset.caches.notes import CacheNotes
+from library.dataset.caches.notes import NO_MARK, CacheNotes
 from tests.library.dataset.caches.cache_parts import settle
 
 
@@ -135,11 +135,23 @@ def test_only_what_was_read_whole_is_noted(tmp_path: Path) -> None:
 def test_what_was_just_written_is_known(tmp_path: Path) -> None:
     a, image = files(tmp_path, "a", "image.png")
     watched = Watched((str(image),))
-    watched.check.note_written(Asked(str(a), "k", (str(image),)), source_stamps([str(image)]))
+    watched.check.note_written(Asked(str(a), "k", (str(image),)), source_stamps([str(image)]), written=a.stat())
     watched.notes.save()
     later = Watched((str(image),))
     assert later.start(a) == [VALID]
     assert later.opened == {}
+
+
+@pytest.mark.parametrize("then", ["replaced", "gone"])
+def test_what_another_run_put_in_its_place_is_not(then: str, tmp_path: Path) -> None:
+    a, other = files(tmp_path, "a", "other")
+    written = a.stat()
+    os.utime(other, ns=(written.st_atime_ns, written.st_mtime_ns))
+    other.replace(a) if then == "replaced" else a.unlink()
+    watched = Watched()
+    watched.check.note_written(Asked(str(a), "k"), (), written=written)
+    watched.notes.save()
+    assert CacheNotes("test").mark(str(a)) == NO_MARK
 
 
 def test_thousands_of_files_come_out_in_order(tmp_path: Path) -> None:
