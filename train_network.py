@@ -228,7 +228,8 @@ class NetworkTrainer(CacheFilling):
             group=self.group,
             workers=worker_count(self.options),
             ready=self.learner.evaluating,
-            stop_wanted=lambda: bool(self.stop),
+            # nobody could make up for the last one: a run that is done has no state to go on from
+            stop_wanted=lambda: bool(self.stop) and self.progress.step < self.run.length.total_steps,
         )
         self.validation = Validation(self.run, losses, bar=self.reporter.passing_bar, log=self.reporter.log)
 
@@ -413,13 +414,12 @@ class NetworkTrainer(CacheFilling):
     def save_state(self, folder: Path) -> None:
         """The pending numbers are reported first, so that the state knows of every finished step."""
         self.report_pending()
-        identity, history = self.run.settings
         description = StateDescription(
             epoch=self.progress.position // self.run.length.steps_per_epoch,
             progress=self.progress,
             seed=self.seed,
-            identity=identity,
-            history=history,
+            identity=self.run.settings.identity,
+            history=self.run.settings.history,
             losses=self.average.values(),
             validation=self.validation.record,
         )

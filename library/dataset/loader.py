@@ -11,7 +11,7 @@ from library.dataset.caches.latent_cache import LatentCache
 from library.dataset.caches.text_cache import TextCache
 from library.dataset.captions import Moment
 from library.dataset.clock import Clock
-from library.dataset.items import TrainingSet
+from library.dataset.items import Item, TrainingSet
 from library.dataset.order import Entry, EpochOrder, OrderSource, rank_positions, validation_batches
 from library.dataset.prefetch import Prefetch, prefetch
 from library.dataset.showing import FixedShowing, TrainingShowing, When
@@ -126,6 +126,11 @@ class ValidationBatches:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def items(self) -> list[Item]:
+        """The images of all batches."""
+        return [self._items[position] for positions in self._batches for position in positions]
 
     def batch(self, number: int) -> Batch:
         """Batch ``number``, from 0."""

@@ -158,8 +158,8 @@ def _no_strength(datasets: Datasets, options: TrainOptions) -> Iterator[str]:
     for dataset in datasets:
         if dataset.settings.network_multiplier == 0 and not dataset.only_validates:
             yield (
-                f"{dataset.spots['network_multiplier']} is 0, the model without the network, so that nothing could be learned from "
-                "these images: take the dataset out, or give another strength (1 = the usual one)"
+                f"{dataset.spots['network_multiplier']} is 0, the model without the network, so that nothing could be learned "
+                "from these images: take the dataset out, or give another strength (1 = the usual one)"
             )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from library.dataset.image_records import ImageRecords
 from library.dataset.items import TrainingSet
@@ -34,7 +34,14 @@ from library.training.networks import check_weights_file
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
 from library.training.saving_names import OutputNames, SaveSchedule
 from library.training.schedule_names import schedule_notices, schedule_problems
-from library.training.state import StateDescription, check_identity, find_state, read_description, state_settings
+from library.training.state import (
+    StateDescription,
+    StateSettings,
+    check_identity,
+    find_state,
+    read_description,
+    state_settings,
+)
 from library.training.steps import Progress, RunLength, initial_progress
 from library.training.trackers import tracker_problems
 from library.training.validated_images import trained_now
@@ -75,7 +82,7 @@ class CheckedRun(CheckedData):
     start: Progress
     resume_folder: Path | None
     resumed: StateDescription | None
-    settings: tuple[dict[str, str], dict[str, str]]  # of a state saved by this run: what must and what should stay equal
+    settings: StateSettings  # of the states that this run saves
 
 
 def check_run(options: Any, architecture: Architecture) -> CheckedRun:
@@ -111,29 +118,15 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     length = RunLength.of(options.run, batches_per_epoch(training_set, processes=processes))
     names = OutputNames.of(options.saving)
-    resume_folder = find_state(options.resume.resume, names.states()) if options.resume.resume else None
-    resumed = read_description(resume_folder) if resume_folder else None
-    start = initial_progress(options.resume, length, resumed.progress if resumed else None)
-    if start.step >= length.total_steps:
-        raise OptionError(
-            f"the state {resume_folder} has done {start.step} steps and the run ends at {length.total_steps}: "
-            "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
-        )
+    begin = _beginning(options, length, names)
     settings = state_settings(
         options,
         architecture.name,
         batches_per_epoch=length.batches_per_epoch,
+        datasets=training_set.datasets,
         validation_split=split_text(training_set, options),
     )
-    changes: list[str] = []
-    if resume_folder is not None and resumed is not None:
-        changes = check_identity(resume_folder, resumed, settings)
-        if warning := trained_now(resumed.validation.images, training_set):
-            changes.append(warning)
-        if options.run.seed not in (None, resumed.seed):
-            changes.append(
-                f"--seed was {resumed.seed} when the state was saved and is {options.run.seed} now: other random numbers"
-            )
+    changes = list(_changes(options, begin, settings, training_set))
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
     check_disk(training_set, (latent_cache, text_cache), options)
     return CheckedRun(
@@ -142,24 +135,51 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         layouts=layouts,
         training_set=training_set,
         prompts=prompts,
-        seed=run_seed(options, resumed),
+        seed=run_seed(options, begin.resumed),
         processes=processes,
         length=length,
         saves=SaveSchedule.of(options.saving, length.epochs),
         names=names,
-        start=start,
-        resume_folder=resume_folder,
-        resumed=resumed,
+        start=begin.progress,
+        resume_folder=begin.folder,
+        resumed=begin.resumed,
         settings=settings,
         latent_cache=latent_cache,
         text_cache=text_cache,
-        warnings=(
-            *changes,
-            *option_warnings(options),
-            *training_set.warnings,
-            *prompt_warnings(prompts, architecture),
-        ),
+        warnings=(*changes, *option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
     )
+
+
+class _Beginning(NamedTuple):
+    """Where the run begins, and the state that it goes on from, if any."""
+
+    progress: Progress
+    folder: Path | None
+    resumed: StateDescription | None
+
+
+def _beginning(options: Any, length: RunLength, names: OutputNames) -> _Beginning:
+    folder = find_state(options.resume.resume, names.states()) if options.resume.resume else None
+    resumed = read_description(folder) if folder else None
+    start = initial_progress(options.resume, length, resumed.progress if resumed else None)
+    if start.step >= length.total_steps:
+        raise OptionError(
+            f"the state {folder} has done {start.step} steps and the run ends at {length.total_steps}: "
+            "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
+        )
+    return _Beginning(start, folder, resumed)
+
+
+def _changes(options: Any, begin: _Beginning, settings: StateSettings, training_set: TrainingSet) -> Iterator[str]:
+    """What is allowed but not as it was when the state was saved. Raises OptionError for what must be equal."""
+    if begin.folder is None or begin.resumed is None:
+        return
+    yield from check_identity(begin.folder, begin.resumed, settings)
+    if warning := trained_now(begin.resumed.validation.images, training_set):
+        yield warning
+    seed = begin.resumed.seed
+    if options.run.seed not in (None, seed):
+        yield f"--seed was {seed} when the state was saved and is {options.run.seed} now: other random numbers"
 
 
 def check_lora_file(flag: str, file: str | None) -> None:

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 from library.errors import CheckpointError, OptionError, did_you_mean
 from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
 from library.files.safetensors_file import file_fingerprint
+from library.training.dataset_history import dataset_history
 from library.training.optimizer_names import optimizer_source
 from library.training.steps import Progress
 from library.training.validation_plan import NO_SPLIT, ValidationRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from library.dataset.items import DatasetSettings
 
 STATE_FORMAT = 1
 DESCRIPTION_FILE = "train_state.json"
@@ -34,8 +37,7 @@ TENSORS_FILE = "optimizer.pt"
 class StateDescription:
     """``train_state.json``: readable, and enough to decide whether a run can go on from this state.
 
-    ``identity`` names the settings that must be equal (flag -> value as text); ``history`` those that should be, for the same
-    result as an uninterrupted run. ``losses`` are the values behind the shown average.
+    ``identity`` and ``history`` are those of :class:`StateSettings`. ``losses`` are the values behind the shown average.
     """
 
     epoch: int
@@ -153,55 +155,86 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
     return max(complete)[2] if complete else None
 
 
-# groups whose options change what is trained, and those of their options that do not
-HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "captions", "dataset")
-HISTORY_RUN_OPTIONS = ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16")
-HARMLESS = ("max_data_loader_n_workers", "persistent_data_loader_workers", "skip_bad_images", "cache_info", "optimizer_type",
-            "use_8bit_adam", "use_lion_optimizer")  # fmt: skip
+# groups whose options change what is trained, those of their options that do not, and options of other groups that do
+HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow")
+HARMLESS = ("optimizer_type", "use_8bit_adam", "use_lion_optimizer")  # they are in the identity
+HISTORY_OPTIONS = {
+    "run": ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16"),
+    "dataset": ("masked_loss", "prior_loss_weight"),  # of the others count the datasets' settings, which they become a part of
+}
 VALIDATION_SPLIT = "the validation split"  # with another one, what was trained would validate
 ABSENT = {VALIDATION_SPLIT: NO_SPLIT}  # what an older state means that does not name a setting
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler")
 
 
-def state_settings(
-    options: Any, architecture: str, *, batches_per_epoch: int, validation_split: str = NO_SPLIT
-) -> tuple[dict[str, str], dict[str, str]]:
-    """(identity, history): settings without which a state cannot go on, and those that should stay for the result of an
-    uninterrupted run; flag -> value as text. Options that an architecture does not have are left out.
+@dataclass(frozen=True, slots=True)
+class StateSettings:
+    """What a run's states say of its settings: name -> value as text. ``identity``: those without which a run cannot go on from a
+    state; ``history``: those that should stay for the result of an uninterrupted run.
     """
+
+    identity: dict[str, str]
+    history: dict[str, str]
+
+
+def state_settings(
+    options: Any,
+    architecture: str,
+    *,
+    batches_per_epoch: int,
+    datasets: Sequence[DatasetSettings] = (),
+    validation_split: str = NO_SPLIT,
+) -> StateSettings:
+    """Options that an architecture does not have are left out."""
     names = ("network_module", "network_dim", "network_alpha", "network_args")
     identity = {f"--{name}": str(getattr(options.network, name)) for name in names}
     identity.update({"--optimizer_type": optimizer_source(options.optimizer).path, "the architecture": architecture})
     identity[VALIDATION_SPLIT] = validation_split
     groups = [getattr(options, name) for name in HISTORY_GROUPS if hasattr(options, name)]
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
-    values.update({name: getattr(options.run, name) for name in HISTORY_RUN_OPTIONS})
+    values.update({name: getattr(getattr(options, group), name) for group, names in HISTORY_OPTIONS.items() for name in names})
     history = {f"--{name}": str(value) for name, value in values.items()}
-    model = options.model.pretrained_model_name_or_path
-    if Path(str(model)).exists():
-        history["the base model's fingerprint"] = file_fingerprint(Path(model))
-    return identity, {**history, "the number of batches per epoch": str(batches_per_epoch)}
+    fingerprint = base_model_fingerprint(options)
+    if fingerprint is not None:
+        history["the base model's fingerprint"] = fingerprint
+    history["the number of batches per epoch"] = str(batches_per_epoch)
+    return StateSettings(identity, {**history, **dataset_history(datasets)})
 
 
-def check_identity(folder: Path, saved: StateDescription, settings: tuple[dict[str, str], dict[str, str]]) -> list[str]:
-    """Raises OptionError when the state belongs to other settings; returns lines about changes that are allowed."""
-    identity, history = settings
+def base_model_fingerprint(options: Any) -> str | None:
+    """None where the model is no file or folder."""
+    model = Path(str(options.model.pretrained_model_name_or_path))
+    return file_fingerprint(model) if model.exists() else None
+
+
+def check_identity(folder: Path, saved: StateDescription, settings: StateSettings) -> list[str]:
+    """Raises OptionError when the state belongs to other settings; returns lines about changes that are allowed.
+
+    What an older state does not name is taken to be as it was.
+    """
     problems = [
         f"the state {folder} was saved with {flag} {saved.identity.get(flag, ABSENT.get(flag))}, but this run has {value}: "
         "give the old value, or start a new run with --network_weights"
-        for flag, value in identity.items()
+        for flag, value in settings.identity.items()
         if saved.identity.get(flag, ABSENT.get(flag)) != value
     ]
     if problems:
         raise OptionError(*problems)
-    changed = [flag for flag, value in history.items() if saved.history.get(flag, value) != value]
-    return [_change(flag, saved.history[flag], history[flag]) for flag in changed]
+    changes: dict[tuple[str, str, str], list[str]] = {}  # (setting, old, new) -> the places where it changed so
+    for name, new in settings.history.items():
+        old = saved.history.get(name, new)
+        if old != new:
+            place, _, setting = name.rpartition(": ")
+            changes.setdefault((setting, old, new), []).append(place)
+    return [_change(*change, places) for change, places in changes.items()]
 
 
-def _change(flag: str, old: str, new: str) -> str:
-    rates = flag.removeprefix("--") in RATES
+def _change(setting: str, old: str, new: str, places: Sequence[str]) -> str:
+    rates = setting.removeprefix("--") in RATES
     effect = "the state's rates and schedule go on" if rates else "the run goes on, but not as one uninterrupted run would"
-    return f"{flag} was {old} when the state was saved and is {new} now: {effect}"
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    where = f"{places[0]}{more}: " if places[0] else ""
+    return f"{where}{setting} was {old} when the state was saved and is {new} now: {effect}"
 
 
 def load_network_tensors(folder: Path) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from library.dataset.batch import Batch
+from library.dataset.captions import caption_variant
 from library.randomness import derive_seed, torch_generator
 from library.training.objective import NoisyLatents, Objective
 from library.training.preflight import CheckedRun
 from library.training.processes import HostGroup
+from library.training.state import base_model_fingerprint
 from library.training.steps import Progress
 from library.training.validated_images import differences, validation_marks
 from library.training.validation_plan import ValidationRecord, ValidationSchedule
@@ -32,8 +34,8 @@ logger = logging.getLogger(__name__)
 Losses = list[Tensor]  # of each batch: (T, B) float64 on the CPU, T timesteps
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], object]]]  # (what, how many) -> a progress bar's step
 FULL, OFF = 1.0, 0.0  # strength of the network
-# options and facts of a state's history that change what a loss means
-MEANING = ("--loss_type", "--huber_c", "--huber_scale", "--huber_schedule", "--weighting_scheme", "the base model's fingerprint")
+# of a state's history: what may be the reason that losses cannot be compared, to be named
+REASONS = ("--loss_type", "--huber_c", "--huber_scale", "--huber_schedule", "--weighting_scheme", "the base model's fingerprint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,25 +190,28 @@ class Validation:
         return self._schedule.due(progress, self._run.length)
 
     def _first_record(self) -> ValidationRecord:
-        """That of the state the run goes on from; what it says of other images, noise or kinds of loss does not count."""
-        resumed = self._run.resumed
+        """That of the state the run goes on from; what it says of other images, noise, losses or models does not count."""
+        resumed, start = self._run.resumed, self._run.start
         new = ValidationRecord(measured=self._what_is_measured(), images=validation_marks(self._run.training_set))
         if resumed is None:
-            return replace(new, finished_step=self._run.start.step)
+            return replace(new, finished_step=start.step)
         saved = resumed.validation
+        if start != resumed.progress:  # --initial_step: what the state owes belongs to another step
+            saved = replace(saved, finished_step=start.step)
         if saved.measured == new.measured:
-            return replace(saved, images=new.images)
+            return self._without_lost_best(replace(saved, images=new.images))
         if saved.best is not None:
             self._tell_that_the_best_does_not_count(saved, new)
         return replace(new, finished_step=saved.finished_step, displaced_step=saved.file_step)
 
     def _tell_that_the_best_does_not_count(self, saved: ValidationRecord, new: ValidationRecord) -> None:
         before = self._run.resumed.history if self._run.resumed is not None else {}
-        changed = [name for name in MEANING if before.get(name) != self._run.settings[1].get(name)]
+        now = self._run.settings.history
+        changed = [name for name in REASONS if before.get(name) != now.get(name)]
         reasons = [differences(saved.images, new.images), f"other {', '.join(changed)}" if changed else ""]
         why = (
             "; ".join(filter(None, reasons))
-            or "images, captions, sizes, masks, noise or the choice of batches are not those of the state"
+            or "images, captions, sizes, masks, noise, VAE or text encoder are not those of the state"
         )
         logger.warning(
             "validation: the best loss of the state (%.4f at step %s) does not count: %s", saved.best, saved.best_step, why
@@ -215,16 +220,38 @@ class Validation:
             best, kept = self._run.names.best_file().name, self._run.names.old_best_file(saved.file_step).name
             logger.warning("validation: with the first new best, %s of step %s is renamed to %s", best, saved.file_step, kept)
 
+    def _without_lost_best(self, saved: ValidationRecord) -> ValidationRecord:
+        """A best that no file holds is none: --save_best is new, or the run has another name."""
+        file = self._run.names.best_file()
+        is_there = file.exists() and saved.displaced_step is None
+        if not self._run.options.validation.save_best or saved.best is None or is_there:
+            return saved
+        logger.info("validation: there is no %s, so the best loss is looked for from here on", file)
+        return replace(saved, best=None, best_step=None)
+
     def _what_is_measured(self) -> str:
-        items = [
-            (item.key, item.bucket_wh, item.caption, item.is_masked, dict(item.custom_attributes))
-            for item in self._run.training_set.validation
+        """A digest of the images, the noise and what a loss means; of nothing that only says how it is computed."""
+        if not self._has_images:
+            return ""
+        losses = self._losses
+        images = [
+            (item.key, item.bucket_wh, caption_variant(item, 0), item.is_masked, dict(item.custom_attributes))
+            for item in sorted(losses.batches.items, key=lambda item: item.key)
         ]
-        history = self._run.settings[1]
-        sizes = [dataset.batch_size for dataset in self._run.training_set.datasets]  # a part of all batches holds other images
-        fixed = (self._losses.seed, self._losses.objective.validation_timesteps(), len(self._losses.batches), sizes)
-        meaning = [history.get(name) for name in MEANING]
-        return f"{derive_seed('what is measured', repr((items, fixed, meaning))):016x}"
+        facts = (images, losses.seed, losses.objective.validation_timesteps(), self._meaning())
+        return f"{derive_seed('what is measured', repr(facts)):016x}"
+
+    def _meaning(self) -> tuple[object, ...]:
+        """What else the loss of an image depends on."""
+        run, options = self._run, self._run.options
+        flow = getattr(options, "flow", None)
+        return (
+            options.loss,
+            flow.weighting_scheme if flow is not None else None,
+            base_model_fingerprint(options),
+            run.architecture.latent_recipe(run.layouts, options),
+            run.architecture.text_recipe(run.layouts, options),
+        )
 
     def _curves(self, measured: Measured, kinds: Sequence[str], training_average: float) -> dict[str, float]:
         curves = {f"timestep_{timestep}": mean for timestep, mean in measured.by_timestep.items()}

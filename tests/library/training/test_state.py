@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from library.dataset import schema
+from library.dataset.items import DatasetSettings, SubsetSettings
 from library.errors import CheckpointError, OptionError, OutputError
 from library.options.anima import AnimaTrainOptions
+from library.options.captions import CaptionOptions
+from library.options.dataset import DatasetOptions
 from library.options.optimizer import OptimizerOptions
 from library.training.state import (
     DESCRIPTION_FILE,
+    HISTORY_OPTIONS,
     NETWORK_FILE,
     TENSORS_FILE,
     StateDescription,
+    StateSettings,
     check_identity,
     find_state,
     load_network_tensors,
@@ -61,14 +68,14 @@ def test_a_state_from_before_there_was_validation(tmp_path):
     del content["validation"]
     path.write_text(json.dumps(content))
     assert read_description(folder).validation == ValidationRecord()
-    identity, history = state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3, validation_split="0.1")
-    saved = replace(description(), identity={**identity, "the validation split": "none"}, history=history)
+    now = state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3, validation_split="0.1")
+    saved = replace(description(), identity={**now.identity, "the validation split": "none"}, history=now.history)
     with pytest.raises(OptionError, match="the validation split none, but this run has 0.1"):
-        check_identity(folder, saved, (identity, history))
+        check_identity(folder, saved, now)
     del saved.identity["the validation split"]
     with pytest.raises(OptionError, match="the validation split none, but this run has 0.1"):
-        check_identity(folder, saved, (identity, history))
-    assert check_identity(folder, saved, ({**identity, "the validation split": "none"}, history)) == []
+        check_identity(folder, saved, now)
+    assert check_identity(folder, saved, StateSettings({**now.identity, "the validation split": "none"}, now.history)) == []
 
 
 def test_a_new_state_replaces_the_old_one_and_leaves_nothing_behind(tmp_path):
@@ -121,23 +128,79 @@ def test_a_state_whose_replacement_was_interrupted_is_found(tmp_path):
     assert find_state(str(tmp_path / "a-state"), []) == old
 
 
+def changes(saved: StateDescription, folder, dim: str = "8", **history: str) -> list[str]:
+    return check_identity(folder, saved, StateSettings({"--network_dim": dim}, history))
+
+
 def test_other_settings_are_refused_and_changed_ones_told(tmp_path):
     saved = description()
     with pytest.raises(OptionError, match="--network_dim 8, but this run has 16"):
-        check_identity(tmp_path, saved, ({"--network_dim": "16"}, {}))
-    assert check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--loss_type": "l2"})) == []
-    assert check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--new_flag": "1"})) == []  # unknown to an older state
-    assert "--loss_type was l2" in check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--loss_type": "l1"}))[0]
-    (line,) = check_identity(tmp_path, saved, ({"--network_dim": "8"}, {"--learning_rate": "1"}))
+        changes(saved, tmp_path, dim="16")
+    assert changes(saved, tmp_path, **{"--loss_type": "l2"}) == []
+    assert changes(saved, tmp_path, **{"--new_flag": "1"}) == []  # unknown to an older state
+    assert changes(saved, tmp_path, **{"--loss_type": "l1"})[0].startswith("--loss_type was l2")
+    (line,) = changes(saved, tmp_path, **{"--learning_rate": "1"})
     assert "the state's rates" in line
 
 
 def test_settings_of_a_run():
-    identity, history = state_settings(
-        AnimaTrainOptions(optimizer=OptimizerOptions(use_8bit_adam=True)), "anima", batches_per_epoch=3
-    )
-    assert identity["--optimizer_type"] == "bitsandbytes.optim.AdamW8bit" and identity["the architecture"] == "anima"
-    assert history["--timestep_sampling"] == "sigmoid" and "--max_data_loader_n_workers" not in history
+    settings = state_settings(AnimaTrainOptions(optimizer=OptimizerOptions(use_8bit_adam=True)), "anima", batches_per_epoch=3)
+    assert settings.identity["--optimizer_type"] == "bitsandbytes.optim.AdamW8bit"
+    assert settings.identity["the architecture"] == "anima"
+    assert settings.history["--timestep_sampling"] == "sigmoid" and settings.history["--masked_loss"] == "False"
+    assert "--max_data_loader_n_workers" not in settings.history and "--flip_aug" not in settings.history
+
+
+def datasets(*subsets: SubsetSettings, **settings: object) -> tuple[DatasetSettings, ...]:
+    return (DatasetSettings(**{"place": "my.toml, [[datasets]] 1", "resolution_wh": (64, 96), "subsets": subsets, **settings}),)
+
+
+def subset(**settings: object) -> SubsetSettings:
+    return SubsetSettings(**{"place": "my.toml, [[datasets]] 1, subset 1", "image_dir": Path("/data/cat"), **settings})
+
+
+def test_changes_in_the_dataset_file_are_told(tmp_path):
+    def told(before: tuple[DatasetSettings, ...], after: tuple[DatasetSettings, ...]) -> list[str]:
+        saved, now = (
+            state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3, datasets=found) for found in (before, after)
+        )
+        lines = check_identity(tmp_path, replace(description(), identity=saved.identity, history=saved.history), now)
+        assert all(line.endswith("now: the run goes on, but not as one uninterrupted run would") for line in lines)
+        return [
+            line.split(" when the state was saved and is ")[0] + " -> " + line.split(" now: ")[0].split(" is ")[-1]
+            for line in lines
+        ]
+
+    before = datasets(subset(), subset(caption_prefix="a, "))
+    moved = datasets(subset(place="x", image_dir=Path("/mnt/cat")), subset(caption_prefix="a, ", cache_info=True), place="y")
+    assert told(before, before) == told(before, moved) == []
+    assert told(before, datasets(subset(), subset(flip_aug=True, loss_weight=0.5, custom_attributes={"a": 1}))) == [
+        "[[datasets]] 1, subset 2: loss_weight was 1.0 -> 0.5",
+        '[[datasets]] 1, subset 2: custom_attributes was {} -> {"a": 1}',
+        "[[datasets]] 1, subset 2: caption_prefix was a,  -> not set",
+        "[[datasets]] 1, subset 2: flip_aug was false -> true",
+    ]
+    assert told(before, datasets(subset(), subset(caption_prefix="a, "), resolution_wh=(64, 64), network_multiplier=0.5)) == [
+        "[[datasets]] 1: resolution was 64x96 -> 64x64",
+        "[[datasets]] 1: network_multiplier was 1.0 -> 0.5",
+    ]
+    both = datasets(subset(flip_aug=True), subset(caption_prefix="a, ", flip_aug=True))
+    assert told(before, both) == ["[[datasets]] 1, subset 1 and 1 more: flip_aug was false -> true"]
+    assert told(before, datasets(subset())) == ["[[datasets]] 1: subsets was 2 -> 1"]
+
+
+def test_a_state_from_before_the_dataset_file_was_noted_goes_on(tmp_path):
+    now = state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3, datasets=datasets(subset(flip_aug=True)))
+    history = {"--flip_aug": "False", "--dataset_config": "my.toml", "the number of batches per epoch": "3"}
+    assert check_identity(tmp_path, replace(description(), identity=now.identity, history=history), now) == []
+
+
+def test_every_dataset_and_caption_option_is_in_the_history_or_changes_nothing():
+    of_keys = {key.flag for topic in (*schema.DATASET_TOPICS, *schema.SUBSET_TOPICS) for key in topic.keys}
+    places = {"dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"}  # a subset's own name
+    harmless = {"skip_bad_images", "max_data_loader_n_workers", "persistent_data_loader_workers", "caption_extention"}
+    options = {option.name for group in (DatasetOptions, CaptionOptions) for option in fields(group)}
+    assert options <= of_keys | places | harmless | set(HISTORY_OPTIONS["dataset"])
 
 
 def test_damaged_tensors_are_an_error(tmp_path):

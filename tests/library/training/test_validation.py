@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.dataset.caches.latent_cache import LatentRecipe
 from library.errors import OptionError
 from library.randomness import torch_generator
+from library.training import validation
 from library.training.state import read_description
+from library.training.steps import Progress
 from library.training.validation import FixedLosses
 from library.training.validation_plan import noise_seed
-from tests.tiny_arch import TinyTrainer
+from tests.tiny_arch import TinyArchitecture, TinyTrainer
 from tests.tiny_runs import TinyRuns, same_tensors
 
 REPOSITORY = Path(__file__).parents[3]
@@ -215,6 +218,20 @@ def test_a_validation_that_was_given_up_is_made_after_the_resume(runs, caplog):
     assert same_tensors(runs.lora("whole", "t-best"), runs.lora("parts", "t-best"))
 
 
+class StoppedAtTheEnd(Watched):
+    def compute_loss(self, batch, noisy):
+        if not torch.is_grad_enabled() and self.progress.step == 2:
+            self.stop.signal_number = int(signal.SIGTERM)
+        return super().compute_loss(batch, noisy)
+
+
+def test_a_signal_during_the_last_validation_waits_for_it(runs):
+    """Nothing is left to go on with: a run that gave it up would never know whether its last LoRA is the best."""
+    flags = (SPLIT, "--max_train_steps=2", "--validate_every_n_epochs=1000", "--save_best")
+    trainer = watched(runs, *flags, trainer_class=StoppedAtTheEnd)
+    assert trainer.validation.record.best_step == 2 and same_tensors(runs.lora(), runs.lora(name="t-best"))
+
+
 class StoppedAtOnce(Watched):
     def before_training(self):
         self.stop.signal_number = int(signal.SIGINT)
@@ -245,6 +262,72 @@ def test_a_best_loss_of_something_else_does_not_count(runs, caplog):
     assert "does not count: other --loss_type" in caplog.text
     assert trainer.validation.record.best == trainer.curves[CURVE][3]
     assert sorted(trainer.curves["loss/validation/baseline"]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flags"),
+    [
+        ("batch_size = 1", ()),
+        ("batch_size = 2", ("--cache_latents", "--max_validation_steps=100", "--seed=5", "--validation_seed=1")),
+    ],
+)
+def test_how_it_is_measured_may_change_on_resume(runs, caplog, dataset, flags):
+    plain = (SPLIT, *BY_STEPS)
+    runs.train(*plain, "--validation_seed=1", "--max_train_steps=2", "--save_state_on_train_end")
+    runs.write_dataset(dataset=dataset)
+    run = runs.checked(*plain, "--validation_seed=1", "--max_train_steps=9", "--resume=latest", *flags)
+    trainer = Opened(run)
+    trainer.train()
+    assert "does not count" not in caplog.text
+    assert trainer.validation.record == run.resumed.validation and trainer.validation.record.best is not None
+
+
+class Opened(TinyTrainer):
+    """Ends before anything is measured."""
+
+    def before_training(self):
+        self.progress = Progress(self.run.length.total_steps, 0)
+
+    def finish(self):
+        self.batches.close()
+
+
+@pytest.mark.parametrize("changed", ["caption", "vae", "base model"])
+def test_what_is_measured_must_not_change_on_resume(runs, caplog, monkeypatch, changed):
+    flags = (SPLIT, *BY_STEPS)
+    runs.train(*flags, "--max_train_steps=2", "--save_state_on_train_end")
+    if changed == "caption":
+        for caption in runs.pictures.glob("*.txt"):
+            caption.write_text("something else")
+    elif changed == "vae":
+        other = LatentRecipe(arch="tiny", vae_fingerprint="1", dtype="float32", channels=3)
+        monkeypatch.setattr(TinyArchitecture, "latent_recipe", lambda *_: other)
+    else:
+        monkeypatch.setattr(validation, "base_model_fingerprint", lambda _: "another")
+    trainer = Opened(runs.checked(*flags, "--max_train_steps=9", "--resume=latest"))
+    trainer.train()
+    assert "does not count: " in caplog.text and trainer.validation.record.best is None
+
+
+def test_a_part_of_the_batches_is_known_by_its_images(runs):
+    runs.write_dataset(dataset="batch_size = 1")
+
+    def measured(*flags: str) -> str:
+        trainer = Opened(runs.checked("--validation_split=0.6", "--max_train_steps=2", *flags))
+        trainer.train()
+        return trainer.validation.record.measured
+
+    whole = measured()
+    assert measured("--max_validation_steps=100") == whole != measured("--max_validation_steps=2")
+
+
+def test_another_step_than_the_states_owes_no_validation(runs):
+    flags = (SPLIT, *BY_STEPS)
+    runs.train(*flags, "--max_train_steps=3", "--save_state_on_train_end")
+    at_once = watched(runs, *flags, "--max_train_steps=6", "--resume=latest", "--initial_step=4")
+    assert sorted(at_once.curves[CURVE]) == [5, 6]
+    again = watched(runs, *flags, "--max_train_steps=4", "--resume=latest", "--initial_step=2")
+    assert sorted(again.curves[CURVE]) == [3, 4]
 
 
 # ---------------------------------------------------------------- the best
@@ -324,6 +407,21 @@ def test_images_that_validated_and_are_trained_now_are_told(runs, picture_folder
     checked = runs.checked("--max_train_steps=3", "--resume=latest")
     (told,) = [warning for warning in checked.warnings if "images that validated" in warning]
     assert "3 of the 3 images that validated when the state was saved are trained now (such as " in told
+
+
+def test_a_best_that_no_file_holds_is_none(runs, caplog):
+    caplog.set_level("INFO")
+    flags = (SPLIT, *BY_STEPS)
+    runs.train(*flags, "--max_train_steps=4", "--save_every_n_steps=3", "--save_state")
+    state = runs.folder / "out" / "t-step00000003-state"
+    description = json.loads((state / "train_state.json").read_text())
+    description["validation"] |= {"best": 1e-6, "best_step": 1}
+    (state / "train_state.json").write_text(json.dumps(description))
+    trainer = watched(runs, *flags, "--max_train_steps=4", f"--resume={state}", "--save_best")
+    assert "there is no" in caplog.text and "t-best.safetensors, so the best loss is looked for from here on" in caplog.text
+    metadata = runs.metadata(name="t-best")
+    assert metadata["ss_steps"] == "4" and float(metadata["ss_validation_loss"]) == trainer.curves[CURVE][4]
+    assert trainer.validation.record.best_step == 4
 
 
 class NotFinite(Watched):
