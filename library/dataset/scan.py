@@ -46,7 +46,7 @@ class Placed(NamedTuple):
     is_bucketed: bool
 
 
-def scan(  # noqa: PLR0913  # all but the datasets have a default
+def scan(
     datasets: tuple[DatasetSettings, ...],
     *,
     skip_bad_images: bool = False,
@@ -68,16 +68,7 @@ def scan(  # noqa: PLR0913  # all but the datasets have a default
     records = records or ImageRecords(reads=False, writes=False)
     with thread_pool(max(workers, LOOKERS)) as lookers, thread_pool(workers) as readers:
         found, results = _find_and_verify(datasets, findings, records, pools=(lookers, readers), progress=progress)
-    with _no_garbage_collection():
-        split = split_images(datasets, found, seed=seed)
-        to_train = list(_placed(datasets, split.trained, results, findings))
-        to_validate = list(_placed(datasets, split.validation, results, findings))
-        trained = _trained_items(datasets, to_train)
-        validation = _validation_items(to_validate, start=len(trained))
-        findings.warnings.extend(caption_warnings(entry.image for entry in (*to_train, *to_validate)))
-    empty_masks, warnings = empty_mask_findings(trained, validation, records)
-    findings.problems.extend(empty_masks)
-    findings.warnings.extend([*warnings, *split.warnings, *twin_warning(trained, validation, records.sha256)])
+    trained, validation = _items(datasets, found, results, findings, records=records, seed=seed)
     if not findings.bad or skip_bad_images:
         findings.problems.extend(_nothing_left(datasets, trained, validation, findings))
     _raise_problems(findings, skip_bad_images=skip_bad_images)
@@ -150,6 +141,29 @@ def _files(found: Iterable[Found]) -> Iterator[str]:
         yield image.file
         if image.mask_path is not None:
             yield os.fspath(image.mask_path)
+
+
+def _items(
+    datasets: tuple[DatasetSettings, ...],
+    found: Sequence[Found],
+    results: Results,
+    findings: Findings,
+    *,
+    records: ImageRecords,
+    seed: int | None,
+) -> tuple[list[Item], list[Item]]:
+    """What is trained and what validates; what is wrong with other images, and odd about these, goes into ``findings``."""
+    with _no_garbage_collection():
+        split = split_images(datasets, found, seed=seed)
+        to_train = list(_placed(datasets, split.trained, results, findings))
+        to_validate = list(_placed(datasets, split.validation, results, findings))
+        trained = _trained_items(datasets, to_train)
+        validation = _validation_items(to_validate, start=len(trained))
+        findings.warnings.extend(caption_warnings(entry.image for entry in (*to_train, *to_validate)))
+    empty_masks, warnings = empty_mask_findings(trained, validation, records)
+    findings.problems.extend(empty_masks)
+    findings.warnings.extend([*warnings, *split.warnings, *twin_warning(trained, validation, records.sha256)])
+    return trained, validation
 
 
 def _placed(
