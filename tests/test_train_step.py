@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from library.errors import OptionError
+from library.errors import DatasetError, OptionError
 from tests.tiny_arch import TinyTrainer
 from tests.tiny_runs import TinyRuns, same_tensors
 
@@ -82,7 +83,7 @@ def test_a_mask_of_another_grid_is_our_own_mistake(trained):
 
 
 @pytest.mark.parametrize("caches", [(), ("--cache_latents", "--cache_text_encoder_outputs")])
-def test_black_masks_train_nothing_and_white_ones_all(runs, caches):
+def test_white_masks_train_as_none_and_black_ones_are_refused(runs, caches):
     plain = ("--max_train_steps=3", *caches)
     runs.train(*plain, output="plain")
     for shade, name in ((255, "white"), (0, "black")):
@@ -92,9 +93,10 @@ def test_black_masks_train_nothing_and_white_ones_all(runs, caches):
             (picture,) = (path for path in runs.pictures.glob(f"{caption.stem}.*") if path != caption)
             Image.new("L", Image.open(picture).size, shade).save(masks / f"{picture.stem}.png")
         runs.write_dataset(runs.images_of(runs.pictures, f'conditioning_data_dir = "{masks.as_posix()}"'))
-        runs.train(*plain, "--masked_loss", output=name)
+        refused = pytest.raises(DatasetError, match="4 of 4 masks .* are black everywhere") if shade == 0 else nullcontext()
+        with refused:
+            runs.train(*plain, "--masked_loss", output=name)
     assert same_tensors(runs.lora("plain"), runs.lora("white"))
-    assert runs.lora("black")["lora_unet_blocks_0_mlp_layer1.lora_up.weight"].abs().max() == 0
 
 
 # ---------------------------------------------------------------- strength
@@ -218,6 +220,11 @@ def test_the_weight_of_a_subset_multiplies_its_loss(runs):
 def test_the_plan_tells_what_does_not_count_as_plain_images_do(runs, picture_folder, caplog):
     caplog.set_level("INFO")
     held_back = picture_folder(3, name="held_back")
+    half = next(runs.pictures.glob("*.png"))
+    with Image.open(half) as picture:
+        picture.load()
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(half)
     runs.write_dataset(
         runs.images_of(runs.pictures, "loss_weight = 0.5", "alpha_mask = true", PRESERVED),
         runs.images_of(held_back, "is_validation = true"),
@@ -225,7 +232,7 @@ def test_the_plan_tells_what_does_not_count_as_plain_images_do(runs, picture_fol
     )
     runs.train("--max_train_steps=8", "--validate_every_n_steps=3", "--max_validation_steps=2", "--save_best", "--dry_run")
     for text in (
-        "masks: 4 of 4 images",
+        "; 1 masked",
         "loss weight 0.5: 4 images",
         "0.8 times its strength",
         "4 images stay as the model makes them",
