@@ -122,6 +122,12 @@ def test_files_named_in_the_docs_exist(page):
 # ---------------------------------------------------------------- examples
 
 
+def test_one_spelling_of_regularisation():
+    """In documents, help and messages; the other one is in a name of the protocol of network modules alone."""
+    files = [*PAGES, *ROOT.glob("*.py"), *(ROOT / "library").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    assert [path.name for path in files if re.search(r"(?i)(?<!max_norm_)regulariz", path.read_text(encoding="utf-8"))] == []
+
+
 def test_dataset_examples_are_read(tmp_path, monkeypatch):
     for path in EXAMPLES:
         if path.name.endswith("_dataset.toml"):

@@ -292,13 +292,6 @@ def test_cached_and_live_batches_agree_on_everything_but_pixels(tmp_path: Path, 
         assert_same_batch(replace(batch, latents=None, text=None), replace(same, pixels=None))
 
 
-def test_clock_counts_optimizer_steps() -> None:
-    clock = Clock(accumulation=3, total_steps=50)
-    steps = [clock.moment(epoch, number, batches_per_epoch=7).step for epoch in (1, 2) for number in range(7)]
-    assert steps == [0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 4, 5]
-    assert clock.moment(2, 0, batches_per_epoch=7) == Moment(3, 50)
-
-
 @pytest.mark.parametrize("workers", [0, 4])
 def test_warm_up_follows_the_steps_whatever_the_workers_and_the_start(tmp_path: Path, workers: int) -> None:
     training_set = make_training_set(tmp_path, token_warmup_step=0.5, token_warmup_min=1)  # 4 tags, 3 batches an epoch
