@@ -74,15 +74,13 @@ def scan(
     _raise_problems(findings, skip_bad_images=skip_bad_images)
     if records.writes and not findings.bad:
         findings.warnings.extend(write_missing_infos(_measured(found, results)))
+    settings_warnings = (warning for dataset in datasets for warning in dataset.warnings)
     return TrainingSet(
         datasets=datasets,
         items=tuple(trained),
         validation=tuple(validation),
         skipped=tuple(map(printable, dict.fromkeys(findings.bad))),
-        warnings=(
-            *(warning for dataset in datasets for warning in dataset.warnings),
-            *map(printable, (*findings.warnings, *item_warnings(datasets, trained, validation))),
-        ),
+        warnings=tuple(map(printable, (*settings_warnings, *findings.warnings, *item_warnings(datasets, trained, validation)))),
         records=records,
     )
 
