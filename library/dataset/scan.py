@@ -26,7 +26,7 @@ from library.dataset.info_file import write_missing_infos
 from library.dataset.item_warnings import item_warnings
 from library.dataset.items import DatasetSettings, Item, SubsetSettings, TrainingSet
 from library.dataset.prefetch import thread_pool
-from library.dataset.validation_split import split_images, twin_warning, without_chance
+from library.dataset.validation_split import split_images, without_chance
 from library.dataset.verify import MAX_PIXELS, Progress, size_text, verify_images
 from library.errors import DatasetError
 
@@ -155,13 +155,28 @@ def _items(
         split = split_images(datasets, found, seed=seed)
         to_train = list(_placed(datasets, split.trained, results, findings))
         to_validate = list(_placed(datasets, split.validation, results, findings))
+        to_train = _without_copies(to_train, to_validate, findings)
         trained = _trained_items(datasets, to_train)
         validation = _validation_items(to_validate, start=len(trained))
         findings.warnings.extend(caption_warnings(entry.image for entry in (*to_train, *to_validate)))
     empty_masks, warnings = empty_mask_findings(trained, validation, records)
     findings.problems.extend(empty_masks)
-    findings.warnings.extend([*warnings, *split.warnings, *twin_warning(trained, validation, records.sha256)])
+    findings.warnings.extend([*warnings, *split.warnings])
     return trained, validation
+
+
+def _without_copies(to_train: list[Placed], to_validate: list[Placed], findings: Findings) -> list[Placed]:
+    """What is trained, without images whose very bytes validate under another name."""
+    validating = {entry.record.sha256: entry.image for entry in to_validate}
+    copies = [entry.image for entry in to_train if entry.record.sha256 in validating]
+    if not copies:
+        return to_train
+    original = next(validating[entry.record.sha256] for entry in to_train if entry.image is copies[0])
+    findings.warnings.append(
+        f"{len(copies)} images have the same bytes as one that validates (such as {copies[0].path} and {original.path}) and are "
+        "therefore not trained"
+    )
+    return [entry for entry in to_train if entry.record.sha256 not in validating]
 
 
 def _placed(

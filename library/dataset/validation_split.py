@@ -9,12 +9,12 @@ import heapq
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.dataset.find_images import Found
-from library.dataset.items import DatasetSettings, Item, SubsetSettings
+from library.dataset.items import DatasetSettings, SubsetSettings
 from library.randomness import derive_seed
 
 
@@ -101,20 +101,6 @@ def chosen_for_validation(paths: Sequence[str], share: float, *, seed: int) -> s
         return derive_seed("validation", seed, os.path.basename(path)), path  # noqa: PTH119  # for each of very many images
 
     return set(heapq.nsmallest(validation_count(len(paths), share), paths, key=number))
-
-
-def twin_warning(trained: Sequence[Item], validation: Sequence[Item], sha256: Callable[[Path], bytes]) -> Iterator[str]:
-    """Where a copy of a validation image is trained, the validation loss tells too little."""
-    if not validation:
-        return
-    trained_by_content = {sha256(item.path): item for item in trained}
-    twins = [(item, twin) for item in validation if (twin := trained_by_content.get(sha256(item.path)))]
-    if twins:
-        item, twin = twins[0]
-        yield (
-            f"{len(twins)} validation images have the same bytes as an image that is trained (such as {item.path} and "
-            f"{twin.path}), so the validation loss comes out too low: remove the copies"
-        )
 
 
 class RealPaths:

@@ -118,10 +118,9 @@ class EncoderFacts:
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """Image files with the same bytes. ``leak``: some of them are trained and some validate."""
+    """Image files with the same bytes: all of them are trained, or all of them validate."""
 
     items: tuple[Item, ...]  # one for each file
-    leak: bool
     captions_differ: bool
 
 
@@ -206,10 +205,9 @@ def find_duplicates(training_set: TrainingSet) -> tuple[Duplicates, ...]:
     for path in by_path:
         record = records.get(path)
         same[record.sha256 if record else bytes.fromhex(records.identity(path).sha256)].append(path)
-    first_validation = len(training_set.items)
     groups = ([by_path[path] for path in group] for group in same.values() if len(group) > 1)
-    found = [_duplicates(group, first_validation) for group in groups]
-    return tuple(sorted(found, key=lambda group: (not group.leak, -len(group.items), group.items[0].index)))
+    found = [_duplicates(group) for group in groups]
+    return tuple(sorted(found, key=lambda group: (-len(group.items), group.items[0].index)))
 
 
 def tags_of(item: Item) -> list[str]:
@@ -273,11 +271,6 @@ def _has_class_tokens_only(item: Item) -> bool:
     return bool(words) and item.subset.metadata_file is None and item.caption == words
 
 
-def _duplicates(files: list[list[Item]], first_validation: int) -> Duplicates:
-    everything = [item for items in files for item in items]
-    validates = {item.index >= first_validation for item in everything}
-    return Duplicates(
-        items=tuple(items[0] for items in files),
-        leak=len(validates) > 1,
-        captions_differ=len({item.caption for item in everything}) > 1,
-    )
+def _duplicates(files: list[list[Item]]) -> Duplicates:
+    captions = {item.caption for items in files for item in items}
+    return Duplicates(items=tuple(items[0] for items in files), captions_differ=len(captions) > 1)

@@ -276,10 +276,8 @@ def _duplicates(facts: Facts, names: ImageNames) -> Html:
         return _none("Duplicates", "no two image files have the same bytes")
     rows = []
     for group in groups[:ROWS]:
-        notes = ["trained and used for validation"] if group.leak else []
-        notes += ["captions differ"] if group.captions_differ else []
         copies = [element("li", names.link(item, with_folder=True)) for item in group.items]
-        rows.append([element("ul", copies, class_="plain"), element("span", ", ".join(notes), class_="over")])
+        rows.append([element("ul", copies, class_="plain"), element("span", "captions differ" if group.captions_differ else "", class_="over")])
     note = f"{counted(facts.duplicate_files, 'file')} in {counted(len(groups), 'group')}"
     note += f", {ROWS} groups shown" if len(groups) > ROWS else ""
     return _listed("Duplicates: files with the same bytes", note, table(("files", ""), rows, tall=True))

@@ -109,9 +109,6 @@ def _duplicate_lines(facts: Facts) -> Iterator[str]:
     names = _names(facts.duplicates[0].items)
     files = counted(facts.duplicate_files, "file")
     yield f"duplicates: {files} in {counted(len(facts.duplicates), 'group')} with the same bytes, such as {names}"
-    leaks = [group for group in facts.duplicates if group.leak]
-    if leaks:
-        yield f"  trained and used for validation: {counted(len(leaks), 'group')}, such as {_names(leaks[0].items)}"
 
 
 def _by_subset(training_set: TrainingSet, showings: Showings) -> dict[tuple[int, int, bool], list[Item]]:

@@ -219,12 +219,13 @@ def test_real_paths(tmp_path: Path):
     assert real_path(tmp_path / "a" / "x.png") != real_path(tmp_path / "a" / "y.png")
 
 
-def test_copies_of_validation_images_among_the_trained_are_warned_about(tmp_path: Path):
+def test_copies_of_validation_images_are_not_trained(tmp_path: Path):
     folder, other = pictures(tmp_path / "a", 3), pictures(tmp_path / "b", 2)
     (other / "copy.png").write_bytes((folder / "01.png").read_bytes())
     data = scan((dataset(subset(folder, is_validation=True)), dataset(subset(other))))
+    assert [item.path.name for item in data.items] == ["00.png", "01.png"]
     (warning,) = [text for text in data.warnings if "same bytes" in text]
-    assert warning.startswith("1 validation images have the same bytes as an image that is trained")
+    assert warning.startswith("1 images have the same bytes as one that validates")
     assert str(folder / "01.png") in warning and str(other / "copy.png") in warning
     clean = scan((dataset(subset(other), validation_split=0.5),))
     assert not [text for text in clean.warnings if "same bytes" in text]

@@ -124,14 +124,14 @@ def test_texts_of_the_user_stay_texts(rich):
 
 def test_the_head_counts_the_duplicates_that_the_list_names(rich):
     first, second, third, *_ = rich.items
-    groups = (Duplicates((first, second, third), False, False), Duplicates((rich.items[3], rich.validation[0]), True, False))
+    groups = (Duplicates((first, second, third), False), Duplicates((rich.items[3], rich.validation[0]), False))
     _, page = page_of(rich, duplicates=groups)
     tiles = page.texts[page.texts.index("duplicates") :]
     assert tiles[1] == "5" and "5 files in 2 groups" in page.texts
 
 
 def test_every_image_has_a_card_with_pictures_crop_and_badges(rich):
-    _, page = page_of(rich, duplicates=(Duplicates((rich.items[0], rich.validation[0]), True, False),))
+    _, page = page_of(rich, duplicates=(Duplicates((rich.items[0], rich.validation[0]), True),))
     assert len(page.all("article", "card")) == 7
     assert len(page.all("svg", "crop")) == 7
     assert len(page.all("img", "mask")) == 1
@@ -142,7 +142,7 @@ def test_every_image_has_a_card_with_pictures_crop_and_badges(rich):
     assert "empty" in kinds["image-3"]
     assert {"reg", "enlarged"} <= set(kinds["image-5"])
     assert {"validation", "duplicate"} <= set(kinds["image-6"])
-    assert "trained and used for validation" in page.texts
+    assert "captions differ" in page.texts
     assert page.all("svg", "crop")[0]["viewbox"] == "0 0 64 96"
     assert page.all("path", "edge")[0]["d"] == "M0 16h64v64h-64z"
 

@@ -41,7 +41,7 @@ def test_facts_that_need_a_look(tmp_path):
         make_item(tmp_path, "reg.png", "dog", subset=regular, mask_path=tmp_path / "mask.png"),
     ]
     data = training_set(items, [make_item(tmp_path, "v.png")], skipped=("x.png cannot be read",))
-    text = "\n".join(told(data, duplicates=(Duplicates((data.items[0], data.validation[0]), True, True),)))
+    text = "\n".join(told(data, duplicates=(Duplicates((data.items[0], data.validation[0]), True),)))
     for line in (
         "  2 images, 2 with repeats; 1 for regularisation, 1 with repeats; 1 for validation; 1 masked",
         "  2 batches an epoch, 1 of them not full",
@@ -49,7 +49,6 @@ def test_facts_that_need_a_look(tmp_path):
         "enlarged: 1 image, at most 2.00x: long.png",
         "much cropped: 4 images, at most 33% of the area: long.png, empty.png, reg.png ...",
         "duplicates: 2 files in 1 group with the same bytes, such as long.png, v.png",
-        "  trained and used for validation: 1 group, such as long.png, v.png",
         "without a caption: 1 image: empty.png",
         "no caption of their own, the class tokens stand in: 1 image: reg.png",
         "left out (--skip_bad_images): 1 bad image or caption",
