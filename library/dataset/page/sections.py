@@ -277,7 +277,8 @@ def _duplicates(facts: Facts, names: ImageNames) -> Html:
     rows = []
     for group in groups[:ROWS]:
         copies = [element("li", names.link(item, with_folder=True)) for item in group.items]
-        rows.append([element("ul", copies, class_="plain"), element("span", "captions differ" if group.captions_differ else "", class_="over")])
+        note = "captions differ" if group.captions_differ else ""
+        rows.append([element("ul", copies, class_="plain"), element("span", note, class_="over")])
     note = f"{counted(facts.duplicate_files, 'file')} in {counted(len(groups), 'group')}"
     note += f", {ROWS} groups shown" if len(groups) > ROWS else ""
     return _listed("Duplicates: files with the same bytes", note, table(("files", ""), rows, tall=True))
