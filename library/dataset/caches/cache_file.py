@@ -8,6 +8,8 @@ A cache file is a safetensors file with this metadata (all strings, JSON where s
 - ``sources`` (latents): JSON {"image": {size, mtime_ns}} of the image, and under "mask" of its mask file, as they were. Whether
   they still are what the entry was made from is told by the sha256 in the ingredients alone: files of equal size and time may
   have changed names;
+- ``recipe``: digest of the ingredients without what comes from the sources. Training compares it whenever it reads a file that it
+  has not made: another run with other settings may have put its own under the name since;
 - ``checksum <tensor name>`` of each tensor, compared whenever it is read, and at a start as ``cache_check`` says.
 
 A damaged file is made again. One that is found damaged at the start is mended in that run. Training cannot mend: the encoders
@@ -39,12 +41,15 @@ from library.files.safetensors_file import TensorFile, serialize, torch_dtypes
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "2"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
+FORMAT = "3"  # raise it when the layout, or the way from image or caption to the encoder's input, changes
 # Words of a checksum's row. Enough for the processor's vector units, and odd, so that a sector or page of a disk that is at
 # another's place changes the sums.
 ROW_WORDS = 257
 WORD_BYTES = 8
 CHECKSUM = "checksum "
+RECIPE = "recipe"
+RECIPE_DIGITS = 16
+SOURCES = ("image", "mask")  # ingredients
 
 REASONS = {
     "format": "made by another version of this program",
@@ -129,6 +134,12 @@ def fingerprint(ingredients: str) -> str:
     return hashlib.sha256(f"{FORMAT} {ingredients}".encode()).hexdigest()
 
 
+def recipe_mark(ingredients: Mapping[str, object]) -> str:
+    """Hex digest of the format and of the ingredients but for those that differ from image to image: the value of ``RECIPE``."""
+    own = {name: value for name, value in ingredients.items() if name not in SOURCES}
+    return fingerprint(json.dumps(own, sort_keys=True))[:RECIPE_DIGITS]
+
+
 def unreadable(path: str | Path, error: Exception) -> Verdict:
     return Verdict("damaged", "truncated" if "truncated" in str(error).replace(str(path), "") else "not a readable cache file")
 
@@ -143,7 +154,8 @@ def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify) -> Ver
         stored = json.loads(metadata["ingredients"])
         noted = json.loads(metadata.get("sources", "{}"))
         intact = metadata["fingerprint"] == fingerprint(metadata["ingredients"]) and isinstance(noted, dict)
-    except (KeyError, TypeError, ValueError):
+        intact = intact and metadata[RECIPE] == recipe_mark(stored) and _has_all_tensors(file)
+    except (AttributeError, KeyError, TypeError, ValueError):
         intact = False
     if not intact:
         return Verdict("damaged", BROKEN_DESCRIPTION)
@@ -153,6 +165,11 @@ def check_header(file: TensorFile, wanted: Wanted, *, identify: Identify) -> Ver
         if not _is_same_source(path, noted.get(name), stored.get(name), identify=identify):
             return Verdict("stale", REASONS[name])
     return VALID
+
+
+def _has_all_tensors(file: TensorFile) -> bool:
+    """Whether the tensors are those whose checksums were noted."""
+    return {CHECKSUM + name for name in file.names()} == {key for key in file.metadata if key.startswith(CHECKSUM)}
 
 
 def _first_difference(file: TensorFile, wanted: Wanted, stored: Mapping[str, object]) -> str | None:
@@ -194,6 +211,7 @@ def write_cache_file(
     metadata["format"] = FORMAT
     metadata["ingredients"] = json.dumps({**ingredients, **hashes}, sort_keys=True)
     metadata["fingerprint"] = fingerprint(metadata["ingredients"])
+    metadata[RECIPE] = recipe_mark(ingredients)
     for name, tensor in tensors.items():
         metadata[CHECKSUM + name] = checksum(tensor_bytes(tensor))
     data = serialize(tensors, metadata)
@@ -247,16 +265,19 @@ Pick = Callable[[Collection[str]], Mapping[str, str]]
 class CacheEntry:
     """An open cache file and the tensors that were picked from it, which are not read yet. Use with ``with``, or close it.
 
-    Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
+    ``recipe``: the ``recipe_mark`` that it must have; None takes any file. Raises DamagedCacheError, or another DatasetError when
+    the file was removed or replaced since it was checked.
     """
 
     __slots__ = ("_file", "_picked", "layout", "path")
 
-    def __init__(self, path: str | Path, pick: Pick):
+    def __init__(self, path: str | Path, pick: Pick, *, recipe: str | None = None):
         self.path = str(path)
         with _Reading(self.path):
             self._file = TensorFile(path)
             try:
+                if recipe is not None and _recipe_of(self._file) != recipe:
+                    raise _replaced(self.path)
                 self._picked = {name: (stored, self._file.info(stored)) for name, stored in pick(self._file.names()).items()}
                 dtypes = torch_dtypes()
                 self.layout = {name: (dtypes[info.dtype], info.shape) for name, (_, info) in self._picked.items()}
@@ -306,7 +327,7 @@ def tensors_named(path: str | Path, names: Mapping[str, str]) -> Pick:
 
     def pick(stored: Collection[str]) -> Mapping[str, str]:
         if missing := [name for name in names.values() if name not in stored]:
-            raise DatasetError(f"the cache file {path} lacks {', '.join(missing)}: delete it and start again")
+            raise DatasetError(f"the cache file {path} lacks {', '.join(missing)}: start again, once without --skip_cache_check")
         return names
 
     return pick
@@ -321,6 +342,21 @@ def _unusable(path: str, error: CheckpointError | OSError) -> DatasetError:
     if cause.errno == errno.EIO:
         return _damaged(path, why)
     return DatasetError(f"cannot read the cache file {path} ({why}): start again, and if it is gone it will be made anew")
+
+
+def _recipe_of(file: TensorFile) -> str | None:
+    """None where another version of this program made the file."""
+    try:
+        return file.note(RECIPE)
+    except KeyError:
+        return None
+
+
+def _replaced(path: str) -> DatasetError:
+    return DatasetError(
+        f"the cache file {path} was replaced by another run with other settings (model, precision or sizes): give each run a "
+        "--cache_dir of its own, or the same settings, and start again"
+    )
 
 
 def _damaged(path: str, why: str) -> DamagedCacheError:

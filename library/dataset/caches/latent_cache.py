@@ -212,10 +212,11 @@ class LatentCache:
     def _source(self, item: Item, *, flipped: bool) -> RowSource:
         path = self._entries.path_of(item)
         names = {LATENTS: FLIPPED if flipped else LATENTS, **({MASK: MASK} if item.is_masked else {})}
-        return RowSource(path, (path, *names.values()), tensors_named(path, names))
+        recipe = None if self.skip_check else self._entries.recipe_of(item)
+        return RowSource(path, (path, *names.values()), tensors_named(path, names), recipe)
 
     def _from_memory(self, sources: Sequence[RowSource]) -> dict[str, Column]:
-        kept = [(path, self._memory[path], pick) for path, _, pick in sources]
+        kept = [(path, self._memory[path], pick) for path, _, pick, _ in sources]
         return stacked([MemoryEntry(path, {name: own[stored] for name, stored in pick(own).items()}) for path, own, pick in kept])
 
     # what is there

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.dataset.caches.cache_file import Wanted
+from library.dataset.caches.cache_file import Wanted, recipe_mark
 from library.dataset.caches.check import Asked
 from library.dataset.caches.names import CacheNames
 from library.dataset.items import Item
@@ -62,6 +62,7 @@ class LatentEntries:
         self._names = CacheNames(cache_dir)
         self._marks: dict[int, str] = {}  # of items whose file's name has one
         self._keys: dict[tuple[Geometry, tuple[str, ...], bool], str] = {}
+        self._recipes: dict[Geometry, str] = {}
         self.all = self._joined(items)
 
     def path(self, entry: LatentEntry) -> str:
@@ -83,6 +84,14 @@ class LatentEntries:
         alpha = {MASK: ALPHA} if item.is_masked and item.mask_path is None else {}
         return {"arch": recipe.arch, "model": recipe.vae_fingerprint, "dtype": recipe.dtype, "bucket": list(bucket),
                 "resized": list(resized), "crop": list(crop), "interpolation": interpolation, **alpha}  # fmt: skip
+
+    def recipe_of(self, item: Item) -> str:
+        """The ``recipe_mark`` of an item's file, which items with and without masks may share."""
+        way = geometry(item)
+        found = self._recipes.get(way)
+        if found is None:
+            found = self._recipes[way] = recipe_mark(self.ingredients(item))
+        return found
 
     def latent_hw(self, item: Item) -> tuple[int, int]:
         width, height = item.bucket_wh

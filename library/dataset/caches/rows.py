@@ -24,11 +24,12 @@ OPEN_AT_ONCE = 16  # files of one batch: some systems allow a process no more th
 
 
 class RowSource(NamedTuple):
-    """Where one row of a batch comes from. ``key`` tells what of the file is picked."""
+    """Where one row of a batch comes from. ``key`` tells what of the file is picked; ``recipe``: see ``CacheEntry``."""
 
     path: str
     key: Hashable
     pick: Pick
+    recipe: str | None = None
 
 
 class Entry(Protocol):
@@ -112,12 +113,12 @@ def _column(name: str, entries: Sequence[Entry]) -> Column:
     return Column(dtype, {number: shape for number, (_, shape) in layouts.items()})
 
 
-def read_row(path: str | Path, pick: Pick) -> dict[str, Tensor]:
+def read_row(path: str | Path, pick: Pick, *, recipe: str | None = None) -> dict[str, Tensor]:
     """The picked tensors of one cache file in the dtype they were stored in, with their checksums compared.
 
     Raises DamagedCacheError, or another DatasetError when the file was removed or replaced since it was checked.
     """
-    with CacheEntry(path, pick) as entry:
+    with CacheEntry(path, pick, recipe=recipe) as entry:
         return {name: column.tensor[0] for name, column in stacked([entry]).items()}
 
 
@@ -153,8 +154,8 @@ class RowReader:
         if kept is not None:
             return MemoryEntry(source.path, kept)
         if len(opened) == OPEN_AT_ONCE:
-            return MemoryEntry(source.path, read_row(source.path, source.pick))
-        opened.append(CacheEntry(source.path, source.pick))
+            return MemoryEntry(source.path, read_row(source.path, source.pick, recipe=source.recipe))
+        opened.append(CacheEntry(source.path, source.pick, recipe=source.recipe))
         return opened[-1]
 
 

@@ -213,7 +213,9 @@ class TextCache:
 
     def _sources(self, texts: Sequence[tuple[Item | None, str]]) -> list[RowSource]:
         paths = [self._files.prompts_path if item is None else self._files.path_of(item) for item, _ in texts]
-        return [RowSource(path, (path, text), tensors_of_text(path, text)) for path, (_, text) in zip(paths, texts, strict=True)]
+        named = [(path, text) for path, (_, text) in zip(paths, texts, strict=True)]
+        recipe = None if self.skip_check else self._files.recipe_mark
+        return [RowSource(path, (path, text), tensors_of_text(path, text), recipe) for path, text in named]
 
     def _from_memory(self, texts: Sequence[tuple[Item | None, str]]) -> dict[str, Column]:
         return stacked([MemoryEntry(shortened(text), self._memory[text]) for _, text in texts])
@@ -296,7 +298,7 @@ class TextCache:
     ) -> tuple[int, int]:
         judged = [self._by_text(users, found) for users, found in zip(share, self._judge(share), strict=True)]
         report_stale("text", _stale(judged))
-        gaps = {file: texts for file, verdicts in judged if (texts := _gaps(file, verdicts))}
+        gaps = {file: texts for file, verdicts in judged if (texts := self._gaps(file, verdicts))}
         wanted = sum(len(texts) for texts in gaps.values())
         if gaps:
             if self.cache_dir is not None:
@@ -350,6 +352,15 @@ class TextCache:
         if set(file.texts) <= set(texts):
             self.check.note_written(self._files.asked(file.items), (), written=written)
 
+    def _gaps(self, file: TextFile, verdicts: Mapping[str, Verdict]) -> set[str]:
+        """The texts to encode. Where a file is written anew anyway, what it keeps is read first: a damaged text is encoded
+        again."""
+        gaps = {text for text, verdict in verdicts.items() if not verdict.valid}
+        valid = [text for text in verdicts if text not in gaps]
+        if gaps and valid:
+            gaps |= set(valid) - set(read_texts(file.path, valid, recipe=self._files.recipe_mark))
+        return gaps
+
     def _kept(self, file: TextFile, made: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """The texts of the old file that stay: those in use, and a few that are not. A damaged one is dropped."""
         try:
@@ -360,7 +371,9 @@ class TextCache:
         except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):  # missing, or damaged
             return {}
         unused = [text for text in stored if text not in file.texts][: file.keep_unused]
-        return read_texts(file.path, [text for text in stored if text in file.texts or text in unused])
+        return read_texts(
+            file.path, [text for text in stored if text in file.texts or text in unused], recipe=self._files.recipe_mark
+        )
 
     # what another program made
 
@@ -443,15 +456,6 @@ class _Assembly:
 
 def _share_of(files: Sequence[Users], rank: int, processes: int) -> Sequence[Users]:
     return files[len(files) * rank // processes : len(files) * (rank + 1) // processes]
-
-
-def _gaps(file: TextFile, verdicts: Mapping[str, Verdict]) -> set[str]:
-    """The texts to encode. Where a file is written anew anyway, what it keeps is read first: a damaged text is encoded again."""
-    gaps = {text for text, verdict in verdicts.items() if not verdict.valid}
-    valid = [text for text in verdicts if text not in gaps]
-    if gaps and valid:
-        gaps |= set(valid) - set(read_texts(file.path, valid))
-    return gaps
 
 
 def _stale(judged: Iterable[Judged]) -> list[tuple[Path, str]]:

@@ -25,6 +25,7 @@ from library.dataset.caches.cache_file import (
     Wanted,
     broken_tensors,
     check_header,
+    recipe_mark,
     unreadable,
 )
 from library.dataset.caches.check import Asked, Found
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EMPTY = ""  # always cached: caption dropout is decided while training, whatever its rate was when the cache was made
-KEEP_UNUSED = 8  # valid texts of an image that this run does not use: switching caption settings back and forth stays cheap
-KEEP_UNUSED_PROMPTS = 64
+# Valid texts of a file that this run does not use, at least: another run may be training on them, and switching caption settings
+# back and forth stays cheap. As many as the run itself needs where that is more: the other one may need as many.
+KEEP_UNUSED = 64
 HASH_DIGITS = 16
 KEY_DIGITS = 12
 CHARACTER_BYTES_PER_TOKEN = 3  # UTF-8, for estimates: rather too few than too many, in any script
@@ -67,8 +69,11 @@ class TextFile:
     path: str
     texts: tuple[str, ...]
     captions: tuple[str, ...]
-    keep_unused: int
     items: tuple[Item, ...]  # that use it; none where it holds the prompts
+
+    @property
+    def keep_unused(self) -> int:
+        return max(KEEP_UNUSED, len(self.texts))
 
     @property
     def about(self) -> str:
@@ -95,9 +100,9 @@ class TextFiles:
 
     def file(self, users: Users) -> TextFile:
         if not users:
-            return TextFile(self.prompts_path, self.extra_texts, (), KEEP_UNUSED_PROMPTS, ())
+            return TextFile(self.prompts_path, self.extra_texts, (), ())
         captions = unique(item.caption for item in users)
-        return TextFile(self.path_of(users[0]), self._texts_of(users), captions, KEEP_UNUSED, users)
+        return TextFile(self.path_of(users[0]), self._texts_of(users), captions, users)
 
     def path_of(self, item: Item) -> str:
         return self._names.path(item.path, f"{self.recipe.arch}-text")
@@ -130,6 +135,10 @@ class TextFiles:
             "settings": dict(recipe.settings),
         }
         return json.loads(json.dumps(wanted))  # as they come back from a file: lists for tuples
+
+    @cached_property
+    def recipe_mark(self) -> str:
+        return recipe_mark(self.ingredients)
 
     def text_bytes(self, text: str) -> int:
         """About what the tensors of a text take."""
@@ -235,17 +244,13 @@ def _why_absent(file: TextFile, captions: Sequence[str]) -> str:
     return "caption settings or variants changed" if set(file.captions) <= set(captions) else "caption changed"
 
 
-def read_texts(path: str, texts: Iterable[str]) -> dict[str, Tensors]:
-    """The texts that can be read."""
+def read_texts(path: str, texts: Iterable[str], *, recipe: str) -> dict[str, Tensors]:
+    """The texts that can be read; none where another run has put a file of its own there."""
     found: dict[str, Tensors] = {}
     for text in texts:
         with suppress(DatasetError):
-            found[text] = read_text(path, text)
+            found[text] = read_row(path, tensors_of_text(path, text), recipe=recipe)
     return found
-
-
-def read_text(path: str, text: str) -> Tensors:
-    return read_row(path, tensors_of_text(path, text))
 
 
 def tensors_of_text(path: str, text: str) -> Pick:
@@ -256,7 +261,8 @@ def tensors_of_text(path: str, text: str) -> Pick:
         found = {name[len(start) :]: name for name in stored if name.startswith(start)}
         if not found:
             raise DatasetError(
-                f"the cache file {path} has no entry for the text {shortened(text)}: start again, it will be added"
+                f"the cache file {path} has no entry for the text {shortened(text)}: start again, it will be added. If another "
+                "run with other captions works on this folder at the same time, give each a --cache_dir of its own"
             )
         return found
 

@@ -174,6 +174,8 @@ def test_a_description_that_does_not_match_its_fingerprint_is_damaged(image: Pat
     edited = {**json.loads(header.metadata["ingredients"]), "model": "m2"}
     save_safetensors(cached, {"latents": torch.zeros(1)}, {**header.metadata, "ingredients": json.dumps(edited)})
     assert check(cached, image, model="m2").line == "damaged: its description is broken"
+    save_safetensors(cached, {"latents": torch.zeros(1)}, {**header.metadata, "recipe": "0123456789abcdef"})
+    assert check(cached, image).line == "damaged: its description is broken"
 
 
 @pytest.mark.parametrize("count", [0, 3, 257, 258, 2 * 257, 20 * 257 + 5])
@@ -236,3 +238,10 @@ def test_only_dead_processes_left_overs_are_removed(tmp_path: Path) -> None:
 def test_the_state_of_a_cache_is_told_without_torch() -> None:
     code = "import sys, library.dataset.caches.latent_cache, library.dataset.caches.text_cache, library.dataset.loader; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[4])
+
+
+@pytest.mark.parametrize("found", ["latents'", "other"])
+def test_a_tensor_under_another_name_is_damage(image: Path, cached: Path, found: str) -> None:
+    header = read_header(cached)
+    save_safetensors(cached, {found: torch.zeros(1)}, header.metadata)
+    assert check(cached, image).line == "damaged: its description is broken"

@@ -407,7 +407,7 @@ def test_header_is_small_and_readable(tmp_path: Path) -> None:
     header = read_header(next(tmp_path.glob("*.safetensors")))
     assert header.tensors["latents"].dtype == "BF16"
     assert header.tensors["latents"].shape == (4, 8, 8)
-    assert set(header.metadata) == {"format", "fingerprint", "ingredients", "sources", "checksum latents"}
+    assert set(header.metadata) == {"format", "fingerprint", "ingredients", "recipe", "sources", "checksum latents"}
 
 
 def start_fill(folder: Path, *, delay_s: float, rank: int = 0, processes: int = 1) -> subprocess.Popen[str]:

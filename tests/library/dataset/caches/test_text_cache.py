@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from library.dataset.caches import text_files
 from library.dataset.caches.text_cache import TextCache, default_variants, text_hash
 from library.dataset.captions import caption_variant
 from library.dataset.items import TrainingSet
@@ -147,7 +148,8 @@ def test_a_changed_caption_is_encoded_again_alone(tmp_path: Path, caplog: pytest
     assert text_cache(training_set).state().is_complete  # the old text is kept: going back costs nothing
 
 
-def test_unused_texts_are_kept_up_to_a_bound(tmp_path: Path) -> None:
+def test_unused_texts_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "KEEP_UNUSED", 8)
     training_set = make_training_set(tmp_path, 1)
     for number in range(12):
         fill(text_cache(changed(training_set, 0, caption=f"caption {number}")))
