@@ -120,7 +120,7 @@ class LatentEntries:
         first_use: dict[tuple[str, tuple[int, int]], tuple[Geometry, Path | str | None]] = {}
         found: dict[tuple[str, tuple[int, int], str], LatentEntry] = {}
         for item in items:
-            where = (os.fspath(item.path), item.bucket_wh)
+            where = (self._names.one_name(item.path), item.bucket_wh)
             way, mask = first_use.setdefault(where, (geometry(item), mask_of(item)))
             mark = ""
             if way != geometry(item) or (mask != mask_of(item) and mask is not None and item.is_masked):

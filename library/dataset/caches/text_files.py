@@ -96,7 +96,7 @@ class TextFiles:
         self.prompts_path = str((cache_dir or items[0].path.parent) / f"atelier.{recipe.arch}-prompts{SUFFIX}")
         self._trained = len(training_set.items)
         self._names = CacheNames(cache_dir)
-        self.all: tuple[Users, ...] = (*_by_image(items), ())
+        self.all: tuple[Users, ...] = (*self._by_image(items), ())
 
     def file(self, users: Users) -> TextFile:
         if not users:
@@ -153,6 +153,14 @@ class TextFiles:
     def _ingredients_text(self) -> str:
         return json.dumps(self.ingredients, sort_keys=True)
 
+    def _by_image(self, items: Iterable[Item]) -> Iterator[Users]:
+        """One per image in the order of the training set, whatever the number of datasets that use it."""
+        users_of: dict[str, Users] = {}
+        for item in items:
+            name = self._names.one_name(item.path)
+            users_of[name] = (*users_of.get(name, ()), item)
+        yield from users_of.values()
+
     def _texts_of(self, items: Users) -> tuple[str, ...]:
         if len(items) == 1 and self._variants_of(items[0]) == 1:
             return (caption_variant(items[0], 0),)
@@ -207,14 +215,6 @@ class TextFileCheck:
         broken = _broken(opened, present) if read_whole else {}
         verdicts = {text: broken.get(text, VALID) if text in present else absent for text in file.texts}
         return VALID if all(found.valid for found in verdicts.values()) else TextVerdicts(verdicts)
-
-
-def _by_image(items: Iterable[Item]) -> Iterator[Users]:
-    """One per image in the order of the training set, whatever the number of datasets that use it."""
-    users_of: dict[str, Users] = {}
-    for item in items:
-        users_of[str(item.path)] = (*users_of.get(str(item.path), ()), item)
-    yield from users_of.values()
 
 
 def _broken(file: TensorFile, texts: Iterable[str]) -> dict[str, Verdict]:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from library.dataset.caches.names import CacheNames
 
 
@@ -24,6 +26,45 @@ def test_a_relative_folder_is_the_absolute_one(tmp_path: Path, monkeypatch) -> N
     monkeypatch.chdir(tmp_path)
     names = CacheNames(tmp_path / "cache")
     assert names.path(Path("pictures/a.png"), "x") == names.path(tmp_path / "pictures" / "a.png", "x")
+
+
+def test_a_folder_that_is_named_in_many_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    ways = [folder, Path("pictures"), Path("pictures/sub/.."), folder / "sub" / ".."]
+    if os.name != "nt":  # where links need rights
+        (tmp_path / "link").symlink_to(folder)
+        ways.append(tmp_path / "link")
+    for cache_dir in (None, tmp_path / "cache"):
+        names = CacheNames(cache_dir)
+        assert len({names.one_name(way / "a.png") for way in ways}) == 1
+        assert len({names.path(way / "a.png", "x") for way in ways}) == 1
+        assert names.one_name(tmp_path / "a.png") != names.one_name(folder / "a.png") != names.one_name(folder / "b.png")
+    assert len({CacheNames(tmp_path / "cache").path(way / "a.png", "x") for way in ways}) == 1  # from run to run
+
+
+def test_where_letter_case_makes_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"a.png": 1, "b.png": 2, "stra\u00dfe.png": 3, "STRASSE.PNG": 4}
+
+    def number(path: str) -> int:
+        name = Path(path).name
+        return files.get(name) or {known.lower(): n for known, n in files.items()}[name.lower()]
+
+    monkeypatch.setattr(os.path, "samefile", lambda one, other: number(one) == number(other))
+    names = CacheNames(None)
+    assert names.path(tmp_path / "a.png", "x") == names.path(tmp_path / "A.png", "x") == names.path(tmp_path / "a.PNG", "x")
+    every = ("a.png", "A.PNG", "B.png", "b.png", "stra\u00dfe.png", "STRASSE.PNG", "Strasse.png")
+    assert len({names.one_name(tmp_path / name) for name in every}) == 4
+
+
+def test_a_file_of_other_letter_case_is_another_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "A.PNG").touch()
+    count = len(list(tmp_path.iterdir()))
+    names = CacheNames(None)
+    assert len({names.path(tmp_path / name, "x") for name in ("a.png", "A.PNG")}) == count
 
 
 def test_a_very_long_name_is_shortened_and_stays_unique(tmp_path: Path) -> None:
