@@ -36,6 +36,7 @@ from library.training.objective import NoisyLatents
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, worker_count
 from library.training.preservation import preserved_rows
+from library.training.processes import OtherProcessEnded, ends_of_others_are_told
 from library.training.report import Report
 from library.training.run_files import RunFiles, remove_left_over_files
 from library.training.sample_pictures import SamplePictures
@@ -72,17 +73,24 @@ class NetworkTrainer(CacheFilling):
 
     @contextmanager
     def nothing_is_lost(self) -> Iterator[None]:
-        """An image or a cache file that turns out bad in mid-training ends the run, but the steps done are saved before."""
+        """An image or a cache file that turns out bad in mid-training ends the run, in this process or in another one, but the
+        main process saves the steps done before."""
         try:
-            yield
-        except (DatasetError, CheckpointError):
-            state = self.run.names.step_state(self.progress.step)
-            self.save_state(state)
-            self.files.save_lora(self.run.names.step_file(self.progress.step), self.progress, in_haste=True)
-            self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
+            with ends_of_others_are_told():
+                yield
+        except (DatasetError, CheckpointError, OtherProcessEnded):
+            if self.accelerator.is_main_process and self.progress.step > self.run.start.step:
+                self.save_alone()
             raise
         finally:
             self.reporter.close()
+
+    def save_alone(self) -> None:
+        """Asks nothing of other processes, which may be gone."""
+        state = self.run.names.step_state(self.progress.step)
+        self.save_state(state)
+        self.files.save_lora(self.run.names.step_file(self.progress.step), self.progress, in_haste=True)
+        self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
 
     # ------------------------------------------------------------------ set-up, in the order in which memory is used
 
@@ -354,6 +362,8 @@ class NetworkTrainer(CacheFilling):
             self.sample_pictures(epoch=ended)
         self.validate()
         due = self.run.saves.due(self.progress.step, ended, self.run.names)
+        if due:
+            self.report_pending()  # nor is that of writing
         for save in due:
             self.files.save_lora(save.file, self.progress)
         for save in due:
@@ -438,6 +448,7 @@ class NetworkTrainer(CacheFilling):
 
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:
+        self.report_pending()  # the time that pictures take is not the step's
         with self.learner.evaluating(), self.vae_on_device():
             yield
 
@@ -465,9 +476,8 @@ def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
     gc.enable()
     with user_errors_end_the_script(all_processes=True):
         try:
-            trainer_class(run).train()
-        except torch.distributed.DistError as error:
-            raise TrainingError(f"another process of this run has ended; its own message says why ({error})") from error
+            with ends_of_others_are_told():
+                trainer_class(run).train()
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --gradient_checkpointing, a "

@@ -23,6 +23,8 @@ LOOK_EVERY_S = 0.1
 class UserError(Exception):
     """One or more problems that the user can mend. ``problems`` holds each as a sentence without a trailing newline."""
 
+    is_found_by_all = False  # by all processes of a run, at the same place
+
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = problems
@@ -58,6 +60,12 @@ def error_block(error: UserError, *, process: int | None = None) -> str:
     if len(error.problems) == 1:
         return f"{start}: {error.problems[0]}"
     return "\n".join([f"{start}: several things must be mended:", *(f"  - {problem}" for problem in error.problems)])
+
+
+def found_by_all(error: UserError) -> UserError:
+    """Marks an error that all processes of a run raise alike, so that the main one alone tells it."""
+    error.is_found_by_all = True
+    return error
 
 
 class ProblemList:
@@ -115,8 +123,9 @@ def user_errors_end_the_script(*, all_processes: bool = False) -> Iterator[None]
     except UserError as error:
         sys.stdout.flush()
         rank, is_alone = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
-        process = rank if rank or (all_processes and not is_alone) else None
-        if rank and not all_processes:
+        each_speaks = all_processes and not error.is_found_by_all
+        process = rank if rank or (each_speaks and not is_alone) else None
+        if rank and not each_speaks:
             _let_the_main_process_speak(seconds=max(PATIENCE_S, time.monotonic() - started))
         print(error_block(error, process=process), file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)

@@ -292,6 +292,33 @@ def test_a_picture_that_goes_bad_in_mid_training_costs_no_step(train, tmp_path, 
     assert states[0].with_name(states[0].name.replace("-state", ".safetensors")).exists()
 
 
+def test_a_failure_before_the_first_step_saves_nothing(train, tmp_path):
+    class Spoiled(TinyTrainer):
+        def before_training(self):
+            raise DatasetError("bad.png")
+
+    with pytest.raises(DatasetError, match="bad"):
+        train("--max_train_steps=2", trainer_class=Spoiled)
+    assert not list((tmp_path / "out").iterdir())
+    train("--max_train_steps=2", "--save_state_on_train_end")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(DatasetError, match="bad"):
+        train("--max_train_steps=4", "--resume=latest", trainer_class=Spoiled)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def test_pictures_are_no_part_of_a_steps_time(train, tmp_path):
+    class Watched(TinyTrainer):
+        def draw_sample(self, *arguments):
+            assert self.numbers.take() is None  # the step's numbers have come, and its end was noted
+            return super().draw_sample(*arguments)
+
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64\n")
+    train(
+        "--max_train_steps=2", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_every_n_steps=1", trainer_class=Watched
+    )
+
+
 def test_weights_that_are_not_finite_are_never_saved(train, tmp_path):
     class Poisoned(TinyTrainer):
         def step_optimizer(self, loss, facts):

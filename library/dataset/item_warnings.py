@@ -12,11 +12,13 @@ from library.dataset.items import DatasetSettings, Item
 LARGE_UPSCALE = 2.0  # beyond this an image trains visibly soft
 
 
-def item_warnings(datasets: tuple[DatasetSettings, ...], trained: Sequence[Item], validation: Sequence[Item]) -> Iterator[str]:
-    """Each a sentence with a count and an example."""
+def item_warnings(
+    datasets: tuple[DatasetSettings, ...], trained: Sequence[Item], validation: Sequence[Item], *, processes: int = 1
+) -> Iterator[str]:
+    """Each a sentence with a count and an example. ``processes``: of the run, which share a batch."""
     yield from _alpha_warnings([*trained, *validation])
     yield from _face_warnings(trained)
-    yield from _bucket_warnings(datasets, trained)
+    yield from _bucket_warnings(datasets, trained, processes)
     yield from _upscale_warnings(datasets, trained)
 
 
@@ -50,18 +52,20 @@ def _face_warnings(items: Sequence[Item]) -> Iterator[str]:
             )
 
 
-def _bucket_warnings(datasets: tuple[DatasetSettings, ...], items: Sequence[Item]) -> Iterator[str]:
+def _bucket_warnings(datasets: tuple[DatasetSettings, ...], items: Sequence[Item], processes: int) -> Iterator[str]:
     entries: Counter[tuple[int, Size]] = Counter()
     for item in items:
         entries[item.dataset_index, item.bucket_wh] += item.repeats
     for index, dataset in enumerate(datasets):
         counts = {bucket: count for (owner, bucket), count in sorted(entries.items()) if owner == index}
-        small = [f"{width}x{height} ({count})" for (width, height), count in counts.items() if count < dataset.batch_size]
+        full = dataset.batch_size * processes
+        small = [f"{width}x{height} ({count})" for (width, height), count in counts.items() if count < full]
         if small:
             shown = ", ".join(small[:5]) + (" ..." if len(small) > 5 else "")
+            times = f" times {processes} processes" if processes > 1 else ""
             yield (
                 f"{dataset.place}: {len(small)} of {len(counts)} buckets have fewer images (with repeats) than batch_size "
-                f"{dataset.batch_size}, so their batches are smaller: {shown}"
+                f"{dataset.batch_size}{times}, so their batches are smaller: {shown}"
             )
 
 

@@ -46,7 +46,7 @@ class Placed(NamedTuple):
     is_bucketed: bool
 
 
-def scan(
+def scan(  # noqa: PLR0913  # all but the datasets have a default
     datasets: tuple[DatasetSettings, ...],
     *,
     skip_bad_images: bool = False,
@@ -54,11 +54,13 @@ def scan(
     progress: Progress | None = None,
     records: ImageRecords | None = None,
     seed: int | None = None,
+    processes: int = 1,
 ) -> TrainingSet:
     """Decodes new images with ``workers`` threads and assigns buckets, repeats and what validates.
 
     ``records`` of earlier starts save reading; they are saved even when the scan fails or is interrupted, and where they may be
     written, so are the files of cache_info. None: nothing is remembered. ``seed``: --seed, for the choice of validation images.
+    ``processes``: of the run, for the warnings about small batches.
 
     Raises DatasetError with everything that is wrong: empty folders, unreadable images, captions that are not UTF-8, images
     that no bucket takes, masks that are missing or do not fit. With ``skip_bad_images`` bad images are left out and listed in
@@ -75,12 +77,13 @@ def scan(
     if records.writes and not findings.bad:
         findings.warnings.extend(write_missing_infos(_measured(found, results)))
     settings_warnings = (warning for dataset in datasets for warning in dataset.warnings)
+    notices = item_warnings(datasets, trained, validation, processes=processes)
     return TrainingSet(
         datasets=datasets,
         items=tuple(trained),
         validation=tuple(validation),
         skipped=tuple(map(printable, dict.fromkeys(findings.bad))),
-        warnings=tuple(map(printable, (*settings_warnings, *findings.warnings, *item_warnings(datasets, trained, validation)))),
+        warnings=tuple(map(printable, (*settings_warnings, *findings.warnings, *notices))),
         records=records,
     )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from library.training.preflight import (
     check_disk,
     checked_prompts,
     make_caches,
+    process_count,
     read_training_set,
     run_seed,
 )
@@ -79,8 +79,7 @@ def check_job(options: Any, architecture: Architecture, part: str) -> CheckedDat
         training_set = read_training_set(options, architecture)
     problems.raise_if_any()
     assert training_set is not None
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    length = RunLength.of(options.run, batches_per_epoch(training_set, processes=processes))
+    length = RunLength.of(options.run, batches_per_epoch(training_set, processes=process_count()))
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
     check_disk(training_set, (latent_cache, text_cache), options)
     return CheckedData(
@@ -115,7 +114,7 @@ def is_done(data: CheckedData, part: str) -> bool:
     """Nothing is missing: said, and torch need not be imported. Several processes ask each other in ``fill`` instead, since one
     may look when another has already begun."""
     cache = job_cache(data)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not cache.state().is_complete:
+    if process_count() > 1 or not cache.state().is_complete:
         return False
     say_done(cache.state(refresh=True), part)
     return True
@@ -132,13 +131,14 @@ def fill(trainer_class: Callable[[CheckedData], CacheFilling], data: CheckedData
     mend."""
     import torch
 
+    from library.training.processes import ends_of_others_are_told
+
     gc.freeze()  # what was imported stays: the collector, off since the first checks, need not look at it again
     gc.enable()
     with user_errors_end_the_script(all_processes=True):
         try:
-            _fill(trainer_class(data), data, part)
-        except torch.distributed.DistError as error:
-            raise TrainingError(f"another process has ended; its own message says why ({error})") from error
+            with ends_of_others_are_told():
+                _fill(trainer_class(data), data, part)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --vae_batch_size 1, "

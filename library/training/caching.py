@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.dataset.caches.reference_caches import reference_latents, reference_text
-from library.errors import OptionError
+from library.errors import OptionError, OutputError, found_by_all
 from library.training import trackers
 from library.training.hooks import ArchitectureHooks
 from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
-from library.training.preflight import CheckedData, worker_count
+from library.training.preflight import CheckedData, process_count, worker_count
 from library.training.processes import HostGroup
+from library.training.same_images import require_same_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LATE_FILES_S = 60.0  # NFS may remember for half a minute that a file is not there
 PLAIN_DISTRIBUTIONS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
@@ -61,9 +64,17 @@ class CacheFilling(ArchitectureHooks):
             )
         self.device = self.accelerator.device
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.processes != process_count():
+            raise found_by_all(
+                OptionError(
+                    f"{process_count()} processes were started together, but accelerate works with {self.processes}: start them "
+                    "with accelerate launch, or set ACCELERATE_USE_CPU=true where another launcher starts them on the CPU"
+                )
+            )
         self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]
         self.vae_dtype = torch.float32 if self.options.model.no_half_vae else self.weight_dtype
         self.group = HostGroup()
+        require_same_images(self.run.training_set, self.group)
         self.seed = self.group.broadcast(self.run.seed)  # without --seed each process has drawn its own
         if self.options.run.deterministic:
             use_deterministic_kernels()
@@ -78,11 +89,13 @@ class CacheFilling(ArchitectureHooks):
                 if self.lacks(latents.state()):
                     self.fill_latent_cache(latents)
                     self.after_caching()
+                self.require_that_all_see(latents, in_memory="--cache_latents")
             if texts is not None and self.lacks(texts.state(refresh=True)):
                 self.adopt_text(texts)
                 if self.lacks(texts.state()):
                     self.fill_text_cache(texts)
                     self.after_caching()
+                self.require_that_all_see(texts, in_memory="--cache_text_encoder_outputs")
 
     def lacks(self, state: CacheState) -> bool:
         """Whether something is missing for any process: all go the same way."""
@@ -130,6 +143,27 @@ class CacheFilling(ArchitectureHooks):
         self.group.wait()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def require_that_all_see(self, cache: LatentCache | TextCache, *, in_memory: str) -> None:
+        """Raises one OutputError where a process does not find what the others have written, as on machines that share no disk.
+
+        Disks that are shared over a network show new files late: those are waited for.
+        """
+        if self.processes == 1 or not cache.on_disk:
+            return
+        cache.check.full_bytes = 0  # what has just been written need not be read
+        end = time.monotonic() + LATE_FILES_S
+        while not (state := cache.state(again=True)).is_complete and time.monotonic() < end:
+            time.sleep(1)
+        absent = self.group.gather(state.total - state.valid)
+        if any(absent):
+            blind = [f"process {rank} lacks {count:,} of {state.total:,}" for rank, count in enumerate(absent) if count]
+            raise found_by_all(
+                OutputError(
+                    f"not all processes see the cache files that the others have written ({', '.join(blind)}): give a "
+                    f"--cache_dir that all machines share, or keep the cache in memory with {in_memory}"
+                )
+            )
 
     def cache_shares(self) -> dict[str, Any]:
         return {"rank": self.rank, "processes": self.processes, "gather": self.group.gather}

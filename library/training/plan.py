@@ -14,7 +14,7 @@ from library.dataset.page.facts import counted, dataset_facts
 from library.dataset.page.text import dataset_lines
 from library.training.preflight import CheckedRun
 from library.training.preservation import is_preserved
-from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count
+from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count, validation_timesteps
 
 if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentCache
@@ -72,11 +72,13 @@ def _validation_lines(run: CheckedRun) -> Iterator[str]:
     masks = f" ({masked} with masks)" if masked else ""
     every = validation_batch_count(run.training_set, None)
     used = validation_batch_count(run.training_set, options.max_validation_steps)
-    batches = f"{every} batches" if used == every else f"{used} of {every} batches"
+    batches = counted(every, "batch", "batches") if used == every else f"{used} of {every} batches"
+    flow = getattr(run.options, "flow", None)
+    levels = len(validation_timesteps(flow.min_timestep, flow.max_timestep)) if flow is not None else LEVELS
     schedule = ValidationSchedule.of(options)
     yield (
-        f"  validation: {len(items)} images{masks}, {batches} at {LEVELS} timesteps each: the base model once before "
-        f"training, the LoRA {schedule}: {counted_times(schedule.times(run.length))}"
+        f"  validation: {counted(len(items), 'image')}{masks}, {batches} at {counted(levels, 'timestep')} each: "
+        f"the base model once before training, the LoRA {schedule}: {counted_times(schedule.times(run.length))}"
     )
     if options.save_best:
         yield f"    the LoRA with the lowest validation loss is kept in {run.names.best_file()}"
@@ -87,8 +89,9 @@ def _step_lines(run: CheckedRun) -> Iterator[str]:
     processes = f" over {run.processes} processes" if run.processes > 1 else ""
     accumulation = f", {length.accumulation} batches a step" if length.accumulation > 1 else ""
     yield (
-        f"  steps: {length.batches_per_epoch} batches per epoch{processes}{accumulation}, {length.steps_per_epoch} steps per "
-        f"epoch, {length.epochs} epochs, {length.total_steps} steps in all"
+        f"  steps: {counted(length.batches_per_epoch, 'batch', 'batches')} per epoch{processes}{accumulation}, "
+        f"{counted(length.steps_per_epoch, 'step')} per epoch, {counted(length.epochs, 'epoch')}, "
+        f"{length.total_steps} steps in all"
     )
     if run.start.step:
         source = f" (state {run.resume_folder})" if run.resume_folder else ""

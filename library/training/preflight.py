@@ -115,7 +115,7 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
 def _complete(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet,
               prompts: tuple[SamplePrompt, ...]) -> CheckedRun:  # fmt: skip
     """The part of the checks that needs the dataset: counts, resuming, caches."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     length = RunLength.of(options.run, batches_per_epoch(training_set, processes=processes))
     names = OutputNames.of(options.saving)
     begin = _beginning(options, length, names)
@@ -247,10 +247,16 @@ def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:
             progress=progress,
             records=records,
             seed=options.run.seed,
+            processes=process_count(),
         )
     if all(item.subset.is_reg for item in training_set.items):
         raise DatasetError("there are only regularisation images: add a subset of images to train")
     return training_set
+
+
+def process_count() -> int:
+    """Of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def worker_count(options: Any) -> int:

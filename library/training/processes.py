@@ -22,11 +22,15 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.0001, 0.05  # between looks at whether all ha
 Value = TypeVar("Value")
 
 
+class OtherProcessEnded(TrainingError):
+    """Another process of the run has ended or does not answer, so that nothing can be done together any more."""
+
+
 class HostGroup:
     """All processes of the run; with one process every method is the identity.
 
     Make it once in every process, after the Accelerator. Every method must be called by all processes in the same order. A
-    process that ends meanwhile makes the others raise TrainingError. Waiting heeds Ctrl-C.
+    process that ends meanwhile makes the others raise OtherProcessEnded. Waiting heeds Ctrl-C.
     """
 
     def __init__(self, *, timeout: timedelta = LONGEST_WAIT):
@@ -75,10 +79,25 @@ class HostGroup:
 
 
 @contextmanager
+def ends_of_others_are_told() -> Iterator[None]:
+    """Around work that includes torch's own exchange of gradients: what it raises when another process has ended becomes
+    OtherProcessEnded. Of gloo that is a plain RuntimeError, known by its text alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_group = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
+        if dist.is_initialized() and is_of_group:
+            raise _ended(error) from error
+        raise
+
+
+@contextmanager
 def _others_are_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo: the connection was closed, or the time is over
-        raise TrainingError(
-            f"another process of this run has ended or does not answer; its own message says why ({error})"
-        ) from error
+        raise _ended(error) from error
+
+
+def _ended(error: RuntimeError) -> OtherProcessEnded:
+    return OtherProcessEnded(f"another process of this run has ended or does not answer; its own message says why ({error})")

@@ -12,15 +12,14 @@ from tests.e2e.anima_runs import CACHED, SCRIPT, lora, model_flags, run_flags, s
 STEPS = "--max_train_steps=4"
 
 
-def write_masks(images: Path, folder: Path, *, shade: int | None = None) -> Path:
-    """A mask for each picture: of one shade, or white to the left of the middle."""
+def write_masks(images: Path, folder: Path) -> Path:
+    """A mask for each picture: white to the left of the middle."""
     folder.mkdir()
     for path in images.glob("*.png"):
         with Image.open(path) as picture:
             width, height = picture.size
-        mask = Image.new("L", (width, height), shade or 0)
-        if shade is None:
-            ImageDraw.Draw(mask).rectangle((0, 0, width // 2, height), fill=255)
+        mask = Image.new("L", (width, height), 0)
+        ImageDraw.Draw(mask).rectangle((0, 0, width // 2, height), fill=255)
         mask.save(folder / f"{path.stem}.png")
     return folder
 
@@ -57,18 +56,10 @@ def masked(run_script, tiny_anima, images, tmp_path):
 def test_half_a_mask_trains_otherwise_and_caches_hold_it(masked, images, tmp_path):
     masks = write_masks(images, tmp_path / "half")
     plain = masked("plain", *CACHED)
-    cold, warm = masked("cold", *CACHED, masks=masks), masked("warm", *CACHED, masks=masks)
-    live = masked("live", masks=masks)
-    assert not same_lora(plain, cold) and same_lora(cold, warm)
-    a, b = lora(cold), lora(live)
+    cached, live = masked("cached", *CACHED, masks=masks), masked("live", masks=masks)
+    assert not same_lora(plain, cached)
+    a, b = lora(cached), lora(live)
     assert all((a[key] - b[key]).abs().max() <= 1e-5 + 1e-3 * a[key].abs().max() for key in a)
-
-
-def test_white_is_as_without_and_black_is_refused(masked, images, tmp_path):
-    plain = masked("plain", *CACHED)
-    assert same_lora(plain, masked("white", *CACHED, masks=write_masks(images, tmp_path / "w", shade=255)))
-    with pytest.raises(AssertionError, match="5 of 5 masks .* are black everywhere, so that nothing of their images is trained"):
-        masked("black", *CACHED, masks=write_masks(images, tmp_path / "b", shade=0))
 
 
 def test_the_alpha_channel_is_a_mask_as_well(masked, images, tmp_path):

@@ -110,13 +110,15 @@ class LatentCache:
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._state: CacheState | None = None
 
-    def state(self, *, refresh: bool = False) -> CacheState:
+    def state(self, *, refresh: bool = False, again: bool = False) -> CacheState:
         """How much of the cache is there. Reads the headers and tensors of files that earlier starts have not checked, or that
         have changed since (see ``cache_check``), and images whose times changed; needs no torch.
 
         ``refresh`` notes what was found valid, so that the next start need not look again; without it nothing is written. The
-        answer is kept until ``fill``.
+        answer is kept until ``fill``, or until it is asked for ``again``.
         """
+        if again:
+            self._forget()
         if self._state is None:
             self._state = self._state_of(self._judge(self._entries.all))
         if refresh:

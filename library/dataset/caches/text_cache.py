@@ -99,13 +99,15 @@ class TextCache:
         self._memory: dict[str, Tensors] = {}
         self._state: CacheState | None = None
 
-    def state(self, *, refresh: bool = False) -> CacheState:
+    def state(self, *, refresh: bool = False, again: bool = False) -> CacheState:
         """How much of the cache is there, counted in texts per file (in memory: different texts).
 
         Reads the headers and tensors of files that earlier starts have not checked, or that have changed since (see
         ``cache_check``); needs no torch. ``refresh`` notes what was found valid, so that the next start need not look again;
-        without it nothing is written. The answer is kept until ``fill``.
+        without it nothing is written. The answer is kept until ``fill``, or until it is asked for ``again``.
         """
+        if again:
+            self._forget()
         if self._state is None:
             self._state = self._state_on_disk() if self.on_disk else self._state_in_memory()
         if refresh:

@@ -244,6 +244,15 @@ def test_warnings(tmp_path: Path):
     assert len(warnings) == 4
 
 
+def test_small_buckets_are_those_that_do_not_fill_a_batch_of_all_processes(tmp_path: Path):
+    for name in "abcd":
+        picture(tmp_path / "a" / f"{name}.png", (64, 64))
+    settings = dataset(subset(tmp_path / "a"), enable_bucket=True, batch_size=2)
+    assert not [text for text in scan((settings,), processes=2).warnings if "buckets" in text]
+    (text,) = [text for text in scan((settings,), processes=3).warnings if "buckets" in text]
+    assert "1 of 1 buckets have fewer images (with repeats) than batch_size 2 times 3 processes" in text
+
+
 def test_captions_under_another_extension_are_pointed_out(tmp_path: Path):
     picture(tmp_path / "a" / "x.png")
     (warning,) = scan((dataset(subset(tmp_path / "a", caption_extension=".caption")),)).warnings

@@ -61,3 +61,14 @@ def test_how_often_is_validated(runs):
     lines = plan_lines(runs.checked("--validation_split=0.4", "--max_train_epochs=1"), NetworkSize(1, 2, 3))
     (line,) = [line for line in lines if line.startswith("  validation")]
     assert line.endswith("the base model once before training, the LoRA after every epoch, and at the end: once")
+
+
+def test_counts_of_one_are_told_as_one(runs):
+    flags = ("--validation_split=0.3", "--min_timestep=500", "--max_timestep=501", "--max_train_steps=3")
+    runs.write_dataset(dataset="batch_size = 8")
+    text = "\n".join(plan_lines(runs.checked(*flags), NetworkSize(1, 2, 3)))
+    assert "validation: 1 image, 1 batch at 1 timestep each: " in text
+    lines = plan_lines(runs.checked(*flags[1:], "--gradient_accumulation_steps=9"), NetworkSize(1, 2, 3))
+    assert any(
+        "steps: 3 batches per epoch, 9 batches a step, 1 step per epoch, 3 epochs, 3 steps in all" in line for line in lines
+    )
