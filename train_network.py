@@ -57,6 +57,7 @@ class NetworkTrainer(CacheFilling):
     vae: Any = None  # stays None while latents are cached and no samples are drawn
     text_encoder: Any = None  # stays None once its outputs are cached
     stop_agreed = False  # by all processes
+    last_lora_is_saved = False
 
     def train(self) -> None:
         """The whole run. Leaves with SystemExit(130 or 143) after a signal, having saved the LoRA and a state."""
@@ -376,6 +377,8 @@ class NetworkTrainer(CacheFilling):
         if not self.validation.is_due(self.progress):
             return
         self.report_pending()  # so that the training average knows of this step
+        if self.progress.step == self.run.length.total_steps:
+            self.save_last_lora()  # the last validation is not given up, and what ends a job need not wait for it
         outcome = self.validation.validate(self.progress, training_average=self.average.mean)
         self.stop_agreed = self.stop_agreed or outcome.given_up
         if outcome.displaced_step is not None:
@@ -390,15 +393,22 @@ class NetworkTrainer(CacheFilling):
         names, saving = self.run.names, self.options.saving
         if self.must_stop() and self.progress.step < self.run.length.total_steps:
             self.stop_early()
-        if self.average.is_empty or self.guard.ends_in_skipped_steps:
-            self.end_diverged(self.progress.step)
-        self.files.save_lora(names.last_file(), self.progress, last=True)
+        self.save_last_lora()
         if saving.save_state or saving.save_state_on_train_end:
             self.save_state(names.last_state())
         self.close_logging()
         self.say(
             f"training is done: {self.progress.step} steps, average loss {self.average.mean:.4f}, LoRA in {names.last_file()}"
         )
+
+    def save_last_lora(self) -> None:
+        """Once, when all steps are done."""
+        if self.last_lora_is_saved:
+            return
+        if self.average.is_empty or self.guard.ends_in_skipped_steps:
+            self.end_diverged(self.progress.step)
+        self.files.save_lora(self.run.names.last_file(), self.progress, last=True)
+        self.last_lora_is_saved = True
 
     def end_diverged(self, step: int) -> NoReturn:
         """``step``: the last that was not finite."""

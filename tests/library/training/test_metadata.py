@@ -71,7 +71,7 @@ def pictures(tmp_path):
         path = tmp_path / folder
         path.mkdir(parents=True, exist_ok=True)
         for name in names:
-            Image.new("RGB", SIZES[name]).save(path / f"{name}.png")
+            Image.new("RGB", SIZES[name], (len(folder), 0, 0)).save(path / f"{name}.png")  # no folder has copies of another's
             (path / f"{name}.txt").write_text(caption, encoding="utf-8")
         return path
 

@@ -222,6 +222,7 @@ class StoppedAtTheEnd(Watched):
     def compute_loss(self, batch, noisy):
         if not torch.is_grad_enabled() and self.progress.step == 2:
             self.stop.signal_number = int(signal.SIGTERM)
+            assert self.run.names.last_file().exists()  # should the job be killed now
         return super().compute_loss(batch, noisy)
 
 
