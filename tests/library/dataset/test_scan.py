@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -412,7 +411,7 @@ def test_a_linked_image_is_read_where_it_lies(tmp_path: Path):
     assert [item.size_wh for item in remembered(settings)[0].items] == [(64, 64), (50, 100)]
 
 
-def test_fifty_thousand_other_files_cost_next_to_nothing(tmp_path: Path):
+def test_three_images_among_fifty_thousand_other_files(tmp_path: Path):
     folder = tmp_path / "a"
     folder.mkdir()
     for number in range(50_000):
@@ -420,10 +419,8 @@ def test_fifty_thousand_other_files_cost_next_to_nothing(tmp_path: Path):
     assert problems(dataset(subset(folder)))[0].startswith("my.toml, subset a: no images in")
     for number in range(3):
         picture(folder / f"{number}.png")
-    started = time.process_time()
     data = scan((dataset(subset(folder)),))
     assert len(data.items) == 3 and data.warnings == ()
-    assert time.process_time() - started < 2.0
 
 
 def test_a_caption_file_that_is_a_folder(tmp_path: Path):

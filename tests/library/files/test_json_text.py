@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -24,7 +23,5 @@ def test_a_name_that_stands_twice(text: str):
 
 def test_one_name_among_very_many():
     text = ", ".join(f'"{number}.png": 1' for number in (*range(50_000), 49_999))
-    started = time.process_time()
     with pytest.raises(RepeatedNameError, match=r"^49999\.png stands twice"):
         parse_json(f"{{{text}}}")
-    assert time.process_time() - started < 2.0

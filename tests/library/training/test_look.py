@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -163,23 +162,20 @@ def test_the_page_is_the_same_every_time(options_for, tmp_path):
     assert page.read_bytes() == first
 
 
-def test_no_torch_and_a_second_for_twenty_pictures(options_for, picture_folder, tmp_path):
+def test_a_look_imports_no_torch(options_for, picture_folder, tmp_path):
     picture_folder(20, scale=1.0)
     code = (
         "import sys; from library.options.anima import AnimaTrainOptions; from library.options.command_line import *\n"
         "import library.training.look as module, cv2, PIL.Image\n"
         "from library.anima.architecture import ANIMA; from library.options.look import LookOptions\n"
-        "from library.options.dataset import DatasetOptions; from library.options.saving import SavingOptions; import time\n"
+        "from library.options.dataset import DatasetOptions; from library.options.saving import SavingOptions\n"
         "from pathlib import Path\n"
         "options = AnimaTrainOptions(look=LookOptions(debug_dataset=True, show_captions=1), saving=SavingOptions(output_dir='out'),\n"
         "                            dataset=DatasetOptions(dataset_config=Path('my.toml')))\n"
-        "start = time.perf_counter(); module.look(options, ANIMA); print('took', time.perf_counter() - start)\n"
+        "module.look(options, ANIMA)\n"
         "assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "20 of 20 images shown" in done.stdout
-    took = float(done.stdout.split("took ")[1])
-    assert took < 10, f"{took:.1f} s of {time.perf_counter() - started:.1f}"  # about one where the machine has nothing else to do

@@ -63,4 +63,4 @@ def test_text_in_memory_takes_about_what_was_said(tmp_path: Path) -> None:
 
 def test_it_needs_no_torch() -> None:
     code = "import sys; from library.dataset.caches.size import free_memory_bytes; assert free_memory_bytes() > 0; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[4])
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[4]).returncode == 0
