@@ -14,13 +14,12 @@ from library.dataset.order import batches_per_epoch
 from library.errors import ProblemList, TrainingError, user_errors_end_the_script
 from library.options.cache_tool import IMPLIED
 from library.training.architecture import Architecture
-from library.training.console import set_up_console
-from library.training.interrupts import watch_launcher
 from library.training.plan import cache_lines, variant_lines
 from library.training.preflight import (
     CheckedData,
     check_disk,
     checked_prompts,
+    checked_start,
     make_caches,
     process_count,
     read_training_set,
@@ -42,25 +41,18 @@ logger = logging.getLogger(__name__)
 def checked_job(read: Callable[[], Any], architecture: Architecture, part: str) -> CheckedData:
     """For a tool's first lines: reads the command line, checks the data and the files of ``part`` ("vae" or "text"), and tells
     what is to be done. Ends the tool on a mistake, after --dry_run, and after a look."""
-    with user_errors_end_the_script():
-        options = read()
-        set_up_console(options.console)
-        watch_launcher()
-        if options.look.only:
-            from library.training.look import look
+    return checked_start(read, architecture, lambda options: _told_job(options, architecture, part))
 
-            look(options, architecture)
-            raise SystemExit
-        data = check_job(options, architecture, part)
-        for line in job_lines(data, part):
-            logger.info("%s", line)
-        for warning in data.warnings:
-            logger.warning("warning: %s", warning)
-        if options.run.dry_run or is_done(data, part):
-            raise SystemExit
-        gc.disable()  # see preflight.checked_run
-        return data
-    raise AssertionError("user_errors_end_the_script does not return after an error")
+
+def _told_job(options: Any, architecture: Architecture, part: str) -> CheckedData:
+    data = check_job(options, architecture, part)
+    for line in job_lines(data, part):
+        logger.info("%s", line)
+    for warning in data.warnings:
+        logger.warning("warning: %s", warning)
+    if options.run.dry_run or is_done(data, part):
+        raise SystemExit
+    return data
 
 
 def check_job(options: Any, architecture: Architecture, part: str) -> CheckedData:

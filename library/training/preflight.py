@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from library.dataset.image_records import ImageRecords
 from library.dataset.items import TrainingSet
@@ -50,6 +50,8 @@ from library.training.validation_plan import split_text
 if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentCache
     from library.dataset.caches.text_cache import TextCache
+
+Checked = TypeVar("Checked")
 
 MIB = 2**20
 DISK_RESERVE_BYTES = 16 * MIB  # left free on the disk of the caches
@@ -317,7 +319,12 @@ def cache_folders(training_set: TrainingSet, options: Any) -> set[Path]:
 
 
 def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedRun:
-    """For a script's first lines: reads the command line and checks the run, ending the script on a mistake.
+    """For a script's first lines: reads the command line and checks the run, ending the script on a mistake."""
+    return checked_start(read, architecture, lambda options: check_run(options, architecture))
+
+
+def checked_start(read: Callable[[], Any], architecture: Architecture, check: Callable[[Any], Checked]) -> Checked:
+    """Reads the command line and gives what ``check`` makes of its options; ends the script on a mistake, and after a look.
 
     The garbage collector is off from then on: it would look through every module of torch while that is imported, which takes
     a good part of the start. ``run_training`` switches it on again.
@@ -331,7 +338,7 @@ def checked_run(read: Callable[[], Any], architecture: Architecture) -> CheckedR
 
             look(options, architecture)
             raise SystemExit
-        run = check_run(options, architecture)
+        checked = check(options)
         gc.disable()
-        return run
+        return checked
     raise AssertionError("user_errors_end_the_script does not return after an error")
