@@ -28,6 +28,7 @@ from library.anima.denoiser import AnimaDenoiser
 from library.anima.sampling import initial_noise, sample_latents
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
+from library.nn.loading import Place
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
@@ -42,7 +43,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def build_denoiser(self) -> AnimaDenoiser:
         return build_denoiser(self.run.layouts.denoiser.config)
 
-    def load_denoiser(self, denoiser: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
         load_denoiser(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> QwenImageVae:

@@ -32,6 +32,7 @@ from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
 from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
+from library.training.model_memory import arrange_denoiser, denoiser_place
 from library.training.objective import NoisyLatents
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, worker_count
@@ -146,12 +147,13 @@ class NetworkTrainer(CacheFilling):
 
     def load_models(self) -> None:
         """Loads the denoiser, merges --base_weights into it, and loads what must encode at every step."""
-        self.load_denoiser(self.denoiser, device=self.device, dtype=self.weight_dtype)
+        place = denoiser_place(self.options, self.denoiser, self.device)
+        self.load_denoiser(self.denoiser, device=place, dtype=self.weight_dtype)
         networks.merge_base_weights(self.options.network, self.denoiser, [], self.weight_dtype)
-        if self.options.run.gradient_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+        if self.options.memory.checkpointing is not None:
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)
+        arrange_denoiser(self.options, self.denoiser, self.device)
         self.network.prepare_grad_etc([], self.denoiser)
         self.network.train()
         if self.run.latent_cache is None:

@@ -209,7 +209,7 @@ def test_base_weights_are_merged_with_their_multiplier(train, tmp_path):
     w, name = weights(file), "lora_unet_blocks_0_mlp_layer1"
     delta = w[f"{name}.lora_up.weight"] @ w[f"{name}.lora_down.weight"] * w[f"{name}.alpha"] / 2
     expected = torch.eye(3) * 0.5 + 1.5 * delta  # 0.5 as given, 1.0 where no multiplier is left
-    assert torch.allclose(trainer.denoiser.blocks[0]["mlp"]["layer1"].weight, expected, atol=1e-6)
+    assert torch.allclose(trainer.denoiser.blocks[0].mlp["layer1"].weight, expected, atol=1e-6)
 
 
 def test_ranks_come_from_the_weights(train, tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenUse
+from library.nn.blocks import run_plainly
 from library.training.objective import FlowObjective
 from train_network import NetworkTrainer
 
@@ -75,19 +76,26 @@ class TinyConditioning:
         return cls(torch.cat([part.lengths for part in parts]))
 
 
+class TinyBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.ModuleDict({"layer1": nn.Linear(3, 3, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp["layer1"](x)
+
+
 class TinyDenoiser(nn.Module):
     """Names like Anima's, so that networks.lora_anima finds ``blocks.0.mlp.layer1``."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"layer1": nn.Linear(3, 3, bias=False)})})])
+        self.blocks = nn.ModuleList([TinyBlock()])
+        self.run_block = run_plainly
 
     def forward(self, latents: Tensor, shift: Tensor) -> Tensor:
-        mixed = self.blocks[0]["mlp"]["layer1"](latents.movedim(1, -1)).movedim(-1, 1)  # (B, 3, h, w)
+        mixed = self.run_block(0, self.blocks[0], latents.movedim(1, -1)).movedim(-1, 1)  # (B, 3, h, w)
         return mixed + shift[:, :, None, None]
-
-    def enable_gradient_checkpointing(self) -> None:
-        self.checkpointed = True
 
 
 class TinyTrainer(NetworkTrainer):
@@ -96,7 +104,7 @@ class TinyTrainer(NetworkTrainer):
 
     def load_denoiser(self, denoiser, *, device, dtype):
         weight = nn.Parameter(torch.eye(3, device=device, dtype=dtype) * 0.5, requires_grad=False)
-        denoiser.blocks[0]["mlp"]["layer1"].weight = weight
+        denoiser.blocks[0].mlp["layer1"].weight = weight
 
     def load_vae(self, *, device, dtype):
         return nn.AvgPool2d(8)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.anima.layout import AdapterConfig
 from library.nn.attention import NormedAttention
-from library.nn.checkpointing import run_block
+from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.norms import RmsNorm
 from library.nn.rope import RopeTable, rope_angles, rope_table
 
@@ -21,7 +21,7 @@ class LlmAdapter(nn.Module):
     def __init__(self, config: AdapterConfig, context_dim: int):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.run_block: BlockRunner = run_plainly
         # Its usual random start imports torch's compiler when on the meta device: a second, and 70 MiB.
         self.embed = nn.Embedding.from_pretrained(torch.zeros(config.vocabulary, config.width), freeze=False)
         self.blocks = nn.ModuleList(LLMAdapterTransformerBlock(config) for _ in range(config.blocks))
@@ -35,8 +35,9 @@ class LlmAdapter(nn.Module):
         """
         x = self.embed(t5_ids)  # (B, T, D)
         tables = self.rope_tables(t5_ids.shape[1], states.shape[1], x.device)
-        for block in self.blocks:
-            x = run_block(block, x, states.to(x.dtype), (t5_mask, state_mask), tables, checkpointing=self.gradient_checkpointing)
+        states = states.to(x.dtype)
+        for number, block in enumerate(self.blocks):
+            x = self.run_block(number, block, x, states, (t5_mask, state_mask), tables)
         return self.norm(self.out_proj(x))
 
     def rope_tables(self, t5_tokens: int, states: int, device: torch.device) -> tuple[RopeTable, RopeTable]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.layout import DenoiserConfig, DenoiserLayout
 from library.files.safetensors_file import read_tensors
-from library.nn.loading import load_into
+from library.nn.loading import Place, load_into
 
 
 def build_denoiser(config: DenoiserConfig) -> AnimaDenoiser:
@@ -19,7 +19,7 @@ def build_denoiser(config: DenoiserConfig) -> AnimaDenoiser:
         return AnimaDenoiser(config)
 
 
-def load_denoiser(denoiser: AnimaDenoiser, layout: DenoiserLayout, *, device: torch.device | str, dtype: torch.dtype) -> None:
+def load_denoiser(denoiser: AnimaDenoiser, layout: DenoiserLayout, *, device: Place, dtype: torch.dtype) -> None:
     """Streams the weights of ``layout`` into a denoiser built from its config: frozen, on ``device``, as ``dtype``.
 
     Peak memory is the model plus one tensor. Raises CheckpointError when a file changed since its header was read.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.anima.adapter import LlmAdapter
 from library.anima.layout import CONTEXT_ROWS, DenoiserConfig
 from library.nn.attention import NormedAttention
-from library.nn.checkpointing import run_block
+from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
 from library.nn.norms import RmsNorm, layer_norm
 from library.nn.rope import RopeTable, rope_angles, rope_table
@@ -35,7 +35,7 @@ class AnimaDenoiser(nn.Module):
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.run_block: BlockRunner = run_plainly
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = nn.Sequential(TimeSinusoid(config.width), TimestepEmbedding(config.width))
         self.t_embedding_norm = RmsNorm(config.width)
@@ -58,8 +58,8 @@ class AnimaDenoiser(nn.Module):
         time, shared = self.embed_time(sigmas)  # (B, D), (B, 3D)
         rope = self.rope(latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch, x.device)
         context = context.to(self.dtype)
-        for block in self.blocks:
-            x = run_block(block, x, context, time, shared, rope, checkpointing=self.gradient_checkpointing)
+        for number, block in enumerate(self.blocks):
+            x = self.run_block(number, block, x, context, time, shared, rope)
         patches = self.final_layer(x, time, shared)  # (B, N, patch * patch * 16)
         return unpatchify(patches, latents.shape, self.config.patch).to(latents.dtype)
 
@@ -82,12 +82,6 @@ class AnimaDenoiser(nn.Module):
             context = context.masked_fill(~t5_mask.bool().unsqueeze(-1), 0)
         assert context.shape[1] <= rows, f"{context.shape[1]} T5 tokens do not fit {rows} context rows"
         return F.pad(context, (0, 0, 0, rows - context.shape[1]))
-
-    def enable_gradient_checkpointing(self) -> None:
-        """From now on blocks are recomputed during backward, wherever gradients are recorded (in evaluation mode too)."""
-        self.gradient_checkpointing = True
-        if self.llm_adapter is not None:
-            self.llm_adapter.gradient_checkpointing = True
 
     def rope(self, rows: int, columns: int, device: torch.device) -> RopeTable:
         """The rotary table of a grid, made once per grid and device; the least recently used one is dropped."""

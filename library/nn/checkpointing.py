@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
-    """``block(*inputs)``, checkpointed wherever gradients are recorded, in training and evaluation mode alike.
+def run_checkpointed(number: int, block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+    """``block(x, *inputs)``, checkpointed wherever gradients are recorded, in training and evaluation mode alike.
 
     The recomputation repeats the random numbers of torch's global generators, so dropout inside the block is the same twice.
+    A ``BlockRunner`` (library/nn/blocks.py).
     """
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
-    return block(*inputs)
+    if torch.is_grad_enabled():
+        return checkpoint(block, x, *inputs, use_reentrant=False)  # type: ignore[return-value]
+    return block(x, *inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from library.files.key_check import key_problems, shape_problem
 ALIGNMENT_BYTES = 64  # of torch's own CPU memory
 
 
-def load_into(
-    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, device: torch.device | str, dtype: torch.dtype
-) -> None:
+Place = torch.device | str | Callable[[str], torch.device | str]  # one device, or that of each name in ``state_dict``
+
+
+def load_into(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, device: Place, dtype: torch.dtype) -> None:
     """Replaces the module's parameters and buffers by ``tensors`` (name in ``state_dict`` -> tensor), frozen.
 
-    Each is cast to ``dtype`` (float8 too; integers keep theirs), moved to ``device`` and put in place before the next is asked
-    for: peak memory is the model plus one tensor. Buffers that are not in ``state_dict`` are moved to ``device`` as they are.
+    Each is cast to ``dtype`` (float8 too; integers keep theirs), moved to its device and put in place before the next is asked
+    for: peak memory is the model plus one tensor. A module with a method ``take_weight`` is handed its weight that way and may
+    keep it in another form. Buffers that are not in ``state_dict`` are moved to the device as they are.
     Raises one CheckpointError that lists all missing, unexpected and misshapen names; the module is then incomplete.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
@@ -32,7 +34,7 @@ def load_into(
         elif tuple(tensor.shape) != expected[name]:
             misshapen[name] = shape_problem(tuple(tensor.shape), expected[name])
         else:
-            _assign(module, name, _placed(tensor, device, dtype))
+            _assign(module, name, _placed(tensor, device(name) if callable(device) else device, dtype))
         loaded.add(name)
     problems = key_problems(missing=[name for name in expected if name not in loaded], unexpected=unexpected, misshapen=misshapen)
     if problems:
@@ -49,14 +51,16 @@ def _placed(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> T
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if leaf in owner._parameters:
+    if leaf == "weight" and hasattr(owner, "take_weight"):
+        owner.take_weight(tensor)  # type: ignore[operator]
+    elif leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
 
 
-def _move_other_buffers(module: nn.Module, device: torch.device | str) -> None:
-    for owner in module.modules():
+def _move_other_buffers(module: nn.Module, device: Place) -> None:
+    for path, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
-                owner._buffers[name] = buffer.to(device)
+                owner._buffers[name] = buffer.to(device(f"{path}.{name}") if callable(device) else device)

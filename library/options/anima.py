@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from library.options.ddpm import ClipOptions, DdpmOptions
 from library.options.declare import opt
 from library.options.flow import FlowOptions
+from library.options.memory import BlockMemoryOptions
+from library.options.rules import at_least, belongs_elsewhere
+from library.options.samples import SAMPLERS, SampleOptions
 from library.options.train import TrainOptions
 
 LONGEST_TEXT_TOKENS = 512  # = CONTEXT_ROWS of library/anima/layout.py, which options may not import
@@ -38,6 +42,59 @@ class AnimaOptions:
             yield f"--vae_chunk_size is {self.vae_chunk_size}: give an even number above 0, for example 64"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentRates:
+    """Learning rates of parts: of the denoiser, where they differ from --unet_lr."""
+
+    self_attn_lr: float | None = opt(None, "learning rate of self-attention (not set = as the denoiser; 0 = no LoRA there)")
+    cross_attn_lr: float | None = opt(None, "learning rate of cross-attention (not set = as the denoiser; 0 = no LoRA there)")
+    mlp_lr: float | None = opt(None, "learning rate of the MLPs (not set = as the denoiser; 0 = no LoRA there)")
+    mod_lr: float | None = opt(None, "learning rate of the modulation layers (not set or 0 = no LoRA there)")
+    llm_adapter_lr: float | None = opt(
+        None, "learning rate of the LLM adapter (not set = as the denoiser, with train_llm_adapter; 0 = no LoRA there)"
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(self, 0, *(field.name for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoDdpmOptions(DdpmOptions):
+    """Stable Diffusion's noise: for models with a table of noise levels; an error here."""
+
+    def problems(self) -> Iterator[str]:
+        yield from belongs_elsewhere(self, "it changes how models with a table of noise levels (SD 1, 2, XL) are trained, and "
+                                     "Anima is a flow model")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoClipOptions(ClipOptions):
+    """Stable Diffusion's text: for models with CLIP text encoders; an error here, except for --tokenizer_cache_dir."""
+
+    def problems(self) -> Iterator[str]:
+        yield from belongs_elsewhere(self, "it is about Stable Diffusion's CLIP text encoders, and Anima has Qwen3 and a T5 "
+                                     "tokenizer", but=("tokenizer_cache_dir",))  # fmt: skip
+
+    def warnings(self) -> Iterator[str]:
+        if self.tokenizer_cache_dir:
+            yield "--tokenizer_cache_dir does nothing: the tokenizers come with this project, and nothing is downloaded"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnimaSampleOptions(SampleOptions):
+    """Samples: pictures drawn while training."""
+
+    sample_sampler: str | None = opt(
+        None, "sampler of the pictures: euler or er_sde; others are for other models (not set = euler)",
+        choices=(*SAMPLERS, "er_sde"),
+    )  # fmt: skip
+
+    def warnings(self) -> Iterator[str]:
+        yield from SampleOptions.warnings(self)
+        if self.sample_sampler not in (None, "euler", "k_euler", "er_sde"):
+            yield f"--sample_sampler={self.sample_sampler} is no sampler for a flow model: pictures are drawn with euler"
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnimaTrainOptions(TrainOptions):
     """All options of anima_train_network.py, in groups."""
@@ -46,6 +103,11 @@ class AnimaTrainOptions(TrainOptions):
 
     anima: AnimaOptions = field(default_factory=AnimaOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
+    memory: BlockMemoryOptions = field(default_factory=BlockMemoryOptions)
+    rates: ComponentRates = field(default_factory=ComponentRates)
+    samples: AnimaSampleOptions = field(default_factory=AnimaSampleOptions)
+    ddpm: NoDdpmOptions = field(default_factory=NoDdpmOptions)
+    clip: NoClipOptions = field(default_factory=NoClipOptions)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

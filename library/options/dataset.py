@@ -52,6 +52,7 @@ class DatasetOptions:
         kind=NUMBER_RANGE,
     )
     prior_loss_weight: float = opt(1.0, "weight of regularisation images in the loss (1 = as much as training images)")
+    dataset_class: str | None = opt(None, "a dataset class of your own (not set = the datasets described by the other options)")
     skip_bad_images: bool = opt(
         False, "leave out images and captions that cannot be read, naming each; otherwise they end the run"
     )

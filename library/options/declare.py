@@ -21,7 +21,7 @@ DATA_URL = "data:"  # what stands for a picture in place of its path
 @dataclass(frozen=True, slots=True)
 class _Declaration:
     help: str
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     kind: Kind | None
     path: bool
     secret: bool
@@ -35,7 +35,7 @@ class Option:
     kind: Kind
     default: Any
     help: str
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     is_optional: bool  # None is a value: not given
     is_list: bool
     path: bool
@@ -59,7 +59,7 @@ class Option:
     def allowed(self) -> str:
         """What the option takes, in words."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(map(str, self.choices))}"
         return f"a list, each {self.kind.words}" if self.is_list else self.kind.words
 
     def read(self, value: object) -> Any:
@@ -96,14 +96,14 @@ def opt(
     default: Any,
     help: str,
     *,
-    choices: Iterable[str] | None = None,
+    choices: Iterable[Any] | None = None,
     kind: Kind | None = None,
     path: bool = False,
     secret: bool = False,
 ) -> Any:
     """Declares an option as a dataclass field; the annotation gives its type.
 
-    ``choices``: the allowed texts, or a table with them as keys. ``kind``: another reader than the annotation's.
+    ``choices``: the allowed values, or a table with them as keys. ``kind``: another reader than the annotation's.
     ``path``: names a place on this machine; kept out of trackers. ``secret``: kept out of everything that is written.
     """
     declaration = _Declaration(help, tuple(choices or ()), kind, path, secret)

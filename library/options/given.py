@@ -30,7 +30,7 @@ class Given:
             self.refuse(option, f"{_named(option, place)} {problem}")
         except ValueError:
             shown = "***" if option.secret else _shown(value)
-            hint = _near_choice(value, option.choices) or (_quotes_hint(option, value, shown) if place else "")
+            hint = _near_choice(value, tuple(map(str, option.choices))) or (_quotes_hint(option, value, shown) if place else "")
             self.refuse(option, f"{_named(option, place)} is {shown}, but must be {option.allowed}{hint}")
 
     def refuse(self, option: Option, problem: str) -> None:

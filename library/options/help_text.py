@@ -46,6 +46,6 @@ def _entry(option: Option, width: int) -> list[str]:
 
 
 def _description(option: Option) -> str:
-    choices = f": {', '.join(option.choices)}" if option.choices else ""
+    choices = f": {', '.join(map(str, option.choices))}" if option.choices else ""
     has_default = option.default is not None and not option.is_switch and option.default != ""
     return f"{option.help}{choices}{f' [default: {default_text(option)}]' if has_default else ''}"

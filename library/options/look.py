@@ -16,6 +16,9 @@ class LookOptions:
     debug_dataset: bool = opt(
         False, "write an HTML page with the pictures, captions and buckets as they will be trained, and end"
     )
+    show_timesteps: bool = opt(
+        False, "draw the noise levels that training would use, and their weights, as a picture in --output_dir, and end"
+    )
     show_captions: int | None = opt(
         None, "print N captions of each subset as the text encoder will get them, and end (not set = do not)"
     )
@@ -23,7 +26,7 @@ class LookOptions:
     @property
     def only(self) -> bool:
         """Nothing is trained."""
-        return self.debug_dataset or self.show_captions is not None
+        return self.debug_dataset or self.show_timesteps or self.show_captions is not None
 
     def problems(self) -> Iterator[str]:
         yield from at_least(self, 1, "show_captions")

@@ -32,6 +32,16 @@ class NetworkOptions:
         None, "after each step cut the change that a module makes to this norm (not set = never)"
     )
     network_train_unet_only: bool = opt(False, "train the denoiser's part of the network only, not the text encoders'")
+    network_train_text_encoder_only: bool = opt(False, "train the text encoders' part of the network only, not the denoiser's")
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoders' part of the network, if there is one, is trained."""
+        return not self.network_train_unet_only
+
+    @property
+    def trains_denoiser(self) -> bool:
+        return not self.network_train_text_encoder_only
 
     def problems(self) -> Iterator[str]:
         yield from at_least(self, 1, "network_dim")
@@ -40,6 +50,8 @@ class NetworkOptions:
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             yield f"--network_dropout is {self.network_dropout}: give a number from 0 to below 1"
         yield from needs(self, "dim_from_weights", "network_weights")
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: drop one of them"
         files, multipliers = len(self.base_weights or ()), len(self.base_weights_multiplier or ())
         if multipliers > files:
             yield f"--base_weights_multiplier has {multipliers} numbers, but --base_weights has {files}: give at most one each"

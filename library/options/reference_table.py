@@ -29,7 +29,7 @@ def option_rows(option_set: type) -> list[Row]:
             flag=option.flag,
             type="switch" if option.is_switch else option.metavar,
             default=default_text(option),
-            choices=", ".join(option.choices),
+            choices=", ".join(map(str, option.choices)),
             help=option.help,
         )
         for group in groups_of(option_set).values()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 
 
 def at_least(group: object, least: float, *names: str) -> Iterator[str]:
@@ -33,3 +34,12 @@ def needs(group: object, name: str, needed: str) -> Iterator[str]:
     """An option that only works together with another one of the same group."""
     if getattr(group, name) and not getattr(group, needed):
         yield f"--{name} needs --{needed}: give it too, or drop --{name}"
+
+
+def belongs_elsewhere(group: object, why: str, *, but: Collection[str] = ()) -> Iterator[str]:
+    """Every option that is given, of a group that this architecture cannot use at all."""
+    for option in fields(group):  # type: ignore[arg-type]
+        value = getattr(group, option.name)
+        if option.name not in but and value != option.default:
+            shown = f"--{option.name}" if value is True else f"--{option.name}={value}"
+            yield f"{shown} cannot be used: {why}; drop it"

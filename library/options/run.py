@@ -14,7 +14,7 @@ SEED_LIMIT = 2**32  # what numpy and the reference take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Run: length, seed, precision and memory."""
+    """Run: length, seed and precision."""
 
     dry_run: bool = opt(False, "check everything that can be checked without loading a model, print the plan, and stop")
     deterministic: bool = opt(False, "use GPU kernels that give the same bits in every run; slower on a GPU, no change on a CPU")
@@ -22,7 +22,6 @@ class RunOptions:
     max_train_steps: int = opt(1600, "optimizer steps to train; ignored when --max_train_epochs is given")
     max_train_epochs: int | None = opt(None, "epochs to train; decides instead of --max_train_steps (not set = count steps)")
     gradient_accumulation_steps: int = opt(1, "batches whose gradients make one optimizer step (1 = each batch is a step)")
-    gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass: much less memory, slower steps")
     mixed_precision: str = opt(
         "no", "number format of the frozen model and of the computation (no = float32)", choices=tuple(PRECISION_DTYPES)
     )

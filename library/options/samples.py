@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from library.options.declare import opt
 
+SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+            "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions:
@@ -17,6 +20,7 @@ class SampleOptions:
     sample_every_n_epochs: int | None = opt(
         None, "draw pictures every N epochs; decides instead of steps (not set or 0 = not by epochs)"
     )
+    sample_sampler: str | None = opt("ddim", "sampler of the pictures", choices=SAMPLERS)
     sample_at_first: bool = opt(False, "draw pictures before the first step too")
 
     def problems(self) -> Iterator[str]:

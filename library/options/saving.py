@@ -9,6 +9,7 @@ from library.options.declare import opt
 from library.options.rules import at_least
 
 FILE_FORMATS = ("ckpt", "pt", "safetensors")
+SAVE_FORMATS = ("comfy", "diffusers")
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
 MAX_NAME_BYTES = 200  # of the 255 that file systems take
 FORBIDDEN_ON_WINDOWS = frozenset(':?*<>|"') | {chr(code) for code in range(32)}  # as its file API documents
@@ -21,6 +22,12 @@ class SavingOptions:
     output_dir: str | None = opt(None, "folder for LoRA files, states and sample images; made if it is missing", path=True)
     output_name: str | None = opt(None, "start of the names of all files (not set = last, epoch and at)")
     save_model_as: str = opt("safetensors", "file format of the LoRA; ckpt and pt hold no metadata", choices=FILE_FORMATS)
+    save_format: str | None = opt(
+        None,
+        "names and layout in the LoRA file: comfy or diffusers (not set = those of kohya-ss/sd-scripts, which most programs"
+        " read)",
+        choices=SAVE_FORMATS,
+    )
     save_precision: str | None = opt(
         None, "number format of the saved weights (not set = the one they are trained in)", choices=SAVE_PRECISIONS
     )

@@ -6,12 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from library.options.attention import AttentionOptions
 from library.options.caches import CacheOptions
 from library.options.captions import CaptionOptions
+from library.options.compile import CompileOptions
 from library.options.console import ConsoleOptions
 from library.options.dataset import DatasetOptions
+from library.options.ddpm import ClipOptions, DdpmOptions
+from library.options.distributed import DistributedOptions
+from library.options.hub import HubOptions
 from library.options.look import LookOptions
 from library.options.loss import LossOptions
+from library.options.memory import MemoryOptions
 from library.options.metadata import MetadataOptions
 from library.options.models import ModelOptions
 from library.options.network import NetworkOptions
@@ -39,16 +45,23 @@ class TrainOptions:
     caches: CacheOptions = field(default_factory=CacheOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
+    ddpm: DdpmOptions = field(default_factory=DdpmOptions)
+    clip: ClipOptions = field(default_factory=ClipOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     saving: SavingOptions = field(default_factory=SavingOptions)
     resume: ResumeOptions = field(default_factory=ResumeOptions)
     metadata: MetadataOptions = field(default_factory=MetadataOptions)
     samples: SampleOptions = field(default_factory=SampleOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.dataset.conditioning import Conditioning
+from library.nn.loading import Place
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import NoisyLatents, Objective
 from library.training.preflight import CheckedData
@@ -31,10 +32,13 @@ class ArchitectureHooks(ABC):
 
     @abstractmethod
     def build_denoiser(self) -> nn.Module:
-        """The denoiser without weights (on the meta device). Called once, before anything is loaded."""
+        """The denoiser without weights (on the meta device). Called once, before anything is loaded.
+
+        It calls its transformer blocks (``blocks``) through ``run_block``, a BlockRunner of library/nn/blocks.py.
+        """
 
     @abstractmethod
-    def load_denoiser(self, denoiser: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+    def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
         """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ import torch
 
 from library.anima.denoiser import ROPE_TABLES_KEPT, grid_angles
 from library.anima.layout import DenoiserConfig
+from library.nn.checkpointing import run_checkpointed
 from tests.library.anima.tiny_dit import TINY, batch, tiny_denoiser
 
 
@@ -97,7 +98,7 @@ def test_checkpointing_gives_equal_gradients(training):
         names = ["blocks.0.self_attn.q_proj.weight", "blocks.1.mlp.layer2.weight", "llm_adapter.blocks.0.mlp.0.weight"]
         weights = [denoiser.get_parameter(name).requires_grad_() for name in names]
         if checkpointing:
-            denoiser.enable_gradient_checkpointing()
+            denoiser.run_block = denoiser.llm_adapter.run_block = run_checkpointed
         torch.manual_seed(0)
         latents, sigmas, _ = batch()
         context = denoiser.encode_context(*captions(), rows=8)

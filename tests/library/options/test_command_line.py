@@ -42,7 +42,7 @@ def test_command_line_beats_file_beats_default(config):
     file = config("[network]\nnetwork_dim = 4\nnetwork_alpha = 2\n[run]\ncache_latents = true\ngradient_checkpointing = true\n")
     options = read("--network_dim=32", file, "--cache_latents=false")
     assert (options.network.network_dim, options.network.network_alpha, options.network.network_dropout) == (32, 2.0, None)
-    assert (options.caches.cache_latents, options.run.gradient_checkpointing) == (False, True)
+    assert (options.caches.cache_latents, options.memory.gradient_checkpointing) == (False, True)
 
 
 def test_empty_value_takes_a_value_of_the_file_back(config):
