@@ -116,9 +116,32 @@ class AnimaTrainOptions(TrainOptions):
             yield "--qwen3 is missing: name the Qwen3-0.6B text encoder, a .safetensors file or a folder"
         if "vae" in self.parts and not self.model.vae:
             yield "--vae is missing: name the file of the Qwen-Image VAE"
-        trains_text = any(self.optimizer.text_encoder_lr or ()) and not self.network.network_train_unet_only
-        if "denoiser" in self.parts and trains_text:
+        if "denoiser" in self.parts:
+            yield from self._text_encoder_problems()
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether Qwen3 gets a LoRA that is trained: unless it is switched off, has the rate 0, or its outputs are cached."""
+        rates = self.optimizer.text_encoder_lr
+        return self.network.trains_text_encoder and not self.caches.text_cached and (not rates or any(rates))
+
+    def _text_encoder_problems(self) -> Iterator[str]:
+        network, rates = self.network, self.optimizer.text_encoder_lr
+        wanted = [f"--text_encoder_lr {' '.join(map(str, rates))}"] if rates and any(rates) else []
+        wanted += ["--network_train_text_encoder_only"] if network.network_train_text_encoder_only else []
+        if self.caches.text_cached and network.trains_text_encoder and wanted:
+            disk = "_to_disk" if self.caches.cache_text_encoder_outputs_to_disk else ""
             yield (
-                "--text_encoder_lr is given, but a LoRA for Anima's text encoder cannot be trained yet: drop it, or add "
-                "--network_train_unet_only"
+                f"{' and '.join(wanted)} cannot be combined with --cache_text_encoder_outputs{disk}: a text encoder that is "
+                "trained must run at every step; drop the cache, or train the denoiser alone with --network_train_unet_only"
+            )
+        if not network.network_train_text_encoder_only:
+            return
+        if rates and not any(rates):
+            yield "--network_train_text_encoder_only with --text_encoder_lr 0 leaves nothing to train: raise the rate"
+        given = [field.name for field in fields(self.rates) if getattr(self.rates, field.name) is not None]
+        if given:
+            yield (
+                f"{', '.join(f'--{name}' for name in given)} cannot be combined with --network_train_text_encoder_only, which "
+                "trains none of the denoiser's parts: drop one or the other"
             )

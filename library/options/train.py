@@ -69,6 +69,11 @@ class TrainOptions:
         """The parts of the model that the command cannot do without: whoever only looks needs none, a caching tool one."""
         return () if self.look.only else ("denoiser", "text", "vae")
 
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoders get a LoRA that is trained."""
+        return self.network.trains_text_encoder
+
     def problems(self) -> Iterator[str]:
         """Problems between groups and flags that a run cannot do without; each group tells its own."""
         if "denoiser" not in self.parts:

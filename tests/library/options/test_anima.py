@@ -124,6 +124,25 @@ def test_command_of_the_guide():
     assert list(warnings_of(options)) == []
 
 
+TRAINS_TEXT_ENCODER = [
+    ("", True),
+    ("--text_encoder_lr 1e-5", True),
+    ("--text_encoder_lr 0", False),
+    ("--text_encoder_lr 0 --cache_text_encoder_outputs", False),
+    ("--network_train_text_encoder_only", True),
+    ("--network_train_unet_only", False),
+    ("--network_train_unet_only --text_encoder_lr 1e-5", False),
+    ("--network_train_unet_only --text_encoder_lr 1e-5 --cache_text_encoder_outputs", False),
+    ("--cache_text_encoder_outputs", False),
+    ("--cache_text_encoder_outputs_to_disk", False),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), TRAINS_TEXT_ENCODER, ids=[a or "nothing" for a, _ in TRAINS_TEXT_ENCODER])
+def test_text_encoder_is_trained_unless_it_is_switched_off_or_cached(arguments, expected):
+    assert read(*arguments.split()).trains_text_encoder is expected
+
+
 def test_caching_to_disk_implies_caching():
     caches = read("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk").caches
     assert caches.latents_cached and caches.text_cached and not caches.cache_latents
@@ -195,7 +214,19 @@ REFUSED = [
     ("--skip_until_initial_step", "--skip_until_initial_step needs --initial_step, --initial_epoch or --resume"),
     ("--learning_rate=-1e-4", "--learning_rate is -0.0001: give 0 or more"),
     ("--network_train_unet_only --text_encoder_lr 1e-4 -1e-4", "--text_encoder_lr is 0.0001 -0.0001"),
-    ("--text_encoder_lr 1e-4", "cannot be trained yet"),
+    (
+        "--text_encoder_lr 1e-4 --cache_text_encoder_outputs",
+        "--text_encoder_lr 0.0001 cannot be combined with --cache_text_encoder_outputs: a text encoder that is trained",
+    ),
+    (
+        "--network_train_text_encoder_only --cache_text_encoder_outputs_to_disk",
+        "--network_train_text_encoder_only cannot be combined with --cache_text_encoder_outputs_to_disk",
+    ),
+    ("--network_train_text_encoder_only --text_encoder_lr 0", "leaves nothing to train: raise the rate"),
+    (
+        "--network_train_text_encoder_only --self_attn_lr=1e-4 --mod_lr=0",
+        "--self_attn_lr, --mod_lr cannot be combined with --network_train_text_encoder_only",
+    ),
     ("--max_grad_norm=-1", "--max_grad_norm is -1.0"),
     ("--use_8bit_adam --optimizer_type=Lion", "--optimizer_type and --use_8bit_adam each name an optimizer"),
     ("--use_8bit_adam --use_lion_optimizer", "--use_8bit_adam and --use_lion_optimizer"),
