@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.sampling import initial_noise, sample_latents
-from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
+from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.loading import Place
 from library.sampling.prompts import SamplePrompt
@@ -56,8 +56,14 @@ class AnimaNetworkTrainer(NetworkTrainer):
             disable_cache=anima.vae_disable_cache,
         )
 
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> AnimaTextEncoder:
-        return load_text_encoder(self.run.layouts.text, self.run.layouts.tokenizers, device=device, dtype=dtype)
+    def build_text_encoder(self) -> AnimaTextEncoder:
+        return build_text_encoder(self.run.layouts.text, self.run.layouts.tokenizers)
+
+    def text_models(self, text_encoder: AnimaTextEncoder) -> list[nn.Module]:
+        return [text_encoder.model]
+
+    def load_text_encoder(self, text_encoder: AnimaTextEncoder, *, device: torch.device, dtype: torch.dtype) -> None:
+        load_text_encoder(text_encoder, self.run.layouts.text, device=device, dtype=dtype)
 
     def conditioning_type(self) -> type[AnimaConditioning]:
         return AnimaConditioning

@@ -10,14 +10,14 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.dataset.batch import Batch
 from library.dataset.clock import Clock
@@ -32,7 +32,7 @@ from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
 from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
-from library.training.model_memory import arrange_denoiser, denoiser_place
+from library.training.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
 from library.training.objective import NoisyLatents
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, worker_count
@@ -56,7 +56,8 @@ class NetworkTrainer(CacheFilling):
 
     run: CheckedRun
     vae: Any = None  # stays None while latents are cached and no samples are drawn
-    text_encoder: Any = None  # stays None once its outputs are cached
+    text_encoder: Any = None  # stays None where its outputs are cached
+    trained_encoders: Sequence[nn.Module] = ()  # those that the network is made for
     stop_agreed = False  # by all processes
     last_lora_is_saved = False
 
@@ -119,14 +120,18 @@ class NetworkTrainer(CacheFilling):
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
         self.denoiser: Any = self.build_denoiser()
+        if self.options.trains_text_encoder:
+            self.text_encoder = self.build_text_encoder()
+            self.trained_encoders = list(self.text_models(self.text_encoder))
         seed_default_generators(derive_seed(self.seed, "network"), self.device)
-        self.network = networks.create_network(self.options.network, self.denoiser, [])
+        self.network = networks.create_network(self.options.network, self.denoiser, self.trained_encoders)
         if self.options.network.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
             raise OptionError(f"--scale_weight_norms: {self.options.network.network_module} cannot do that; drop the flag")
         if problems := list(strength_problems(self.network, self.options.network.network_module, self.run.training_set)):
             raise OptionError(*problems)
         networks.prepare_network(self.network, self.options)
-        self.network.apply_to([], self.denoiser, False, True)
+        trains_text, trains_denoiser = bool(self.trained_encoders), self.options.network.trains_denoiser
+        self.network.apply_to(self.trained_encoders, self.denoiser, trains_text, trains_denoiser)
         if self.options.network.network_weights:
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
 
@@ -146,20 +151,23 @@ class NetworkTrainer(CacheFilling):
         return self.weight_dtype if run.full_bf16 or run.full_fp16 else torch.float32
 
     def load_models(self) -> None:
-        """Loads the denoiser, merges --base_weights into it, and loads what must encode at every step."""
+        """Loads the denoiser and what must encode at every step, and merges --base_weights into them."""
         place = denoiser_place(self.options, self.denoiser, self.device)
         self.load_denoiser(self.denoiser, device=place, dtype=self.weight_dtype)
-        networks.merge_base_weights(self.options.network, self.denoiser, [], self.weight_dtype)
+        if self.run.text_cache is None:
+            self.text_encoder = self.text_encoder or self.build_text_encoder()
+            self.load_text_encoder(self.text_encoder, device=self.device, dtype=self.weight_dtype)
+        encoders = self.text_models(self.text_encoder) if self.text_encoder is not None else []
+        networks.merge_base_weights(self.options.network, self.denoiser, encoders, self.weight_dtype)
         if self.options.memory.checkpointing is not None:
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)
         arrange_denoiser(self.options, self.denoiser, self.device)
-        self.network.prepare_grad_etc([], self.denoiser)
+        arrange_text_encoders(self.options, self.trained_encoders)
+        self.network.prepare_grad_etc(self.trained_encoders, self.denoiser)
         self.network.train()
         if self.run.latent_cache is None:
             self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
-        if self.run.text_cache is None:
-            self.text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
         self.objective = self.create_objective()
 
     def resume(self) -> None:
@@ -251,7 +259,7 @@ class NetworkTrainer(CacheFilling):
         started, waited_s = time.perf_counter(), self.batches.waited_s
         epoch, batch_numbers = self.run.length.batches_of_update(self.progress.position)
         if batch_numbers.start == 0:
-            self.network.on_epoch_start([], self.denoiser)
+            self.network.on_epoch_start(self.trained_encoders, self.denoiser)
         loss, images = torch.zeros((), device=self.device), 0
         for number in batch_numbers:
             batch = self.next_batch(epoch, number)
@@ -272,7 +280,7 @@ class NetworkTrainer(CacheFilling):
         """Adds a micro-batch's gradient; returns its share of the step's loss (detached)."""
         seed_default_generators(derive_seed(self.seed, "dropout", micro_step, self.rank), self.device)
         if hasattr(self.network, "on_step_start"):
-            self.network.on_step_start([], self.denoiser)
+            self.network.on_step_start(self.trained_encoders, self.denoiser)
         batch = self.encoded(batch)
         assert batch.latents is not None
         noisy = self.objective.corrupt(
@@ -282,12 +290,19 @@ class NetworkTrainer(CacheFilling):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    @torch.no_grad()
     def encoded(self, batch: Batch) -> Batch:
         """The batch with latents and text, made now where they are not cached."""
-        latents = self.encode_images(self.vae, batch.pixels) if batch.pixels is not None else batch.latents
-        text = batch.text if batch.text is not None else self.encode_text(self.text_encoder, batch.captions)
-        return replace(batch, latents=latents, text=text)
+        with torch.no_grad():
+            latents = self.encode_images(self.vae, batch.pixels) if batch.pixels is not None else batch.latents
+        if batch.text is not None:
+            return replace(batch, latents=latents)
+        self.learner.strength.set(batch.network_multiplier)
+        return replace(batch, latents=latents, text=self.encoded_text(batch.captions))
+
+    def encoded_text(self, captions: Sequence[str]) -> Conditioning:
+        """With gradients for a LoRA on the text encoder, where there is one."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trained_encoders)):
+            return self.encode_text(self.text_encoder, captions)
 
     def compute_loss(self, batch: Batch, noisy: NoisyLatents) -> Tensor:
         """The loss of each image (B,): in training with what was drawn for the step, in validation with what is fixed."""
@@ -304,7 +319,8 @@ class NetworkTrainer(CacheFilling):
         if not rows:
             return noisy
         with self.learner.strength.at(0.0), self.accelerator.autocast():  # no strength, no dropout
-            prediction = self.predict(self.denoiser, noisy, batch.text).to(noisy.target.dtype)
+            text = self.encoded_text(batch.captions) if self.trained_encoders else batch.text
+            prediction = self.predict(self.denoiser, noisy, text).to(noisy.target.dtype)
         # of the whole batch, and put together row by row: to pick rows, or texts of their lengths, would wait for the device
         targets = [prediction[row] if row in rows else own for row, own in enumerate(noisy.target)]
         return replace(noisy, target=torch.stack(targets))

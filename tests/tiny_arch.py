@@ -109,8 +109,14 @@ class TinyTrainer(NetworkTrainer):
     def load_vae(self, *, device, dtype):
         return nn.AvgPool2d(8)
 
-    def load_text_encoder(self, *, device, dtype):
+    def build_text_encoder(self):
         return len
+
+    def text_models(self, text_encoder):
+        return []
+
+    def load_text_encoder(self, text_encoder, *, device, dtype):
+        """It has no weights."""
 
     def conditioning_type(self):
         return TinyConditioning

@@ -106,7 +106,8 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class AnimaTextEncoder(nn.Module):
-    """Qwen3 with its tokenizer, and the T5 tokenizer. Frozen; ``model`` is transformers' Qwen3Model without its head."""
+    """Qwen3 with its tokenizer, and the T5 tokenizer. ``model`` is transformers' Qwen3Model without its head, frozen; a LoRA on
+    its layers gets gradients."""
 
     def __init__(self, model: nn.Module, tokenizers: AnimaTokenizers, width: int):
         super().__init__()
@@ -114,11 +115,10 @@ class AnimaTextEncoder(nn.Module):
         self.tokenizers = tokenizers
         self.width = width  # D
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device | str | None = None) -> AnimaConditioning:
         """States of the last layer after the final norm, on ``device`` (default: the model's), in the model's dtype.
 
-        A caption's result does not depend on the others in its batch, except for rounding.
+        A caption's result does not depend on the others in its batch, except for rounding. The caller sets gradient mode.
         """
         own_device = next(self.model.parameters()).device
         tokens = [self.tokenizers.ids(caption) for caption in captions]
@@ -127,7 +127,6 @@ class AnimaTextEncoder(nn.Module):
         embeds = self.states(qwen_ids.to(own_device), qwen_mask.to(own_device), nothing=not bool(qwen_mask.any()))
         return AnimaConditioning(embeds, qwen_mask, t5_ids, t5_mask).to(own_device if device is None else device)
 
-    @torch.no_grad()
     def states(self, ids: Tensor, mask: Tensor, *, nothing: bool = False) -> Tensor:
         """ids (B, N) int64, mask (B, N) with True at tokens, padded on the right -> (B, N, D), zeros where masked.
 
@@ -138,29 +137,29 @@ class AnimaTextEncoder(nn.Module):
             parameter = next(self.model.parameters())
             return parameter.new_zeros(*ids.shape, self.width)
         states = self.model(input_ids=ids, use_cache=False).last_hidden_state
-        return states.masked_fill_(~mask.bool()[:, :, None], 0)
+        return states.masked_fill(~mask.bool()[:, :, None], 0)
 
 
-def load_text_encoder(
-    layout: TextEncoderLayout,
-    tokenizers: AnimaTokenizers | TokenizerFiles,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> AnimaTextEncoder:
-    """Builds the encoder and streams its weights in, tensor by tensor, in ``dtype`` on ``device``.
-
-    Raises CheckpointError when the tokenizer does not belong to the encoder.
-    """
+def build_text_encoder(layout: TextEncoderLayout, tokenizers: AnimaTokenizers | TokenizerFiles) -> AnimaTextEncoder:
+    """The encoder without weights, on the meta device. Raises CheckpointError for a tokenizer that is not this encoder's."""
     if isinstance(tokenizers, TokenizerFiles):
         tokenizers = tokenizers.load()
     tokenizers.check_vocabulary(layout.config.vocabulary)
-    model = build_qwen3(layout.config)
+    return AnimaTextEncoder(build_qwen3(layout.config), tokenizers, layout.config.width).eval()
+
+
+def load_text_encoder(
+    encoder: AnimaTextEncoder,
+    layout: TextEncoderLayout,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Streams the weights of ``layout`` into an encoder built from it, tensor by tensor, frozen, in ``dtype`` on ``device``."""
     tensors = (
         (source.names[key], tensor) for source in layout.sources for key, tensor in read_tensors(source.header, source.names)
     )
-    load_into(model, tensors, device=device, dtype=dtype)
-    return AnimaTextEncoder(model, tokenizers, layout.config.width).eval()
+    load_into(encoder.model, tensors, device=device, dtype=dtype)
 
 
 def build_qwen3(config: TextEncoderConfig) -> nn.Module:

@@ -132,7 +132,8 @@ class CacheFilling(ArchitectureHooks):
         )
 
     def fill_text_cache(self, cache: TextCache) -> None:
-        text_encoder = self.load_text_encoder(device=self.device, dtype=self.weight_dtype)
+        text_encoder = self.build_text_encoder()
+        self.load_text_encoder(text_encoder, device=self.device, dtype=self.weight_dtype)
         cache.fill(
             lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
             batch_size=self.options.caches.text_encoder_batch_size or self.options.dataset.train_batch_size,

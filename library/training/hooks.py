@@ -46,8 +46,16 @@ class ArchitectureHooks(ABC):
         """The image coder. Called only if latents must be encoded or samples drawn."""
 
     @abstractmethod
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> Any:
-        """The text encoders with their tokenizers. Called only if some text must be encoded."""
+    def build_text_encoder(self) -> Any:
+        """The text encoders with tokenizers, without weights (on the meta device). Called only if some text must be encoded."""
+
+    @abstractmethod
+    def text_models(self, text_encoder: Any) -> Sequence[nn.Module]:
+        """The text encoders as the modules that a network may be made for, in the order of --text_encoder_lr."""
+
+    @abstractmethod
+    def load_text_encoder(self, text_encoder: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Streams the weights of the text encoders in, frozen. Called once for each that was built."""
 
     @abstractmethod
     def conditioning_type(self) -> type[Conditioning]:

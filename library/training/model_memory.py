@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ def arrange_denoiser(options: Any, denoiser: nn.Module, device: torch.device) ->
     if options.memory.checkpointing is not None:
         for part in _runs_blocks(denoiser):
             part.run_block = run_checkpointed
+
+
+def arrange_text_encoders(options: Any, encoders: Iterable[Any]) -> None:
+    """transformers' models that a LoRA is trained on. They checkpoint in training mode only; their own dropout is 0."""
+    if options.memory.checkpointing is not None:
+        for encoder in encoders:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            encoder.train()
 
 
 def _runs_blocks(model: nn.Module) -> Iterator[Any]:

@@ -47,9 +47,9 @@ class CountingTrainer(AnimaNetworkTrainer):
         with self.adding_time_to("latents_s", sign=-1):
             return super().load_vae(**where)
 
-    def load_text_encoder(self, **where: Any) -> Any:
+    def load_text_encoder(self, text_encoder: Any, **where: Any) -> None:
         self.work.models_loaded += 1
-        return super().load_text_encoder(**where)
+        super().load_text_encoder(text_encoder, **where)
 
     def fill_latent_cache(self, cache: LatentCache) -> None:
         with self.adding_time_to("latents_s"):

@@ -101,7 +101,7 @@ def dit_loader() -> Any:
 def qwen3_loader() -> Any:
     import torch
 
-    from library.anima.text import build_qwen3, load_text_encoder
+    from library.anima.text import build_qwen3, build_text_encoder, load_text_encoder
     from library.anima.text_layout import TextEncoderConfig, read_text_encoder_layout
     from library.anima.tokenizers import AnimaTokenizers
 
@@ -110,7 +110,9 @@ def qwen3_loader() -> Any:
 
     def load(path: Path) -> Any:
         layout = read_text_encoder_layout(path)
-        return load_text_encoder(layout, AnimaTokenizers.bundled(), device="cpu", dtype=torch.bfloat16)
+        encoder = build_text_encoder(layout, AnimaTokenizers.bundled())
+        load_text_encoder(encoder, layout, device="cpu", dtype=torch.bfloat16)
+        return encoder
 
     return load
 

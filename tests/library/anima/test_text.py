@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from library.anima.text import AnimaConditioning, AnimaTextEncoder, load_text_encoder
+from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.text_layout import read_text_encoder_layout
 from library.anima.tokenizers import TokenizerFiles
 from library.errors import CheckpointError
@@ -20,7 +20,14 @@ CAPTIONS = ["a cat", "", "a watercolor painting of a lighthouse at dusk, with gu
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> AnimaTextEncoder:
     path = save_tiny_qwen(tmp_path_factory.mktemp("qwen") / "qwen3.safetensors")
-    return load_text_encoder(read_text_encoder_layout(path), TokenizerFiles())
+    return loaded(path, TokenizerFiles())
+
+
+def loaded(path, tokenizers, **settings) -> AnimaTextEncoder:
+    layout = read_text_encoder_layout(path)
+    encoder = build_text_encoder(layout, tokenizers)
+    load_text_encoder(encoder, layout, **settings)
+    return encoder
 
 
 def conditioning(*sizes: tuple[int, int], width: int = 6, dtype: torch.dtype = torch.float32) -> AnimaConditioning:
@@ -86,7 +93,7 @@ def test_equals_transformers_with_an_attention_mask(encoder):
 
 def test_bfloat16_keeps_the_rotary_tables_exact(tmp_path, encoder):
     path = save_tiny_qwen(tmp_path / "qwen3.safetensors")
-    half = load_text_encoder(read_text_encoder_layout(path), encoder.tokenizers, dtype=torch.bfloat16)
+    half = loaded(path, encoder.tokenizers, dtype=torch.bfloat16)
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
     states = half.encode(CAPTIONS).prompt_embeds
     assert states.dtype == torch.bfloat16
@@ -102,7 +109,7 @@ def test_frozen(encoder):
 def test_tokenizer_of_another_model_is_refused(tmp_path, encoder):
     path = save_tiny_qwen(tmp_path / "qwen3.safetensors", SMALL_VOCABULARY)
     with pytest.raises(CheckpointError, match="151,669 tokens"):
-        load_text_encoder(read_text_encoder_layout(path), encoder.tokenizers)
+        build_text_encoder(read_text_encoder_layout(path), encoder.tokenizers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -27,9 +27,9 @@ class Noting(TinyTrainer):
         self.loaded.append("vae")
         return super().load_vae(**settings)
 
-    def load_text_encoder(self, **settings):
+    def load_text_encoder(self, text_encoder, **settings):
         self.loaded.append("text")
-        return super().load_text_encoder(**settings)
+        super().load_text_encoder(text_encoder, **settings)
 
 
 @pytest.fixture
