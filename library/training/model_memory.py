@@ -28,7 +28,9 @@ def arrange_text_encoders(options: Any, encoders: Iterable[Any]) -> None:
     """transformers' models that a LoRA is trained on. They checkpoint in training mode only; their own dropout is 0."""
     if options.memory.checkpointing is not None:
         for encoder in encoders:
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            name = "activation_checkpointing_enable"  # transformers 5.20 and later; before, gradient_...
+            enable = getattr(encoder, name, None) or encoder.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             encoder.train()
 
 

@@ -36,6 +36,8 @@ image_dir = "{images.as_posix()}"
 
 
 def toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(one)}' for key, one in value.items())} }}"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
