@@ -2,8 +2,9 @@
 
 y = org(x) + multiplier * alpha / rank * up(down(x))          arXiv 2106.09685, section 4.1
 
-For a plain Linear both terms are one autograd function that writes the second term into the first one's output: three matrix
-products forward (frozen, down, up) and five backward, nothing added element by element, and the gradient of x made in place.
+For a Linear, plain or in 8 bits, both terms are one autograd function that writes the second term into the first one's output:
+three matrix products forward (frozen, down, up) and five backward, nothing added element by element, and the gradient of x made
+in place.
 Everything else (convolutions, layers whose forward is already someone else's) takes the formula as it is.
 
 N rows (tokens of all samples) · K inputs · M outputs · r rank
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import NetworkError
+from library.nn.fp8 import FP8, Fp8Linear, compute_dtype, frozen_product, in_dtype
 from networks.selection import Layer
 
 
@@ -82,12 +84,14 @@ class LoRAModule(nn.Module):
         strength = self.scale * self.multiplier
         if not self.enabled or strength == 0.0:
             return self.org_forward(x)
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         if self.fused:
             org = self.org_module_ref[0]
             bias = None if org.bias is None else org.bias.to(dtype)
             mask = self.dropout_mask((*x.shape[:-1], self.lora_dim), x.device)
-            return LoRALinear.apply(x.to(dtype), org.weight, bias, self.lora_down.weight, self.lora_up.weight, mask, strength)
+            scale, fast = (org.weight_scale, org.fast) if isinstance(org, Fp8Linear) else (None, False)
+            pair = self.lora_down.weight, self.lora_up.weight
+            return LoRALinear.apply(x.to(dtype), org.weight, scale, bias, *pair, mask, strength, fast)
         out = self.org_forward(x)
         low = self._low_rank(self.lora_down, x.to(dtype))
         mask = self.dropout_mask(low.shape, low.device)
@@ -138,6 +142,8 @@ class LoRAModule(nn.Module):
         weight = self.org_module_ref[0].weight
         if weight.is_meta:
             raise NetworkError(f"{self.lora_name} cannot be merged: the model's weights are not loaded yet; load them first")
+        if weight.dtype == FP8:  # what is smaller than half a step of 8 bits, most of a LoRA, would be rounded away
+            raise NetworkError(f"{self.lora_name} cannot be merged: the model's weights are in 8 bits already; merge first")
         place = device or weight.device
         down, up = weights["lora_down.weight"].to(place, torch.float32), weights["lora_up.weight"].to(place, torch.float32)
         alpha = float(weights.get("alpha", down.shape[0]))
@@ -172,14 +178,8 @@ def _new_pair(name: str, org: Layer, rank: int) -> tuple[Layer, Layer]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    forward = type(module).forward
+    return isinstance(module, nn.Linear) and forward in (nn.Linear.forward, Fp8Linear.forward) and "forward" not in vars(module)
 
 
 def kept(uniform: Tensor, chance: float) -> Tensor:
@@ -188,39 +188,42 @@ def kept(uniform: Tensor, chance: float) -> Tensor:
 
 
 class LoRALinear(torch.autograd.Function):
-    """The frozen Linear plus its LoRA. ``weight`` (M, K) and ``bias`` get no gradient."""
+    """The frozen Linear plus its LoRA. ``weight`` (M, K), ``scale`` and ``bias`` get no gradient."""
 
     @staticmethod
     def forward(  # noqa: PLR0913  # torch passes what apply() was given, by position
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, mask: Tensor | None, strength: float
-    ) -> Tensor:
-        """x (..., K) in the dtype to compute in; down (r, K) and up (M, r) in any; mask broadcastable to (..., r), or None."""
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor,
+        mask: Tensor | None, strength: float, fast: bool,
+    ) -> Tensor:  # fmt: skip
+        """x (..., K) in the dtype to compute in; down (r, K) and up (M, r) in any; mask broadcastable to (..., r), or None.
+
+        scale (M, 1) and ``fast``: of an Fp8Linear. What is kept for the backward pass is its weight in 8 bits.
+        """
         ctx.strength, ctx.grad_dtypes = strength, (down.dtype, up.dtype)
         down, up = down.to(x.dtype), up.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # (N, K)
-        frozen = weight.to(x.dtype).t()
-        out = rows @ frozen if bias is None else torch.addmm(bias, rows, frozen)  # (N, M)
+        out = frozen_product(rows, weight, scale, bias, fast=fast)  # (N, M)
         low = _masked(rows @ down.t(), mask, x)  # (N, r)
         out.addmm_(low, up.t(), alpha=strength)
-        ctx.save_for_backward(x, weight, down, up, low, mask)
+        ctx.save_for_backward(x, weight, scale, down, up, low, mask)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, down, up, low, mask = ctx.saved_tensors
-        wants_x, wants_down, wants_up = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        x, weight, scale, down, up, low, mask = ctx.saved_tensors
+        wants_x, wants_down, wants_up = (ctx.needs_input_grad[place] for place in (0, 4, 5))
         grad = grad.reshape(-1, grad.shape[-1])  # (N, M)
         grad_x = grad_down = grad_up = None
         if wants_x or wants_down:
             grad_low = _masked(_scaled_product(grad, up, ctx.strength), mask, x)  # (N, r)
         if wants_x:
-            grad_x = (grad @ weight.to(x.dtype)).addmm_(grad_low, down).view(x.shape)
+            grad_x = (grad @ in_dtype(weight, scale, x.dtype)).addmm_(grad_low, down).view(x.shape)
         if wants_down:
             grad_down = (grad_low.t() @ x.reshape(-1, x.shape[-1])).to(ctx.grad_dtypes[0])  # (r, K)
         if wants_up:  # through its transpose: several times faster on a CPU than a product with the wide side first
             transposed = _scaled_product(low.t(), grad, ctx.strength)  # (r, M)
             grad_up = torch.empty_like(up, dtype=ctx.grad_dtypes[1]).copy_(transposed.t())
-        return grad_x, None, None, grad_down, grad_up, None, None
+        return grad_x, None, None, None, grad_down, grad_up, None, None, None
 
 
 def _masked(low: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
