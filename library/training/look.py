@@ -1,4 +1,5 @@
-"""--debug_dataset and --show_captions: what would be trained, shown instead of trained. Needs neither torch nor a model."""
+"""--debug_dataset, --show_captions and --show_timesteps: what would be trained, shown instead of trained. Needs no model, and only
+the last one torch."""
 
 from __future__ import annotations
 
@@ -29,19 +30,53 @@ if TYPE_CHECKING:
     from library.dataset.page.page import PageContent
     from library.dataset.page.pictures import SmallPictures
 
-PAGE = "dataset.html"  # behind --output_name
+PAGE, TIMESTEPS = "dataset.html", "timesteps.png"  # behind --output_name
+VAE_SCALE = 8  # pixels per latent side
 MIB = 2**20
 NOTABLE = 20  # of each kind of image worth a look: these are on the page whatever else is
 
 
 def look(options: Any, architecture: Architecture) -> None:
-    """Prints and writes what the two flags ask for, on the main process only. Raises UserError with all that is wrong."""
+    """Prints and writes what the flags ask for, on the main process only. Raises UserError with all that is wrong."""
     if os.environ.get("RANK", "0") != "0":
         return
+    if options.look.show_timesteps:
+        look_at_timesteps(options, architecture)
+    if options.look.debug_dataset or options.look.show_captions is not None:
+        look_at_dataset(options, architecture)
+
+
+def look_at_timesteps(options: Any, architecture: Architecture) -> None:
+    """Draws them for the sizes of the dataset's pictures, where the sampling depends on sizes."""
+    path = output_path(options, TIMESTEPS)
+    check_writable(path.parent, "--output_dir")
+    sizes = {(0, 0): 1.0}
+    if options.flow.timestep_sampling == "flux_shift":
+        sizes = latent_sizes(read_training_set(options, architecture))
+    from library.files.atomic import write_atomically
+    from library.training.timestep_picture import draw_timesteps, shares_lines, timestep_shares
+
+    shares = timestep_shares(options.flow, sizes)
+    picture = draw_timesteps(shares, options.flow, sizes)
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    _say([*shares_lines(shares, options.flow, sizes), f"picture: {path}"])
+
+
+def latent_sizes(training_set: TrainingSet) -> dict[tuple[int, int], float]:
+    """Latent (h, w) -> how many pictures of it an epoch shows."""
+    sizes: dict[tuple[int, int], float] = {}
+    for item in training_set.items:
+        width, height = item.bucket_wh
+        size = height // VAE_SCALE, width // VAE_SCALE
+        sizes[size] = sizes.get(size, 0) + item.repeats
+    return sizes
+
+
+def look_at_dataset(options: Any, architecture: Architecture) -> None:
     problems = ProblemList()
     if options.look.debug_dataset:
         with problems.collect():
-            check_writable(page_path(options).parent, "--output_dir")
+            check_writable(output_path(options, PAGE).parent, "--output_dir")
     count_tokens = training_set = None
     with problems.collect():
         count_tokens = architecture.token_counter(options)
@@ -56,15 +91,15 @@ def look(options: Any, architecture: Architecture) -> None:
             _say(caption_lines(training_set, showings, count_tokens, images=options.look.show_captions))
         if options.look.debug_dataset:
             content = _page_content(options, architecture, training_set, showings, count_tokens)
-            _write_page(page_path(options), replace(content, warnings=warnings))
+            _write_page(output_path(options, PAGE), replace(content, warnings=warnings))
         else:
             _say(_warning_lines(warnings))
 
 
-def page_path(options: Any) -> Path:
-    """Where --debug_dataset writes its page."""
+def output_path(options: Any, ending: str) -> Path:
+    """Where a page or picture is written."""
     name = options.saving.output_name
-    return Path(options.saving.output_dir or ".") / (f"{name}-{PAGE}" if name else PAGE)
+    return Path(options.saving.output_dir or ".") / (f"{name}-{ending}" if name else ending)
 
 
 def run_length(options: Any, training_set: TrainingSet) -> RunLength:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from anima_train_network import ANIMA
+from library.options.anima import AnimaTrainOptions
+from library.options.command_line import read_options
+from library.options.flow import TIMESTEP_SAMPLINGS, FlowOptions
+from library.training.look import look
+from library.training.losses import flow_loss_weights
+from library.training.timestep_picture import BINS, timestep_shares
+from library.training.timesteps import sample_sigmas, sigma_sampler
+
+SIZES = {(128, 128): 3.0, (64, 64): 1.0}
+
+
+def drawn_at_random(flow: FlowOptions, count: int = 400_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares of BINS parts of [0, 1], as the trainer's own draws give them; by number and by weight."""
+    generator = torch.Generator().manual_seed(1)
+    sigmas = []
+    for size, times in SIZES.items():
+        shape = (int(count * times / sum(SIZES.values())),)
+        draw = torch.rand if sigma_sampler(flow).draw == "uniform" else torch.randn
+        sigmas.append(sample_sigmas(draw(shape, generator=generator), flow, latent_hw=size))
+    places = (torch.cat(sigmas) * BINS).long().clamp(0, BINS - 1)
+    weights = flow_loss_weights(flow.weighting_scheme, torch.cat(sigmas))
+    counts, weighed = torch.bincount(places, minlength=BINS), torch.bincount(places, weights=weights, minlength=BINS)
+    return counts / counts.sum(), weighed / weighed.sum()
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "cosmap"])
+@pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)
+def test_curves_are_those_of_the_draws(sampling, scheme):
+    flow = FlowOptions(timestep_sampling=sampling, weighting_scheme=scheme, discrete_flow_shift=2.0, min_timestep=100)
+    shares = timestep_shares(flow, SIZES)
+    drawn, weighed = drawn_at_random(flow)
+    assert (shares.drawn - drawn).abs().max() < 0.002 and (shares.weighed - weighed).abs().max() < 0.002
+    assert float(shares.drawn.sum()) == pytest.approx(1) and float(shares.weighed.sum()) == pytest.approx(1)
+    middle = int(shares.quantiles[0.5] / 1000 * BINS)
+    assert float(shares.drawn[:middle].sum()) <= 0.5 <= float(shares.drawn[: middle + 1].sum())
+
+
+def looked(tmp_path, *flags: str) -> None:
+    base = [f"--output_dir={tmp_path / 'out'}", "--output_name=t", "--show_timesteps"]
+    look(read_options(AnimaTrainOptions, [*base, *flags]), ANIMA)
+
+
+def test_picture_and_numbers(tmp_path, capsys):
+    looked(tmp_path, f"--train_data_dir={tmp_path}", "--resolution=64", "--weighting_scheme=cosmap")
+    told = capsys.readouterr().out
+    assert "50% below 500" in told and "--sigmoid_scale=1.0" in told and "t-timesteps.png" in told
+    picture = Image.open(tmp_path / "out" / "t-timesteps.png")
+    assert picture.size == (1200, 640) and len(picture.getcolors(2**16)) > 4
+
+
+def test_the_sizes_of_the_pictures_count_where_the_sampling_asks_for_them(tmp_path, picture_folder, capsys):
+    root = tmp_path / "root"
+    root.mkdir()
+    picture_folder(3).rename(root / "2_thing")
+    looked(tmp_path, f"--train_data_dir={root}", "--resolution=64", "--timestep_sampling=flux_shift")
+    assert "(shift 1.5" in capsys.readouterr().out
