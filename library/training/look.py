@@ -1,5 +1,5 @@
-"""--debug_dataset, --show_captions and --show_timesteps: what would be trained, shown instead of trained. Needs no model, and only
-the last one torch."""
+"""--debug_dataset, --show_captions and --show_timesteps: what would be trained, shown instead of trained. Needs no model, and
+only the last one torch."""
 
 from __future__ import annotations
 
