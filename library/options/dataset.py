@@ -52,7 +52,7 @@ class DatasetOptions:
         kind=NUMBER_RANGE,
     )
     prior_loss_weight: float = opt(1.0, "weight of regularisation images in the loss (1 = as much as training images)")
-    dataset_class: str | None = opt(None, "a dataset class of your own (not set = the datasets described by the other options)")
+    dataset_class: str | None = opt(None, "a dataset class written for kohya-ss/sd-scripts; refused (not set = none)")
     skip_bad_images: bool = opt(
         False, "leave out images and captions that cannot be read, naming each; otherwise they end the run"
     )
@@ -66,6 +66,11 @@ class DatasetOptions:
             self, 1, "dataset_repeats", "train_batch_size", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"
         )
         yield from at_least(self, 0, "prior_loss_weight", "max_data_loader_n_workers")
+        if self.dataset_class:
+            yield (
+                f"--dataset_class={self.dataset_class} cannot be used: a class written for kohya-ss/sd-scripts needs its dataset "
+                "code, which is not here; drop it, and describe the images with --dataset_config or --train_data_dir"
+            )
         yield from self._source_problems()
         if self.resolution is not None and (problem := _resolution_problem(self.resolution)):
             yield f"--resolution {problem}"

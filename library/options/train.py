@@ -84,3 +84,42 @@ class TrainOptions:
             yield "--pretrained_model_name_or_path is missing: name the model's checkpoint file"
         if not self.network.network_module:
             yield f"--network_module is missing: for this model give --network_module={self.NETWORK_MODULE}"
+        yield from self._precision_problems()
+        yield from self._fused_problems()
+        if self.attention.mode == "sageattn":
+            yield (
+                "--attn_mode=sageattn cannot train: the kernel has no backward pass; give --attn_mode=torch, and keep sageattn "
+                "for drawing images"
+            )
+        yield from self.hub.resume_problems(self.resume.resume)
+
+    def warnings(self) -> Iterator[str]:
+        """What is allowed but probably not meant, between groups."""
+        saves_states = self.saving.save_state or self.saving.save_state_on_train_end
+        if self.hub.save_state_to_huggingface and not saves_states:
+            yield "--save_state_to_huggingface does nothing without --save_state or --save_state_on_train_end"
+
+    def _precision_problems(self) -> Iterator[str]:
+        for name in ("fp8_base", "fp8_base_unet"):
+            if getattr(self.memory, name) and self.run.mixed_precision == "no":
+                yield f"--{name} needs --mixed_precision=bf16 or fp16, not no: 8-bit weights are turned into that to compute"
+
+    def _fused_problems(self) -> Iterator[str]:
+        """Of --fused_backward_pass, which changes a weight before the gradients of the others are there."""
+        if not self.memory.fused_backward_pass:
+            return
+        if self.optimizer.max_grad_norm:
+            yield (
+                f"--fused_backward_pass needs --max_grad_norm=0, not {self.optimizer.max_grad_norm}: gradients are gone before "
+                "the norm of all of them is known"
+            )
+        if self.run.gradient_accumulation_steps > 1:
+            yield (
+                "--fused_backward_pass needs --gradient_accumulation_steps=1, not "
+                f"{self.run.gradient_accumulation_steps}: each gradient is used at once and not kept for the next batch"
+            )
+        if self.run.mixed_precision == "fp16":
+            yield (
+                "--fused_backward_pass cannot be combined with --mixed_precision=fp16, whose loss scaling must see all gradients "
+                "before a weight changes: give --mixed_precision=bf16"
+            )

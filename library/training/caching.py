@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,16 +45,19 @@ class CacheFilling(ArchitectureHooks):
 
     def start_accelerator(self) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import GradientAccumulationPlugin
+        from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
         names = trackers.tracker_names(self.options.logging)
         log_dir = trackers.run_log_dir(self.options.logging)
+        minutes = self.options.distributed.ddp_timeout
+        patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
         try:
             self.accelerator: Accelerator = Accelerator(
                 mixed_precision=self.options.run.mixed_precision,
                 log_with=names or None,
                 project_dir=str(log_dir) if log_dir else None,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # update() divides by itself
+                kwargs_handlers=patience,
             )
         except ValueError as error:  # a precision that this device does not have
             raise OptionError(f"--mixed_precision {self.options.run.mixed_precision}: {error}") from error
@@ -142,7 +146,7 @@ class CacheFilling(ArchitectureHooks):
 
     def after_caching(self) -> None:
         self.group.wait()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.options.memory.highvram:
             torch.cuda.empty_cache()
 
     def require_that_all_see(self, cache: LatentCache | TextCache, *, in_memory: str) -> None:

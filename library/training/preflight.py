@@ -32,6 +32,7 @@ from library.training.console import progress_bar, set_up_console
 from library.training.interrupts import watch_launcher
 from library.training.networks import check_weights_file
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
+from library.training.run_rules import run_problems
 from library.training.saving_names import OutputNames, SaveSchedule
 from library.training.schedule_names import schedule_notices, schedule_problems
 from library.training.state import (
@@ -91,7 +92,7 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     """Raises one UserError with all that was found. Needs no torch; loads no model."""
     problems = ProblemList()
     problems.add(*optimizer_problems(options.optimizer), *schedule_problems(options.schedule, options.optimizer))
-    problems.add(*tracker_problems(options.logging))
+    problems.add(*tracker_problems(options.logging), *run_problems(options))
     for flag, folder in (("--output_dir", options.saving.output_dir), ("--logging_dir", options.logging.logging_dir)):
         if folder:
             with problems.collect():

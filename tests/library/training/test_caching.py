@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
@@ -132,3 +135,47 @@ def test_a_complete_cache_asks_for_nothing(filled, other_program, caplog):
     caplog.set_level("INFO")
     assert filled(*DISK, "--import_reference_caches").loaded == []
     assert "taken over" not in caplog.text
+
+
+@pytest.mark.parametrize(("flags", "given_back"), [((), 2), (("--highvram",), 0)])
+def test_highvram_keeps_gpu_memory_between_encoding(filled, monkeypatch, flags, given_back):
+    trainer = filled(*MEMORY, *flags)
+    times: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: times.append("given back"))
+    trainer.device = torch.device("cuda")  # by name only: nothing is put there
+    trainer.after_caching()
+    trainer.after_caching()
+    assert len(times) == given_back
+
+
+class Reached(Exception):
+    """The processes would be joined now."""
+
+
+@pytest.mark.parametrize(("flags", "minutes"), [(("--ddp_timeout=7",), 7), (("--ddp_timeout=0",), None), ((), None)])
+def test_ddp_timeout_is_how_long_processes_wait(filled, monkeypatch, flags, minutes):
+    joined: dict[str, object] = {}
+
+    def join(*args, **settings):
+        joined.update(settings)
+        raise Reached
+
+    trainer = filled(*MEMORY, *flags)
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate would set it, for good
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(Reached):
+            trainer.start_accelerator()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert joined.get("timeout") == (minutes and timedelta(minutes=minutes))
