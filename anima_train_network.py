@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
-from library.anima.sampling import initial_noise, sample_latents
+from library.anima.sampling import encode_context, initial_noise
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.loading import Place
+from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
@@ -83,20 +84,24 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def draw_sample(self, prompt: SamplePrompt, positive: Any, negative: Any, seed: int) -> Tensor:
         denoiser: Any = self.denoiser
-        contexts = [denoiser.encode_context(c.prompt_embeds, c.qwen_mask, c.t5_ids, c.t5_mask) for c in (positive, negative)]
+        scale = SAMPLE_SCALE if prompt.scale is None else prompt.scale
         size_wh = tuple(
             max(64, side - side % SAMPLE_SIZE_STEP_PX)
             for side in (prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX)
         )
         noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
-        return sample_latents(
+        return draw_flow(
             denoiser,
             noise.to(self.device),
-            positive=contexts[0],
-            negative=contexts[1],
-            scale=SAMPLE_SCALE if prompt.scale is None else prompt.scale,
-            steps=prompt.sample_steps or SAMPLE_STEPS,
-            shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
+            positive=encode_context(denoiser, positive),
+            negative=encode_context(denoiser, negative) if scale > 1 else None,
+            settings=FlowSettings(
+                steps=prompt.sample_steps or SAMPLE_STEPS,
+                shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
+                scale=scale,
+                sampler=flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler),
+            ),
+            seeds=[seed],
         )
 
     def decode_images(self, vae: QwenImageVae, latents: Tensor) -> Tensor:

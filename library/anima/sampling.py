@@ -1,46 +1,19 @@
-"""Anima's prompt -> image loop: Euler steps along the flow, with guidance."""
+"""What drawing a picture takes from Anima: the noise it starts from, and the text as the denoiser wants it.
+
+The way from noise to image is that of every flow model: library/sampling/flow_samplers.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from library.anima.denoiser import AnimaDenoiser
+from library.anima.text import AnimaConditioning
+
 VAE_SCALE = 8  # pixels per latent side
-
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (latents, sigmas (B,), context) -> velocity noise - image
-
-
-def sample_latents(  # noqa: PLR0913  # what one picture needs
-    predict: Predict,
-    noise: Tensor,
-    *,
-    positive: Tensor,
-    negative: Tensor | None,
-    scale: float,
-    steps: int,
-    shift: float,
-) -> Tensor:
-    """noise (B, 16, h, w), contexts (B, T, C) -> scaled latents (B, 16, h, w) in the dtype of ``noise``.
-
-    Guidance ``negative + scale * (positive - negative)`` (arXiv 2207.12598) only where ``scale`` > 1 and there is a negative.
-    """
-    sigmas = flow_sigmas(steps, shift)
-    times = sigmas.to(noise.device)[:, None].expand(-1, noise.shape[0])  # (steps + 1, B)
-    latents = noise
-    for step in range(steps):
-        velocity = predict(latents, times[step], positive)
-        if negative is not None and scale > 1:
-            velocity = torch.lerp(predict(latents, times[step], negative), velocity, scale)
-        latents = latents + velocity * (sigmas[step + 1] - sigmas[step]).item()
-    return latents
-
-
-def flow_sigmas(steps: int, shift: float) -> Tensor:
-    """(steps + 1,) in fp32 on the CPU: from 1 to 0 in even steps, then shifted towards noise."""
-    sigmas = torch.linspace(1, 0, steps + 1)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)  # SD3, arXiv 2403.03206, section 5.3.2
 
 
 def initial_noise(seed: int, size_wh: tuple[int, ...], channels: int = 16) -> Tensor:
@@ -48,3 +21,13 @@ def initial_noise(seed: int, size_wh: tuple[int, ...], channels: int = 16) -> Te
     width, height = size_wh
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, channels, height // VAE_SCALE, width // VAE_SCALE, generator=generator)
+
+
+def initial_noises(seeds: Sequence[int], size_wh: tuple[int, ...], channels: int = 16) -> Tensor:
+    """(B, channels, height / 8, width / 8): the noise of each seed."""
+    return torch.cat([initial_noise(seed, size_wh, channels) for seed in seeds])
+
+
+def encode_context(denoiser: AnimaDenoiser, text: AnimaConditioning) -> Tensor:
+    """What the LLM adapter makes of the text conditioning of B captions: (B, 512, C)."""
+    return denoiser.encode_context(text.prompt_embeds, text.qwen_mask, text.t5_ids, text.t5_mask)

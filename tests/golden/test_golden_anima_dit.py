@@ -10,8 +10,9 @@ from library.anima.adapter import LlmAdapter
 from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.layout import adapter_from_shapes, config_from_shapes, expected_shapes
-from library.anima.sampling import flow_sigmas, initial_noise, sample_latents
+from library.anima.sampling import initial_noise
 from library.nn.loading import load_into
+from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sigmas
 
 TOLERANCE, GRADIENT_TOLERANCE = 3e-5, 3e-4
 
@@ -103,14 +104,13 @@ def test_sampling_loop(forward):
         noise = golden.inputs[f"{tag}/initial_noise"].squeeze(2)
         assert torch.equal(initial_noise(case["seed"], (case["width"], case["height"])), noise)
         with torch.no_grad():
-            final = sample_latents(
+            final = draw_flow(
                 predict,
                 noise,
                 positive=golden.inputs["positive_embeds"],
-                negative=golden.inputs["negative_embeds"],
-                scale=case["guidance"],
-                steps=case["steps"],
-                shift=case["flow_shift"],
+                negative=golden.inputs["negative_embeds"] if case["guidance"] > 1 else None,
+                settings=FlowSettings(steps=case["steps"], shift=case["flow_shift"], scale=case["guidance"]),
+                seeds=[case["seed"]],
             )
         sigmas = flow_sigmas(case["steps"], case["flow_shift"])
         assert relative_error(sigmas, golden.outputs[f"{tag}/sigmas"]) < 1e-6
