@@ -79,7 +79,7 @@ class AnimaArchitecture:
             arch=self.name,
             encoder_fingerprint=file_fingerprint(layouts.text.path),
             dtype=options.run.weight_dtype,
-            settings={**lengths, "t5_tokenizer": tokenizer},
+            settings={**lengths, "t5_tokenizer": tokenizer, **({"weights": "float8"} if options.memory.fp8_base else {})},
         )
 
     def token_counter(self, options: Any) -> TokenCounter:

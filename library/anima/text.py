@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.anima.text_layout import TextEncoderConfig, TextEncoderLayout
 from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles, padded
 from library.files.safetensors_file import read_tensors
+from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 
 T5_END_ID = 1  # the id of </s> in every T5 vocabulary, all that an empty caption has
@@ -140,12 +142,20 @@ class AnimaTextEncoder(nn.Module):
         return states.masked_fill(~mask.bool()[:, :, None], 0)
 
 
-def build_text_encoder(layout: TextEncoderLayout, tokenizers: AnimaTokenizers | TokenizerFiles) -> AnimaTextEncoder:
-    """The encoder without weights, on the meta device. Raises CheckpointError for a tokenizer that is not this encoder's."""
+def build_text_encoder(
+    layout: TextEncoderLayout, tokenizers: AnimaTokenizers | TokenizerFiles, *, fp8: bool = False
+) -> AnimaTextEncoder:
+    """The encoder without weights, on the meta device. Raises CheckpointError for a tokenizer that is not this encoder's.
+
+    ``fp8``: the weights of its layers are going to be kept in 8 bits, those of the embedding and of the norms are not.
+    """
     if isinstance(tokenizers, TokenizerFiles):
         tokenizers = tokenizers.load()
     tokenizers.check_vocabulary(layout.config.vocabulary)
-    return AnimaTextEncoder(build_qwen3(layout.config), tokenizers, layout.config.width).eval()
+    model = build_qwen3(layout.config)
+    if fp8:
+        use_fp8(model, TEXT_ENCODER_FP8_LAYERS)
+    return AnimaTextEncoder(model, tokenizers, layout.config.width).eval()
 
 
 def load_text_encoder(

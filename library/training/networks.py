@@ -84,7 +84,12 @@ def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: 
 def merge_base_weights(
     options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype
 ) -> None:
-    """Merges each of --base_weights into the frozen model, in order, with its multiplier (1.0 where none is given)."""
+    """Merges each of --base_weights into the frozen models, in order, with its multiplier (1.0 where none is given).
+
+    What is to be kept in 8 bits is rounded afterwards, once: until then it waits in ``dtype`` (see fp8_models.wait_for_merging).
+    """
+    from library.nn.fp8 import quantise
+
     files = options.base_weights or []
     multipliers = [*(options.base_weights_multiplier or []), *[1.0] * len(files)]
     module = import_network_module(options.network_module or "")
@@ -95,6 +100,8 @@ def merge_base_weights(
             multiplier, str(file), None, list(text_encoders), denoiser, for_inference=True
         )
         network.merge_to(list(text_encoders), denoiser, weights, dtype, device)
+    for model in (denoiser, *text_encoders):
+        quantise(model)
 
 
 def check_weights_file(flag: str, file: str | Path | None) -> None:

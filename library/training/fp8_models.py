@@ -1,0 +1,49 @@
+"""Frozen weights in 8 bits, as --fp8_base and --fp8_base_unet want them: what to call before and after a model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.errors import OptionError
+from library.nn.fp8 import fp8_layers, keep_unquantised, use_fp8
+from library.nn.fp8_speed import choose_fp8_products
+
+OWN_NETWORKS = "networks."  # modules that know layers in 8 bits; others may read ``weight`` as if it were the weight
+
+
+def prepare_fp8(options: Any, denoiser: nn.Module, layers: str) -> None:
+    """Has the denoiser take the weights of ``layers`` in 8 bits when it loads, if the options say so.
+
+    ``layers``: a regular expression of whole paths. Call it while the model is on the meta device, before the network is created.
+    """
+    if not (options.memory.fp8_base or options.memory.fp8_base_unet):
+        return
+    module = options.network.network_module or ""
+    if not module.startswith(OWN_NETWORKS):
+        raise OptionError(f"--fp8_base and --fp8_base_unet need a network module of this project, such as networks.lora_anima: "
+                          f"{module or 'none'} may take the 8 bit weights for the weights themselves; drop the flag")  # fmt: skip
+    use_fp8(denoiser, layers)
+
+
+def wait_for_merging(options: Any, *models: nn.Module) -> None:
+    """Before models are loaded that ``merge_base_weights`` is going to get: rounds them to 8 bits there, if anything is merged."""
+    if options.network.base_weights:
+        for model in models:
+            keep_unquantised(model)
+
+
+def arrange_fp8(options: Any, model: nn.Module, device: torch.device, *, dtype: torch.dtype) -> str | None:
+    """Once the model is loaded and merged: chooses how it multiplies on ``device``. Returns a line about it; None without fp8.
+
+    With --deterministic nothing is left to the clock.
+    """
+    count = sum(1 for _ in fp8_layers(model))
+    if not count:
+        return None
+    how = "dequantised for their products (--deterministic)"
+    if not options.run.deterministic:
+        how = choose_fp8_products(model, device, dtype=dtype)
+    return f"{type(model).__name__}: {count} layers in 8 bits, {how}"
