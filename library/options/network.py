@@ -35,6 +35,12 @@ class NetworkOptions:
     network_train_text_encoder_only: bool = opt(False, "train the text encoders' part of the network only, not the denoiser's")
 
     @property
+    def weights_to_merge(self) -> list[tuple[str, float]]:
+        """(file, strength) of each of --base_weights, in order."""
+        files = self.base_weights or []
+        return list(zip(files, [*(self.base_weights_multiplier or []), *[1.0] * len(files)], strict=False))
+
+    @property
     def trains_text_encoder(self) -> bool:
         """Whether the text encoders' part of the network, if there is one, is trained."""
         return not self.network_train_unet_only

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import CheckpointError, OptionError, did_you_mean
 from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
 from library.files.safetensors_file import file_fingerprint
+from library.options.reference_table import as_dict
 from library.training.dataset_history import dataset_history
 from library.training.optimizer_names import optimizer_source
 from library.training.steps import Progress
@@ -156,12 +157,15 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
 
 
 # groups whose options change what is trained, those of their options that do not, and options of other groups that do
-HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow")
+HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "rates")
 HARMLESS = ("optimizer_type", "use_8bit_adam", "use_lion_optimizer")  # they are in the identity
 HISTORY_OPTIONS = {
     "run": ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16"),
+    "memory": ("fp8_base", "fp8_base_unet"),
+    "network": ("network_dropout", "scale_weight_norms", "network_train_unet_only", "network_train_text_encoder_only"),
     "dataset": ("masked_loss", "prior_loss_weight"),  # of the others count the datasets' settings, which they become a part of
 }
+ADAPTER_OPTION = "llm_adapter_path"  # of the architectures that have one: a part of the frozen model
 VALIDATION_SPLIT = "the validation split"  # with another one, what was trained would validate
 ABSENT = {VALIDATION_SPLIT: NO_SPLIT}  # what an older state means that does not name a setting
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler")
@@ -202,9 +206,13 @@ def state_settings(
 
 
 def base_model_fingerprint(options: Any) -> str | None:
-    """None where the model is no file or folder."""
+    """Of the frozen model with what is put or merged into it. None where the model is no file or folder."""
     model = Path(str(options.model.pretrained_model_name_or_path))
-    return file_fingerprint(model) if model.exists() else None
+    if not model.exists():
+        return None
+    adapter = as_dict(options).get(ADAPTER_OPTION)
+    merged = [f"{file_fingerprint(Path(file))} x {strength:g}" for file, strength in options.network.weights_to_merge]
+    return " + ".join([file_fingerprint(model), *([file_fingerprint(Path(adapter))] if adapter else []), *merged])
 
 
 def check_identity(folder: Path, saved: StateDescription, settings: StateSettings) -> list[str]:

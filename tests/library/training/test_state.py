@@ -12,6 +12,7 @@ import torch
 from library.dataset import schema
 from library.dataset.items import DatasetSettings, SubsetSettings
 from library.errors import CheckpointError, OptionError, OutputError
+from library.files.safetensors_file import file_fingerprint, save_safetensors
 from library.options.anima import AnimaTrainOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
@@ -23,6 +24,7 @@ from library.training.state import (
     TENSORS_FILE,
     StateDescription,
     StateSettings,
+    base_model_fingerprint,
     check_identity,
     find_state,
     load_network_tensors,
@@ -198,7 +200,13 @@ def test_a_state_from_before_the_dataset_file_was_noted_goes_on(tmp_path):
 def test_every_dataset_and_caption_option_is_in_the_history_or_changes_nothing():
     of_keys = {key.flag for topic in (*schema.DATASET_TOPICS, *schema.SUBSET_TOPICS) for key in topic.keys}
     places = {"dataset_config", "train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir"}  # a subset's own name
-    harmless = {"skip_bad_images", "max_data_loader_n_workers", "persistent_data_loader_workers", "caption_extention"}
+    harmless = {
+        "dataset_class",
+        "skip_bad_images",
+        "max_data_loader_n_workers",
+        "persistent_data_loader_workers",
+        "caption_extention",
+    }
     options = {option.name for group in (DatasetOptions, CaptionOptions) for option in fields(group)}
     assert options <= of_keys | places | harmless | set(HISTORY_OPTIONS["dataset"])
 
@@ -242,3 +250,21 @@ def test_a_replaced_state_goes_only_where_the_new_one_is_complete(tmp_path):
         "half-state.replaced",
     ]
     assert alone.is_dir() and (half / "note").read_text() == "kept"
+
+
+def test_the_base_model_is_known_with_what_is_merged_into_it(tmp_path):
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("model", "style", "adapter")}
+    for name, file in files.items():
+        save_safetensors(file, {name: torch.ones(2)}, {})
+
+    def fingerprint(**changes: object) -> str | None:
+        options = AnimaTrainOptions()
+        model = replace(options.model, pretrained_model_name_or_path=str(files["model"]))
+        anima = replace(options.anima, llm_adapter_path=changes.pop("llm_adapter_path", None))
+        return base_model_fingerprint(replace(options, model=model, anima=anima, network=replace(options.network, **changes)))
+
+    style = [str(files["style"])]
+    marks = [fingerprint(), fingerprint(base_weights=style), fingerprint(base_weights=style, base_weights_multiplier=[0.5]),
+             fingerprint(llm_adapter_path=str(files["adapter"]))]  # fmt: skip
+    assert len(set(marks)) == 4 and marks[0] == file_fingerprint(files["model"])
+    assert fingerprint(base_weights=style, base_weights_multiplier=[1.0]) == marks[1]
