@@ -1,10 +1,16 @@
-"""How a model calls its transformer blocks. Whoever trades speed for memory gives the model another way than the plain one."""
+"""How a model calls its transformer blocks, and how many of them may wait in host memory. Needs no torch.
+
+Whoever trades speed for memory gives the model another way than the plain one: library/nn/checkpointing.py, library/memory/.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PLACES_NEEDED = 2  # one block computes while the next one arrives
 
 
 class BlockRunner(Protocol):
@@ -14,3 +20,11 @@ class BlockRunner(Protocol):
 
 def run_plainly(number: int, block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
     return block(x, *inputs)
+
+
+def swap_problem(blocks_to_swap: int | None, blocks: int) -> str | None:
+    """Why a model with that many blocks cannot do with ``blocks_to_swap``; None where it can."""
+    limit = max(blocks - PLACES_NEEDED, 0)
+    if not blocks_to_swap or blocks_to_swap <= limit:
+        return None
+    return f"--blocks_to_swap is {blocks_to_swap}, but this model has {blocks} blocks: give at most {limit}"
