@@ -50,6 +50,13 @@ def parse_ratio(value: Any) -> float:
     return number
 
 
+def parse_rate(value: Any) -> float:
+    number = _number(value, float)
+    if not 0.0 <= number < math.inf:
+        raise ValueError("give a learning rate: a number, 0 or more")
+    return number
+
+
 def parse_patterns(value: Any) -> Patterns:
     items = _literal(value) if isinstance(value, str) else value
     items = [items] if isinstance(items, str) else items
@@ -132,6 +139,17 @@ def argument(parse: Callable[[Any], Any], help: str, *, default: Any = None) -> 
     return field(default=default, metadata={"parse": parse, "help": help})
 
 
+def component_rate(component: str) -> Any:
+    """The learning rate of a part of the denoiser. Trainers pass it from the flag of the field's name; 0 = no LoRA there."""
+    metadata = {"parse": parse_rate, "help": f"learning rate of {component}, 0 = no LoRA there", "component": component}
+    return field(default=None, metadata=metadata)
+
+
+def component_flags(kind: type[NetworkArguments]) -> tuple[str, ...]:
+    """The names of the arguments of ``kind`` that are flags of their own, --self_attn_lr and the like."""
+    return tuple(item.name for item in fields(kind) if "component" in item.metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkArguments:
     """The arguments that every network of this project understands."""
@@ -146,7 +164,13 @@ class NetworkArguments:
     loraplus_lr_ratio: float | None = argument(parse_ratio, "learning rate of lora_up over that of lora_down")
     loraplus_unet_lr_ratio: float | None = argument(parse_ratio, "the same for the denoiser only")
     loraplus_text_encoder_lr_ratio: float | None = argument(parse_ratio, "the same for text encoders only")
-    verbose: bool = argument(parse_bool, "log every module", default=False)
+    verbose: bool = argument(parse_bool, "log a table of all modules", default=False)
+
+    @property
+    def component_rates(self) -> dict[str, float]:
+        """{component: learning rate} of those that are given."""
+        rates = {item.metadata["component"]: getattr(self, item.name) for item in fields(self) if "component" in item.metadata}
+        return {component: rate for component, rate in rates.items() if rate is not None}
 
 
 def parse_arguments(kind: type[A], given: Mapping[str, Any]) -> A:
@@ -154,17 +178,19 @@ def parse_arguments(kind: type[A], given: Mapping[str, Any]) -> A:
 
     None stands for "not given": callers in Python, and trainers for ``dropout``, pass it.
     """
-    known = {item.name: item for item in fields(kind)}
+    known, flags = {item.name: item for item in fields(kind)}, component_flags(kind)
+    listed = [name for name in known if name not in flags]
     problems, values = [], {}
     for name, value in given.items():
         if name not in known:
-            near = did_you_mean(name, known)
-            problems.append(f"--network_args: {name} is not an argument of this network{near}; it knows {', '.join(known)}")
+            near = did_you_mean(name, listed)
+            problems.append(f"--network_args: {name} is not an argument of this network{near}; it knows {', '.join(listed)}")
         elif value is not None:
             try:
                 values[name] = known[name].metadata["parse"](value)
             except ValueError as error:
-                problems.append(f"--network_args: {name}={value} cannot be used: {error}")
+                place = f"--{name}" if name in flags else f"--network_args: {name}"
+                problems.append(f"{place}={value} cannot be used: {error}")
     if problems:
         raise NetworkError(*problems)
     return kind(**values)

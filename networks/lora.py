@@ -2,7 +2,7 @@
 
 An architecture's file (``lora_<arch>.py``) supplies data: ModelRules and an arguments class. It calls
 :func:`build_network` and :func:`build_network_from_weights`. The layer is in ``layer.py``, the choice of modules in
-``selection.py``, the files' contents in ``weights_file.py``.
+``selection.py``, the files' contents in ``weights_file.py``, the table of ``verbose`` in ``module_table.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from library.files.safetensors_file import save_safetensors
 from library.files.torch_file import torch_bytes
 from networks.arguments import NetworkArguments
 from networks.layer import Dropouts, LoRAModule
+from networks.module_table import Row, table_lines
 from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
 from networks.weights_file import LoadReport, by_module, check_shapes, no_module_fits, read_lora_file, sshs_hashes
 
@@ -76,6 +77,8 @@ class LoRANetwork(nn.Module):
         if not self.loras:
             raise NetworkError("no LoRA is left to train: --network_train_unet_only or --network_train_text_encoder_only leaves "
                                "only a model without LoRA modules; drop the flag")  # fmt: skip
+        # a target holds on to its layer, and so to the weights of its model
+        self._targets = {lora.lora_name: self._targets[lora.lora_name] for lora in self.loras}
         for lora in self.loras:
             lora.apply_to()
             self.add_module(lora.lora_name, lora)
@@ -128,26 +131,47 @@ class LoRANetwork(nn.Module):
                                  default_lr: float | None = None) -> tuple[list[Group], list[str]]:  # fmt: skip
         """-> (optimizer groups {"params", "lr"}, their names in logs).
 
-        Per model: one group per network_reg_lrs pattern in the order met, then the rest; with LoRA+ each split in two. A learning
-        rate that is not given is ``default_lr``; a group of learning rate 0 is left out: its parameters are frozen, but saved.
+        Per model: one group per network_reg_lrs pattern and per component with a rate, in the order met, then the rest; with
+        LoRA+ each split in two. A learning rate that is not given is ``default_lr``; a group of learning rate 0 is left out: its
+        parameters are frozen, but saved. With ``verbose`` logs a table of all modules.
         """
-        groups: list[Group] = []
-        names: list[str] = []
-        for label, loras in self._by_label().items():
-            rate = unet_lr if label == DENOISER else text_encoder_rate(text_encoder_lr, label)
-            base, ratio = (default_lr or 0.0) if rate is None else rate, self._plus_ratio(label)
-            for name, lr, members in self._by_learning_rate(label, base, loras):
-                for suffix, params, group_lr in split_for_lora_plus(members, lr, ratio):
-                    if group_lr:
-                        groups.append({"params": params, "lr": group_lr})
-                        names.append(name + suffix)
+        found = list(self._groups(text_encoder_lr, unet_lr, default_lr))
+        groups: list[Group] = [{"params": params, "lr": lr} for _, lr, params, _ in found if lr]
         if not groups:
             raise NetworkError("nothing would be trained: every learning rate is 0; set --learning_rate or --unet_lr")
         self.requires_grad_(False)
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        return groups, names
+        if self.arguments.verbose:
+            self._log_table([(lr, members) for _, lr, _, members in found])
+        return groups, [name for name, lr, _, _ in found if lr]
+
+    def _groups(self, text_encoder_lr: LearningRates, unet_lr: float | None,
+                default_lr: float | None) -> Iterator[tuple[str, float, list[Tensor], list[LoRAModule]]]:  # fmt: skip
+        """(name, learning rate, parameters, the modules they are of) of each group, also of those with learning rate 0."""
+        for label, loras in self._by_label().items():
+            rate = unet_lr if label == DENOISER else text_encoder_rate(text_encoder_lr, label)
+            base, ratio = (default_lr or 0.0) if rate is None else rate, self._plus_ratio(label)
+            for name, lr, members in self._by_learning_rate(label, base, loras):
+                for suffix, params, group_lr in split_for_lora_plus(members, lr, ratio):
+                    yield name + suffix, group_lr, params, members
+
+    def _log_table(self, groups: Iterable[tuple[float, Sequence[LoRAModule]]]) -> None:
+        rates: dict[str, list[float]] = {lora.lora_name: [] for lora in self.loras}
+        for lr, members in groups:
+            for lora in members:
+                rates[lora.lora_name].append(lr)
+        for line in table_lines([self._row(lora, rates[lora.lora_name]) for lora in self.loras]):
+            logger.info("%s", line)
+
+    def _row(self, lora: LoRAModule, rates: Sequence[float]) -> Row:
+        place = self._targets[lora.lora_name].candidate
+        part = " ".join(filter(None, (place.rules.label, place.component)))
+        parameters = sum(parameter.numel() for parameter in lora.parameters())
+        alpha = lora.scale * lora.lora_dim  # the buffer is on the device by now: reading it there would wait for it
+        return Row(path=place.path, part=part, rank=lora.lora_dim, alpha=alpha, rates=tuple(rates), parameters=parameters,
+                   name=place.name)  # fmt: skip
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: LearningRates, unet_lr: float | None, default_lr: float | None = None
@@ -170,15 +194,12 @@ class LoRANetwork(nn.Module):
         self, label: str, base: float, loras: Sequence[LoRAModule]
     ) -> Iterator[tuple[str, float, list[LoRAModule]]]:
         regular: list[LoRAModule] = []
-        special: dict[int, tuple[float, list[LoRAModule]]] = {}
+        special: dict[tuple[str, float], list[LoRAModule]] = {}
         for lora in loras:
-            reg_lr = self._targets[lora.lora_name].reg_lr
-            if reg_lr is None:
-                regular.append(lora)
-            else:
-                special.setdefault(reg_lr[0], (reg_lr[1], []))[1].append(lora)
-        for index, (rate, members) in special.items():
-            yield f"{label} reg_lr_{index}", rate, members
+            own_rate = self._targets[lora.lora_name].own_rate
+            (regular if own_rate is None else special.setdefault(own_rate, [])).append(lora)
+        for (name, rate), members in special.items():
+            yield f"{label} {name}", rate, members
         yield label, base, regular
 
     def get_trainable_params(self) -> list[nn.Parameter]:
@@ -229,6 +250,7 @@ class LoRANetwork(nn.Module):
         check_shapes(file, [(self._targets[name].candidate, self._targets[name].rank) for name in fitting], weights)
         for name in fitting:
             own[name].load_pair(weights[name])
+        warn_of_homeless(file, [name for name in weights if name not in own])
         return LoadReport(loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
                           unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
 
@@ -307,12 +329,15 @@ def build_network_from_weights(models: Models, arguments: NetworkArguments, *, m
         raise no_module_fits(file, modules or weights, [place.name for place in candidates])
     check_shapes(file, [(target.candidate, target.rank) for target in targets], modules)
     used = {target.candidate.name for target in targets}
-    if len(used) < len(modules):
-        homeless = [name for name in modules if name not in used]
-        logger.warning("%s: %d modules have no place in the models here: left out (%s)", file, len(homeless), examples(homeless))
+    warn_of_homeless(file, [name for name in modules if name not in used])
     if idle := [name for name in SELECTING if getattr(arguments, name)]:
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
     return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights
+
+
+def warn_of_homeless(file: str | Path, names: Sequence[str]) -> None:
+    if names:
+        logger.warning("%s: %d modules have no place in this network: left out (%s)", file, len(names), examples(names))
 
 
 def _dropouts(arguments: NetworkArguments, neuron: float | None) -> Dropouts:
@@ -320,17 +345,13 @@ def _dropouts(arguments: NetworkArguments, neuron: float | None) -> Dropouts:
 
 
 def _network(targets: Sequence[Target], arguments: NetworkArguments, multiplier: float, dropouts: Dropouts) -> LoRANetwork:
-    network = LoRANetwork(targets, multiplier=multiplier, dropouts=dropouts, arguments=arguments)
-    log_network(targets, arguments)
-    return network
+    log_network(targets)
+    return LoRANetwork(targets, multiplier=multiplier, dropouts=dropouts, arguments=arguments)
 
 
-def log_network(targets: Sequence[Target], arguments: NetworkArguments) -> None:
-    """One line per model: modules, ranks, parameters; with ``verbose`` one more per module."""
+def log_network(targets: Sequence[Target]) -> None:
+    """One line per model: modules, ranks."""
     for label in dict.fromkeys(target.candidate.rules.label for target in targets):
         members = [target for target in targets if target.candidate.rules.label == label]
         ranks = sorted({target.rank for target in members})
         logger.info("LoRA for %s: %d modules, rank %s", label, len(members), ", ".join(map(str, ranks)))
-    for target in targets if arguments.verbose else ():
-        alpha = target.alpha or target.rank
-        logger.info("  %s: rank %d, alpha %g (%s)", target.candidate.path, target.rank, alpha, target.candidate.name)

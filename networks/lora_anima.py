@@ -12,7 +12,11 @@ Arguments, given as ``key=value`` with --network_args:
   learning rate 0 leaves untrained
 * ``rank_dropout``, ``module_dropout``: chances in [0, 1)
 * ``loraplus_lr_ratio``, ``loraplus_unet_lr_ratio``, ``loraplus_text_encoder_lr_ratio``: learning rate of lora_up over lora_down
-* ``verbose=true``: log every module
+* ``verbose=true``: log a table of all modules with their ranks, alphas, learning rates and parameters
+
+Flags of the trainer that arrive here as well: ``--self_attn_lr``, ``--cross_attn_lr``, ``--mlp_lr``, ``--mod_lr`` and
+``--llm_adapter_lr``, learning rates of the denoiser's parts. 0 leaves a part without a LoRA; ``--mod_lr`` and
+``--llm_adapter_lr`` above 0 let in the modulation layers and the LLM adapter, which otherwise have none.
 
 How patterns are written (in quotes when they contain commas): networks/arguments.py. Names in a file are lora_unet_ and lora_te_
 with the module's path, dots as underscores, as ComfyUI reads them.
@@ -27,13 +31,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from networks.arguments import NetworkArguments, argument, parse_arguments, parse_bool
+from networks.arguments import NetworkArguments, argument, component_flags, component_rate, parse_arguments, parse_bool
 from networks.lora import LoRANetwork, build_network, build_network_from_weights
 from networks.selection import ModelRules
 
 DENOISER_PARTS = r"blocks\.\d+|x_embedder|t_embedder|final_layer"
 ADAPTER_PARTS = r"llm_adapter\.blocks\.\d+"  # never its embedding or output projection
 DENOISER_EXCLUDES = (r".*(_modulation|_norm|_embedder|final_layer).*",)
+COMPONENTS = (
+    ("llm_adapter", r"llm_adapter\..*"),
+    ("self_attn", r"blocks\.\d+\.self_attn\..*"),
+    ("cross_attn", r"blocks\.\d+\.cross_attn\..*"),
+    ("mlp", r"blocks\.\d+\.mlp\..*"),
+    ("mod", r"blocks\.\d+\.[^.]*modulation.*"),
+)
 TEXT_ENCODER = ModelRules(
     prefix="lora_te",
     label="textencoder 1",
@@ -45,11 +56,20 @@ TEXT_ENCODER = ModelRules(
 @dataclass(frozen=True, kw_only=True)
 class AnimaArguments(NetworkArguments):
     train_llm_adapter: bool = argument(parse_bool, "also the Linears of the LLM adapter's blocks", default=False)
+    self_attn_lr: float | None = component_rate("self_attn")
+    cross_attn_lr: float | None = component_rate("cross_attn")
+    mlp_lr: float | None = component_rate("mlp")
+    mod_lr: float | None = component_rate("mod")
+    llm_adapter_lr: float | None = component_rate("llm_adapter")
+
+
+COMPONENT_RATES = component_flags(AnimaArguments)  # what the trainer may pass besides --network_args
 
 
 def denoiser_rules(*, with_adapter: bool) -> ModelRules:
     parts = f"{DENOISER_PARTS}|{ADAPTER_PARTS}" if with_adapter else DENOISER_PARTS
-    return ModelRules(prefix="lora_unet", label="unet", candidates=rf"(?:module\.)?((?:{parts})\..+)", excludes=DENOISER_EXCLUDES)
+    return ModelRules(prefix="lora_unet", label="unet", candidates=rf"(?:module\.)?((?:{parts})\..+)",
+                      excludes=DENOISER_EXCLUDES, components=COMPONENTS)  # fmt: skip
 
 
 def create_network(  # noqa: PLR0913  # the protocol of network modules
@@ -64,7 +84,8 @@ def create_network(  # noqa: PLR0913  # the protocol of network modules
 ) -> LoRANetwork:
     """A new network for these models; without text encoders, for the denoiser alone. Raises NetworkError, with all problems."""
     arguments = parse_arguments(AnimaArguments, kwargs)
-    models = _models(text_encoders, unet, with_adapter=arguments.train_llm_adapter)
+    with_adapter = arguments.train_llm_adapter or bool(arguments.llm_adapter_lr)
+    models = _models(text_encoders, unet, with_adapter=with_adapter)
     return build_network(
         models, arguments, multiplier=multiplier, rank=network_dim, alpha=network_alpha, neuron_dropout=neuron_dropout
     )

@@ -33,6 +33,10 @@ class ModelRules:
     candidates: str
     excludes: tuple[str, ...] = ()  # default exclusions; the user's include_patterns re-admit
     kinds: tuple[type[nn.Linear] | type[nn.Conv2d], ...] = (nn.Linear,)
+    components: tuple[tuple[str, str], ...] = ()  # (name, regex on whole paths) of parts with rates of their own; first match
+
+    def component_of(self, path: str) -> str | None:
+        return next((name for name, pattern in self.components if re.fullmatch(pattern, path)), None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,16 +47,20 @@ class Candidate:
     path: str
     module: Layer
     rules: ModelRules
+    component: str | None = None  # which of the rules' components it belongs to
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """A module that gets a LoRA. ``reg_lr`` is (index of the pattern, learning rate) of network_reg_lrs, or None."""
+    """A module that gets a LoRA. ``own_rate`` is (name of its optimizer group, learning rate), None where its model's counts.
+
+    It comes from network_reg_lrs ("reg_lr_0" for the first pattern), else from the rate of its component ("self_attn").
+    """
 
     candidate: Candidate
     rank: int
     alpha: float  # 0 = the rank
-    reg_lr: tuple[int, float] | None
+    own_rate: tuple[str, float] | None
 
 
 def candidates_of(models: Iterable[tuple[nn.Module, ModelRules]]) -> list[Candidate]:
@@ -69,62 +77,106 @@ def _candidates(model: nn.Module, rules: ModelRules) -> Iterator[Candidate]:
         match = pattern.fullmatch(full_path.replace(COMPILED, ""))
         if match and isinstance(module, rules.kinds):
             path = match[1]
-            yield Candidate(name=f"{rules.prefix}_{path.replace('.', '_')}", path=path, module=module, rules=rules)
+            yield Candidate(name=f"{rules.prefix}_{path.replace('.', '_')}", path=path, module=module, rules=rules,
+                            component=rules.component_of(path))  # fmt: skip
 
 
 def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank: int, alpha: float) -> list[Target]:
-    """Applies default exclusions and the user's patterns. Raises NetworkError for patterns that match nothing."""
+    """Applies default exclusions, the user's patterns, and rates of components.
+
+    Raises NetworkError for patterns that match nothing and rates of components that are not there.
+    """
     admitted = [candidate for candidate in candidates if _is_admitted(candidate, arguments)]
-    problems = [*_idle_patterns(candidates, admitted, arguments)]
     targets = []
     for candidate in admitted:
         reg_dim = _first_match(arguments.network_reg_dims, candidate.path)
         own_rank = int(reg_dim[1]) if reg_dim else rank
         if own_rank:
-            reg_lr = _first_match(arguments.network_reg_lrs, candidate.path)
-            targets.append(Target(candidate=candidate, rank=own_rank, alpha=alpha, reg_lr=reg_lr))
+            own_rate = _own_rate(candidate, arguments)
+            targets.append(Target(candidate=candidate, rank=own_rank, alpha=alpha, own_rate=own_rate))
+    problems = [*_idle_selections(candidates, admitted, arguments), *_idle_reg_lrs(admitted, arguments),
+                *_idle_components(targets, arguments, candidates)]  # fmt: skip
     if not targets and not problems:
-        problems.append("no module is left to train: exclude_patterns and network_reg_dims leave out every one of the "
-                        f"{len(candidates)} that could get a LoRA; loosen them")  # fmt: skip
+        problems.append("no module is left to train: exclude_patterns, network_reg_dims and learning rates of 0 leave out every "
+                        f"one of the {len(candidates)} that could get a LoRA; loosen them")  # fmt: skip
     if problems:
         raise NetworkError(*problems)
     return targets
 
 
 def _is_admitted(candidate: Candidate, arguments: NetworkArguments) -> bool:
+    rate = arguments.component_rates.get(candidate.component or "")
+    if rate == 0 and not _first_match(arguments.network_reg_lrs, candidate.path):
+        return False  # whatever includes it: it would not be trained
     if any(pattern.fullmatch(candidate.path) for pattern in arguments.include_patterns):
         return True
-    excludes = (*arguments.exclude_patterns, *map(re.compile, candidate.rules.excludes))
-    return not any(pattern.fullmatch(candidate.path) for pattern in excludes)
+    if any(pattern.fullmatch(candidate.path) for pattern in arguments.exclude_patterns):
+        return False
+    return bool(rate) or not any(re.fullmatch(pattern, candidate.path) for pattern in candidate.rules.excludes)
+
+
+def _own_rate(candidate: Candidate, arguments: NetworkArguments) -> tuple[str, float] | None:
+    reg_lr = _first_match(arguments.network_reg_lrs, candidate.path)
+    if reg_lr:
+        return f"reg_lr_{reg_lr[0]}", reg_lr[1]
+    rate = arguments.component_rates.get(candidate.component or "")
+    return None if rate is None or candidate.component is None else (candidate.component, rate)
 
 
 def _first_match(table: Sequence[tuple[re.Pattern, float]], path: str) -> tuple[int, float] | None:
     return next(((index, value) for index, (pattern, value) in enumerate(table) if pattern.fullmatch(path)), None)
 
 
-def _idle_patterns(all_of: Sequence[Candidate], admitted: Sequence[Candidate], arguments: NetworkArguments) -> Iterator[str]:
+def _idle_selections(all_of: Sequence[Candidate], admitted: Sequence[Candidate], arguments: NetworkArguments) -> Iterator[str]:
     """One problem for each pattern that matches no module: the user meant something that is not going to happen."""
-    reg_dims = [pattern for pattern, _ in arguments.network_reg_dims]
-    reg_lrs = [pattern for pattern, _ in arguments.network_reg_lrs]
-    for name, patterns, among in (("exclude_patterns", arguments.exclude_patterns, all_of),
-                                  ("include_patterns", arguments.include_patterns, all_of),
-                                  ("network_reg_dims", reg_dims, admitted), ("network_reg_lrs", reg_lrs, admitted)):  # fmt: skip
-        for pattern in patterns:
-            if not any(pattern.fullmatch(candidate.path) for candidate in among):
-                yield (f"--network_args: {name}: {pattern.pattern!r} matches none of the {len(among)} modules that it may match; "
-                       f"it must match a whole path, such as {examples(candidate.path for candidate in among)}")  # fmt: skip
+    yield from _idle("exclude_patterns", arguments.exclude_patterns, all_of)
+    yield from _idle("include_patterns", arguments.include_patterns, all_of)
+    yield from _idle("network_reg_dims", [pattern for pattern, _ in arguments.network_reg_dims], admitted)
+
+
+def _idle_reg_lrs(trained: Sequence[Candidate], arguments: NetworkArguments) -> Iterator[str]:
+    yield from _idle("network_reg_lrs", [pattern for pattern, _ in arguments.network_reg_lrs], trained)
+
+
+def _idle(name: str, patterns: Iterable[re.Pattern], among: Sequence[Candidate]) -> Iterator[str]:
+    for pattern in patterns:
+        if not any(pattern.fullmatch(candidate.path) for candidate in among):
+            yield (f"--network_args: {name}: {pattern.pattern!r} matches none of the {len(among)} modules that it may match; "
+                   f"it must match a whole path, such as {examples(candidate.path for candidate in among)}")  # fmt: skip
+
+
+def _idle_components(targets: Sequence[Target], arguments: NetworkArguments,
+                     candidates: Sequence[Candidate] | None = None) -> Iterator[str]:  # fmt: skip
+    """One problem for each component that has a learning rate, but no module. ``candidates`` None: a file decides the modules."""
+    used = {target.candidate.component for target in targets}
+    for component, rate in arguments.component_rates.items():
+        if not rate or component in used:
+            continue
+        if candidates is None:
+            why = "the LoRA file, which decides, has none of its modules"
+        elif any(candidate.component == component for candidate in candidates):
+            why = "other arguments leave out all of its modules"
+        else:
+            why = "the model has no such part"
+        yield f"--{component}_lr is {rate:g}, but {why}: drop --{component}_lr"
 
 
 def targets_of_file(candidates: Sequence[Candidate], weights: dict[str, Tensor], arguments: NetworkArguments) -> list[Target]:
-    """The modules that a LoRA file holds, with the file's ranks and alphas (a missing alpha is the rank)."""
+    """The modules that a LoRA file holds, with the file's ranks and alphas (a missing alpha is the rank).
+
+    Rates act: one of 0 leaves its modules in the network, untrained. Raises NetworkError for rates without a module in the file.
+    """
     targets = []
     for candidate in candidates:
         down = weights.get(f"{candidate.name}.{DOWN}")
         if down is not None:
             alpha = weights.get(f"{candidate.name}.{ALPHA}")
-            reg_lr = _first_match(arguments.network_reg_lrs, candidate.path)
-            targets.append(Target(candidate=candidate, rank=down.shape[0], reg_lr=reg_lr,
+            targets.append(Target(candidate=candidate, rank=down.shape[0], own_rate=_own_rate(candidate, arguments),
                                   alpha=float(down.shape[0] if alpha is None else alpha)))  # fmt: skip
+    used = [target.candidate for target in targets]
+    problems = [*_idle_reg_lrs(used, arguments), *_idle_components(targets, arguments)] if targets else []
+    if problems:
+        raise NetworkError(*problems)
     return targets
 
 

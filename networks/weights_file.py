@@ -20,7 +20,10 @@ from networks.selection import DOWN, UP, Candidate, examples
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What load_weights() did. ``missing``: modules that the file lacks; ``unexpected``: modules of the file without a place."""
+    """What load_weights() did. ``missing``: modules that the file lacks; ``unexpected``: modules of the file without a place.
+
+    load_weights() has warned of the latter.
+    """
 
     loaded: int
     missing: tuple[str, ...]
@@ -30,8 +33,6 @@ class LoadReport:
         parts = [f"{self.loaded} LoRA modules loaded"]
         if self.missing:
             parts.append(f"{len(self.missing)} are not in it and start anew ({examples(self.missing)})")
-        if self.unexpected:
-            parts.append(f"{len(self.unexpected)} in it have no place here and are left out ({examples(self.unexpected)})")
         return "; ".join(parts)
 
 
@@ -49,8 +50,14 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
 
 def read_lora_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a LoRA file, on the CPU. Raises CheckpointError for a missing or damaged file."""
+    return read_tensors_of(path)[0]
+
+
+def read_tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and the file's metadata; pickles have none."""
     if path.suffix == ".safetensors":
-        return dict(read_tensors(read_header(path)))
+        header = read_header(path)
+        return dict(read_tensors(header)), header.metadata
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -59,7 +66,7 @@ def read_lora_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a LoRA file, or it is damaged; copy or download it again") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} is not a LoRA file: it holds something other than named tensors")
-    return weights
+    return weights, {}
 
 
 def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

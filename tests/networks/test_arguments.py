@@ -4,6 +4,7 @@ import pytest
 
 from library.errors import NetworkError
 from networks.arguments import NetworkArguments, parse_arguments
+from networks.lora_anima import COMPONENT_RATES, AnimaArguments
 
 
 def parsed(**given):
@@ -90,3 +91,14 @@ def test_all_problems_come_together():
     with pytest.raises(NetworkError) as caught:
         parsed(rank_dropout="x", nonsense="1", verbose="maybe")
     assert len(caught.value.problems) == 3
+
+
+def test_rates_of_components_are_flags():
+    arguments = parse_arguments(AnimaArguments, {"self_attn_lr": 1e-3, "mlp_lr": 0.0, "mod_lr": None})
+    assert arguments.component_rates == {"self_attn": 1e-3, "mlp": 0.0}
+    assert COMPONENT_RATES == ("self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr", "llm_adapter_lr")
+    with pytest.raises(NetworkError, match=r"^--mlp_lr=-1 cannot be used: give a learning rate"):
+        parse_arguments(AnimaArguments, {"mlp_lr": -1})
+    with pytest.raises(NetworkError) as caught:
+        parse_arguments(AnimaArguments, {"nonsense": 1})
+    assert "verbose" in str(caught.value) and "mlp_lr" not in str(caught.value)

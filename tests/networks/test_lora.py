@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
+import logging
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -220,17 +223,47 @@ def test_loaded_alpha_sets_the_strength(tiny_denoiser, tmp_path):
     assert {lora.scale for lora in other.unet_loras} == {0.5}
 
 
-def test_partial_files_are_reported(tiny_denoiser, tmp_path):
+def test_partial_files_are_reported(tiny_denoiser, tmp_path, caplog):
     applied(tiny_denoiser, exclude_patterns=".*mlp.*").save_weights(tmp_path / "a.safetensors", None, {})
     network = applied(tiny_denoiser, exclude_patterns=".*self_attn.*")
     report = network.load_weights(tmp_path / "a.safetensors")
     assert (report.loaded, len(report.missing), len(report.unexpected)) == (8, 4, 8)
     assert str(report) == (
         "8 LoRA modules loaded; "
-        "4 are not in it and start anew (lora_unet_blocks_0_mlp_layer1, lora_unet_blocks_0_mlp_layer2, lora_unet_blocks_1_mlp_layer1 and 1 more); "
-        "8 in it have no place here and are left out (lora_unet_blocks_0_self_attn_k_proj, lora_unet_blocks_0_self_attn_output_proj, "
-        "lora_unet_blocks_0_self_attn_q_proj and 5 more)"
+        "4 are not in it and start anew (lora_unet_blocks_0_mlp_layer1, lora_unet_blocks_0_mlp_layer2, lora_unet_blocks_1_mlp_layer1 and 1 more)"
     )  # fmt: skip
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        f"{tmp_path / 'a.safetensors'}: 8 modules have no place in this network: left out (lora_unet_blocks_0_self_attn_k_proj, "
+        "lora_unet_blocks_0_self_attn_output_proj, lora_unet_blocks_0_self_attn_q_proj and 5 more)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "unet", "prefix", "other"), [(True, False, "lora_te_", "lora_unet_"), (False, True, "lora_unet_", "lora_te_")]
+)
+def test_one_part_of_two(tiny_denoiser, tiny_text_encoder, tmp_path, caplog, text, unet, prefix, other):  # noqa: PLR0913
+    """A network of which one part is dropped saves, trains and loads what is left, and says what of a file has no place."""
+    applied(tiny_denoiser, [tiny_text_encoder]).save_weights(tmp_path / "both.safetensors", None, {})
+    network = lora_anima.create_network(1.0, 4, 2.0, None, [tiny_text_encoder], tiny_denoiser)
+    network.apply_to([tiny_text_encoder], tiny_denoiser, text, unet)
+    assert list(groups_of(network, 1e-4, 1e-4)) == ["textencoder 1" if text else "unet"]
+    report = network.load_weights(tmp_path / "both.safetensors")
+    count = 7 if text else 20
+    assert (report.loaded, report.missing, len(report.unexpected)) == (count, (), 27 - count)
+    assert f"{27 - count} modules have no place in this network: left out ({other}" in caplog.text
+    network.save_weights(tmp_path / "one.safetensors", None, {})
+    keys = list(read_header(tmp_path / "one.safetensors").tensors)
+    assert len(keys) == 3 * count and all(key.startswith(prefix) for key in keys)
+
+
+def test_a_dropped_part_does_not_keep_its_model(tiny_denoiser):
+    encoder = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(4, 4)})})])})
+    layer = weakref.ref(encoder["layers"][0]["mlp"]["up_proj"])
+    network = lora_anima.create_network(1.0, 4, 2.0, None, [encoder], tiny_denoiser)
+    network.apply_to([encoder], tiny_denoiser, False, True)
+    del encoder
+    gc.collect()
+    assert layer() is None
 
 
 def test_another_rank_is_refused_once(tiny_denoiser, tmp_path):

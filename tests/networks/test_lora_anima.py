@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import CheckpointError, NetworkError
+from library.files.safetensors_file import read_header
 from networks import lora_anima
 
 
@@ -90,13 +91,41 @@ def test_dropouts_reach_the_modules(tiny_denoiser):
     assert not create(tiny_denoiser, dropout=None).unet_loras[0].dropouts.any
 
 
-def test_verbose_logs_every_module(tiny_denoiser, caplog):
+def test_verbose_shows_a_table_once_rates_are_known(published_denoiser, published_text_encoder, caplog):
     with caplog.at_level(logging.INFO):
-        create(tiny_denoiser, dim=2, alpha=0)
-        assert caplog.messages == ["LoRA for unet: 20 modules, rank 2"]
-        create(tiny_denoiser, dim=2, alpha=0, verbose="true")
-    assert "  blocks.0.self_attn.q_proj: rank 2, alpha 2 (lora_unet_blocks_0_self_attn_q_proj)" in caplog.messages
-    assert len(caplog.messages) == 2 + 20
+        network = create(published_denoiser, [published_text_encoder], dim=16, alpha=8, train_llm_adapter="true", verbose="true",
+                         loraplus_unet_lr_ratio=16, network_reg_lrs=r".*mlp.*=0", cross_attn_lr=2e-4)  # fmt: skip
+        assert caplog.messages == ["LoRA for textencoder 1: 196 modules, rank 16", "LoRA for unet: 340 modules, rank 16"]
+        network.prepare_optimizer_params([3e-5], 1e-4)
+    heading, *rows = caplog.messages[2:]
+    end = rows.index("")
+    modules, (_, *totals) = rows[:end], rows[end + 1 :]
+    assert len(modules) == 196 + 340 and re.split(" {2,}", heading)[0] == "module"
+    column = heading.index("name in the file")
+    assert all(line[column - 2 : column] == "  " and line[column] != " " for line in modules)
+    by_path = {cells[0]: cells[1:] for cells in (re.split(" {2,}", line) for line in modules[196:])}
+    assert by_path["blocks.27.self_attn.q_proj"] == [
+        "16",
+        "8",
+        "0.0001 / 0.0016",
+        "65,536",
+        "lora_unet_blocks_27_self_attn_q_proj",
+    ]
+    assert by_path["blocks.0.cross_attn.k_proj"][2:4] == ["0.0002 / 0.0032", "49,152"]
+    assert by_path["blocks.0.mlp.layer1"][2] == "not trained"
+    assert [tuple(re.split(" {2,}", line)[:2]) for line in totals] == [
+        ("textencoder 1", "196"), ("unet self_attn", "112"), ("unet cross_attn", "112"), ("unet mlp", "56"),
+        ("unet llm_adapter", "60"), ("all", "536"),
+    ]  # fmt: skip
+    assert totals[-1].endswith(f"{sum(lora.lora_down.weight.numel() + lora.lora_up.weight.numel() for lora in network.loras):,}")
+
+
+def test_without_verbose_there_is_no_table(tiny_denoiser, caplog):
+    with caplog.at_level(logging.INFO):
+        network = create(tiny_denoiser, dim=2, alpha=0)
+        network.apply_to(None, tiny_denoiser)
+        network.prepare_optimizer_params(None, 1e-4)
+    assert caplog.messages == ["LoRA for unet: 20 modules, rank 2"]
 
 
 def test_two_networks_in_one_process_do_not_disturb_each_other(tiny_denoiser, tmp_path):
@@ -129,6 +158,88 @@ def test_refusals_come_together(tiny_denoiser):
     with pytest.raises(NetworkError) as caught:
         create(tiny_denoiser, dim=0, alpha=-1, exclude_patterns="nothing", network_reg_lrs="nowhere=1")
     assert len(caught.value.problems) == 4
+
+
+# --- learning rates of the denoiser's parts
+
+
+def groups(network, unet=None, *, unet_lr=1e-4):
+    network.apply_to(None, unet)
+    found, named = network.prepare_optimizer_params_with_multiple_te_lrs(None, unet_lr, 1.0)
+    return {name: (group["lr"], len(group["params"]) // 2) for name, group in zip(named, found, strict=True)}
+
+
+def test_parts_have_groups_of_their_own(tiny_denoiser):
+    network = create(tiny_denoiser, self_attn_lr=2e-4, cross_attn_lr=3e-4, mlp_lr=4e-4)
+    assert groups(network, tiny_denoiser) == {
+        "unet self_attn": (2e-4, 8), "unet cross_attn": (3e-4, 8), "unet mlp": (4e-4, 4)
+    }  # fmt: skip
+
+
+def test_a_rate_of_zero_makes_a_smaller_file(tiny_denoiser, tmp_path):
+    network = create(tiny_denoiser, self_attn_lr=0, mlp_lr=0.0)
+    assert groups(network, tiny_denoiser) == {"unet": (1e-4, 8)}
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    saved = read_header(tmp_path / "a.safetensors").tensors
+    assert len(saved) == 3 * 8 and all("cross_attn" in key for key in saved)
+
+
+def test_mod_lr_lets_in_the_modulation_of_the_blocks_alone(published_denoiser):
+    network = create(published_denoiser, None, dim=1, mod_lr=1e-5)
+    added = names(network.unet_loras) - DENOISER_NAMES
+    assert added == {name for name in READMITTED_NAMES if name.startswith("lora_unet_blocks_")} and len(added) == 168
+    assert groups(network, published_denoiser) == {"unet": (1e-4, 280), "unet mod": (1e-5, 168)}
+    for kept_out in ({"mod_lr": 0}, {"mod_lr": None}):
+        assert names(create(published_denoiser, None, dim=1, **kept_out).unet_loras) == DENOISER_NAMES
+
+
+def test_exclude_patterns_win_over_mod_lr(tiny_denoiser):
+    network = create(tiny_denoiser, mod_lr=1e-5, exclude_patterns=r".*modulation_mlp.*")
+    assert groups(network, tiny_denoiser)["unet mod"] == (1e-5, 8)
+
+
+def test_llm_adapter_lr_trains_the_adapter(tiny_denoiser):
+    assert groups(create(tiny_denoiser, llm_adapter_lr=1e-5), tiny_denoiser) == {
+        "unet": (1e-4, 20),
+        "unet llm_adapter": (1e-5, 10),
+    }
+
+
+def test_the_adapters_attention_is_no_part_of_the_blocks(tiny_denoiser):
+    network = create(tiny_denoiser, train_llm_adapter="true", self_attn_lr=0, mlp_lr=0, cross_attn_lr=0)
+    assert groups(network, tiny_denoiser) == {"unet": (1e-4, 10)}
+    left_out = create(tiny_denoiser, train_llm_adapter="true", llm_adapter_lr=0)
+    assert groups(left_out, tiny_denoiser) == {"unet": (1e-4, 20)}
+
+
+def test_patterns_win_over_parts_and_lora_plus_multiplies(tiny_denoiser):
+    network = create(tiny_denoiser, self_attn_lr=2e-4, network_reg_lrs=r"blocks\.0\.self_attn\..*=5e-4", loraplus_lr_ratio=4)
+    assert groups(network, tiny_denoiser) == {
+        "unet reg_lr_0": (5e-4, 2), "unet reg_lr_0 plus": (20e-4, 2), "unet self_attn": (2e-4, 2), "unet self_attn plus": (8e-4, 2),
+        "unet": (1e-4, 6), "unet plus": (4e-4, 6),
+    }  # fmt: skip
+
+
+def test_parts_do_not_touch_the_text_encoder(tiny_denoiser, tiny_text_encoder):
+    network = create(tiny_denoiser, tiny_text_encoder, self_attn_lr=0, mlp_lr=1e-3)
+    assert len(network.text_encoder_loras) == 7
+    assert list(groups(network, tiny_denoiser)) == ["textencoder 1", "unet mlp", "unet"]
+
+
+def test_a_rate_for_an_adapter_that_the_model_lacks(tiny_denoiser):
+    del tiny_denoiser.llm_adapter
+    with pytest.raises(NetworkError, match=r"^--llm_adapter_lr is 0.0001, but the model has no such part: drop --llm_adapter_lr"):
+        create(tiny_denoiser, llm_adapter_lr=1e-4)
+
+
+def test_rates_with_dim_from_weights(saved, tiny_denoiser):
+    file, ranks = saved
+    network, _ = lora_anima.create_network_from_weights(1.0, file, None, None, tiny_denoiser, mlp_lr=0, self_attn_lr=1e-3)
+    assert names(network.unet_loras) == set(ranks)
+    assert groups(network, tiny_denoiser) == {"unet self_attn": (1e-3, 8), "unet": (1e-4, 18)}
+    assert not network.lora_unet_blocks_0_mlp_layer1.lora_up.weight.requires_grad
+    with pytest.raises(NetworkError, match=r"--mod_lr is 0.001, but the LoRA file, which decides, has none"):
+        lora_anima.create_network_from_weights(1.0, file, None, None, tiny_denoiser, mod_lr=1e-3)
 
 
 # --- networks from files
@@ -190,7 +301,7 @@ def test_modules_without_a_place_are_named(saved, tiny_denoiser, caplog):
     del tiny_denoiser.llm_adapter
     network, _ = lora_anima.create_network_from_weights(1.0, file, None, None, tiny_denoiser)
     assert len(network.unet_loras) == 20
-    assert re.search(r"10 modules have no place in the models here: left out \(lora_unet_llm_adapter_blocks_0", caplog.text)
+    assert re.search(r"10 modules have no place in this network: left out \(lora_unet_llm_adapter_blocks_0", caplog.text)
 
 
 def test_a_file_of_another_architecture(tiny_denoiser, tmp_path):
