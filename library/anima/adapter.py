@@ -79,4 +79,4 @@ class AdapterAttention(NormedAttention):
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def forward(self, x: Tensor, source: Tensor, key_mask: Tensor | None, tables: tuple[RopeTable, RopeTable]) -> Tensor:
-        return self.o_proj(self.mix(x, source, tables, key_mask))
+        return self.o_proj(self.mix(x, source, tables, key_mask=key_mask))

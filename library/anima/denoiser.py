@@ -24,6 +24,7 @@ from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
 from library.nn.norms import RmsNorm, layer_norm
 from library.nn.rope import RopeTable, rope_angles, rope_table
+from library.nn.zero_rows import can_cut, cut_zero_rows
 
 ROPE_THETA = 10000.0
 ROPE_TABLES_KEPT = 16  # one per bucket in use; a table of 4096 tokens takes 4 MiB
@@ -48,20 +49,38 @@ class AnimaDenoiser(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.t_embedding_norm.weight.dtype
 
-    def forward(self, latents: Tensor, sigmas: Tensor, context: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        sigmas: Tensor,
+        context: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        used_rows: int | None = None,
+    ) -> Tensor:
         """latents (B, 16, h, w) scaled, sigmas (B,) in [0, 1] with 1 = pure noise, context (B, 512, C) from ``encode_context``.
 
         padding_mask (B, 1, any height, any width), 1 = not part of the picture; None = all of it is. h and w are even.
+        used_rows: the caller knows that the context is zero from there on, as it is behind the longest caption; faster, and equal
+        to rounding, wherever a layer makes zeros of zeros, as a LoRA's do. None = every row is computed with.
         Returns the velocity, shaped and typed as ``latents``.
         """
         x = self.x_embedder(latents.to(self.dtype), padding_mask)  # (B, N, D)
         time, shared = self.embed_time(sigmas)  # (B, D), (B, 3D)
         rope = self.rope(latents.shape[2] // self.config.patch, latents.shape[3] // self.config.patch, x.device)
-        context = context.to(self.dtype)
+        context, log_zeros = self.cut_context(context.to(self.dtype), used_rows)
         for number, block in enumerate(self.blocks):
-            x = self.run_block(number, block, x, context, time, shared, rope)
+            x = self.run_block(number, block, x, context, time, shared, rope, log_zeros)
         patches = self.final_layer(x, time, shared)  # (B, N, patch * patch * 16)
         return unpatchify(patches, latents.shape, self.config.patch).to(latents.dtype)
+
+    def cut_context(self, context: Tensor, used_rows: int | None) -> tuple[Tensor, Tensor | None]:
+        """context (B, T, C) -> the rows to compute with, and the logarithm of how many zero rows follow them (None = no more)."""
+        kind = context.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else context.dtype
+        if used_rows is None or not can_cut(context.device, dtype, self.config.head_dim):
+            return context, None
+        return cut_zero_rows(context, used_rows)
 
     def embed_time(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         """sigmas (B,) -> what enters every modulation layer (B, D), and what is added to what leaves it (B, 3D)."""
@@ -158,13 +177,15 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.adaln_modulation_mlp = modulation(config, 3)
 
-    def forward(self, x: Tensor, context: Tensor, time: Tensor, shared: Tensor, rope: RopeTable) -> Tensor:
-        """x (B, N, D), context (B, T, C), time (B, D), shared (B, 3D) -> (B, N, D)"""
+    def forward(  # noqa: PLR0913  # what the blocks share is computed once, before them
+        self, x: Tensor, context: Tensor, time: Tensor, shared: Tensor, rope: RopeTable, log_zeros: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, D), context (B, T, C), time (B, D), shared (B, 3D), log_zeros () of the context -> (B, N, D)"""
         shift, scale, gate = split_modulation(self.adaln_modulation_self_attn(time) + shared, 3)
         normed = modulate(x, shift, scale)
         x = torch.addcmul(x, gate, self.self_attn(normed, normed, rope))
         shift, scale, gate = split_modulation(self.adaln_modulation_cross_attn(time) + shared, 3)
-        x = torch.addcmul(x, gate, self.cross_attn(modulate(x, shift, scale), context))
+        x = torch.addcmul(x, gate, self.cross_attn(modulate(x, shift, scale), context, log_zeros=log_zeros))
         shift, scale, gate = split_modulation(self.adaln_modulation_mlp(time) + shared, 3)
         return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
 
@@ -176,8 +197,8 @@ class DenoiserAttention(NormedAttention):
         super().__init__(config.width, key_width=key_width, heads=config.heads, head_dim=config.head_dim)
         self.output_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x: Tensor, source: Tensor, rope: RopeTable | None = None) -> Tensor:
-        return self.output_proj(self.mix(x, source, None if rope is None else (rope, rope)))
+    def forward(self, x: Tensor, source: Tensor, rope: RopeTable | None = None, *, log_zeros: Tensor | None = None) -> Tensor:
+        return self.output_proj(self.mix(x, source, None if rope is None else (rope, rope), log_zeros=log_zeros))
 
 
 class FeedForward(nn.Module):

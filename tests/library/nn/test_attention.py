@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.nn.attention import NormedAttention, attend
+from library.nn.attention import NormedAttention
+from library.nn.attention_kernels import attend
 from library.nn.rope import apply_rope, rope_angles, rope_table
 
 

@@ -1,0 +1,172 @@
+"""Which program computes attention: PyTorch's own, or that of a package.
+
+B batch · N queries · S keys · H heads · K head width
+
+Masks occur in Anima's LLM adapter only, where captions of unlike lengths share a batch. A package would need the lengths on the
+host, for which the step would wait, to save far less than that; so whatever is masked is computed by PyTorch in every mode, and
+so is the attention to a cut source (``library/nn/zero_rows.py``), which is small by then.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.errors import OptionError
+from library.nn.zero_rows import attend_cut
+
+PROBE_ROWS = 64
+INSTEAD = "take --attn_mode=torch"
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """``mode``: torch or a name in ``PACKAGES``. ``split``: one sample of the batch at a time, for less memory at once."""
+
+    mode: str = "torch"
+    split: bool = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *, log_zeros: Tensor | None = None
+    ) -> Tensor:
+        """q (B, N, H, K), k and v (B, S, H, K), key_mask (B, S) as in ``attend``, log_zeros () as in ``attend_cut``, which
+        takes no mask -> (B, N, H * K)."""
+        if not self.split or q.shape[0] == 1:
+            return self._together(q, k, v, key_mask, log_zeros)
+        masks = [None] * q.shape[0] if key_mask is None else key_mask.split(1)
+        samples = zip(q.split(1), k.split(1), v.split(1), masks, strict=True)
+        return torch.cat([self._together(*sample, log_zeros) for sample in samples])
+
+    def _together(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, log_zeros: Tensor | None) -> Tensor:
+        if log_zeros is not None:
+            return attend_cut(q, k, v, log_zeros)
+        if key_mask is not None or k.shape[1] == 0:
+            return attend(q, k, v, key_mask)
+        return COMPUTE[self.mode](q, k, v)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """PyTorch's own: q (B, N, H, K), k and v (B, S, H, K) -> (B, N, H * K).
+
+    key_mask (B, S), true or 1 = takes part; None where nothing is masked, which lets torch take its fastest kernel.
+    Where every key of a sample is masked, or S is 0, the result is zero, not NaN.
+    """
+    if k.shape[1] == 0:
+        return q.new_zeros(q.shape).flatten(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, K)
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mask = key_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
+    empty = ~mask.any(dim=-1, keepdim=True)
+    # An empty sample attends to everything and is erased afterwards: no 0/0 forward, no NaN gradient backward.
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty)
+    return out.masked_fill(empty, 0).transpose(1, 2).flatten(2)
+
+
+def attend_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v).flatten(2)
+
+
+def attend_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v).flatten(2)
+
+
+def attend_sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Raises OptionError where gradients are recorded: the package would return a result that has none."""
+    from sageattention import sageattn
+
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise OptionError(f"--attn_mode=sageattn computes no gradients, so it cannot train: {INSTEAD}")
+    return sageattn(q, k, v, tensor_layout="NHD", is_causal=False).flatten(2)
+
+
+COMPUTE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "torch": attend,
+    "xformers": attend_xformers,
+    "flash": attend_flash,
+    "sageattn": attend_sage,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """What a kernel of others needs. ``head_dim``: the widest head that it takes; ``dtypes``: none named = it knows itself."""
+
+    module: str
+    name: str  # for pip
+    head_dim: int
+    dtypes: tuple[torch.dtype, ...] = HALVES
+    trains: bool = True
+
+
+PACKAGES = {
+    "xformers": Package(module="xformers.ops", name="xformers", head_dim=512, dtypes=()),
+    "flash": Package(module="flash_attn", name="flash-attn", head_dim=256),
+    "sageattn": Package(module="sageattention", name="sageattention", head_dim=128, trains=False),
+}
+
+
+def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, trains: bool, head_dim: int) -> None:
+    """Tries the kernel on a few numbers. ``dtype``: what attention computes in (autocast's, where that is on); ``head_dim``:
+    of the widest heads; ``trains``: gradients are wanted.
+
+    Raises one OptionError that names everything that is wrong.
+    """
+    if kernel.mode == "torch":
+        return
+    package = PACKAGES[kernel.mode]
+    problems = list(_problems(kernel.mode, package, device, dtype, head_dim))
+    if trains and not package.trains:
+        problems.append(f"--attn_mode={kernel.mode} computes no gradients, so it cannot train: {INSTEAD}")
+    if not problems:
+        problems += _trial_problems(kernel, device, dtype, trains=trains, head_dim=head_dim)
+    if problems:
+        raise OptionError(*problems)
+
+
+def _problems(mode: str, package: Package, device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
+    flag = f"--attn_mode={mode}"
+    try:
+        importlib.import_module(package.module)
+    except ModuleNotFoundError as error:
+        yield f"{flag} needs the package {package.name} ({error}): pip install {package.name}, or {INSTEAD}"
+    except Exception as error:  # built for another PyTorch or CUDA: whatever loading a library can raise
+        yield f"{flag}: the package {package.name} cannot be loaded ({described(error)}): install it again, or {INSTEAD}"
+    if device.type != "cuda":
+        yield f"{flag} needs a CUDA GPU, and this runs on {device.type}: {INSTEAD}"
+    if package.dtypes and dtype not in package.dtypes:
+        given = str(dtype).removeprefix("torch.")
+        yield f"{flag} computes in float16 or bfloat16, not in {given}: add --mixed_precision=bf16, or {INSTEAD}"
+    if head_dim > package.head_dim:
+        yield f"{flag} takes heads of up to {package.head_dim} channels; this model's have {head_dim}: {INSTEAD}"
+
+
+def _trial_problems(
+    kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, trains: bool, head_dim: int
+) -> Iterator[str]:
+    x = torch.ones(1, PROBE_ROWS, 1, head_dim, device=device, dtype=dtype, requires_grad=trains)
+    try:
+        with torch.set_grad_enabled(trains):
+            out = kernel(x, x, x)
+        if trains:
+            out.sum().backward()
+        float(out.detach().sum())  # waits for the device: kernels fail there
+    except Exception as error:  # each package has errors of its own for what it was not built for
+        yield f"--attn_mode={kernel.mode} does not work here ({described(error)}): {INSTEAD}"
+
+
+def described(error: Exception) -> str:
+    """``Type: first line``"""
+    lines: list[Any] = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {str(lines[0]).strip()}"
