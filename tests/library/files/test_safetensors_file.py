@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from library.dataset.caches.cache_file import tensor_bytes
@@ -73,6 +75,21 @@ def test_one_entry_of_the_metadata_is_found_alone(path: Path, key: str) -> None:
 def test_what_looks_like_an_entry_is_none(path: Path, key: str) -> None:
     with TensorFile(path) as file, pytest.raises(KeyError):
         file.note(key)
+
+
+def test_files_are_read_and_never_mapped_into_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --disable_mmap_load_safetensors asks for."""
+
+    def mapped(*args: object, **settings: object) -> None:
+        raise AssertionError("mapped into memory")
+
+    monkeypatch.setattr(mmap, "mmap", mapped)
+    monkeypatch.setattr(torch, "from_file", mapped)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", mapped)
+    monkeypatch.setattr(safetensors, "safe_open", mapped)
+    monkeypatch.setattr(safetensors.torch, "load_file", mapped)
+    for name, tensor in read_tensors(read_header(path)):
+        assert torch.equal(tensor, TENSORS[name])
 
 
 def test_a_header_in_another_style_is_read_as_well(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class Noting(TinyTrainer):
 
 @pytest.fixture
 def filled(picture_folder, tmp_path):
-    """``filled(*flags)``: a trainer of five pictures whose caches are filled."""
+    """``filled(*flags)``: a trainer (a Noting one) of five pictures whose caches are filled."""
     folder = picture_folder(5)
     (tmp_path / "set.toml").write_text(
         f"[general]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\nbucket_reso_steps = 16\n"
@@ -45,10 +45,10 @@ def filled(picture_folder, tmp_path):
         f'image_dir = "{folder.as_posix()}"\n'
     )
 
-    def run(*flags: object) -> Noting:
+    def run(*flags: object, trainer_class: type[TinyTrainer] = Noting) -> TinyTrainer:
         base = ["--pretrained_model_name_or_path=x", "--qwen3=x", "--vae=x", f"--dataset_config={tmp_path / 'set.toml'}"]
         base += [f"--output_dir={tmp_path / 'out'}", "--network_module=networks.lora_anima", "--seed=1", "--max_train_steps=2"]
-        trainer = Noting(check_run(read_options(AnimaTrainOptions, [*base, *map(str, flags)]), TinyArchitecture()))
+        trainer = trainer_class(check_run(read_options(AnimaTrainOptions, [*base, *map(str, flags)]), TinyArchitecture()))
         trainer.start_accelerator()
         trainer.fill_caches()
         return trainer
@@ -146,6 +146,37 @@ def test_highvram_keeps_gpu_memory_between_encoding(filled, monkeypatch, flags, 
     trainer.after_caching()
     trainer.after_caching()
     assert len(times) == given_back
+
+
+class Counting(TinyTrainer):
+    """Notes how many images and captions are encoded at a time."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.images: list[int] = []
+        self.captions: list[int] = []
+
+    def encode_images(self, vae, pixels):
+        self.images.append(len(pixels))
+        return super().encode_images(vae, pixels)
+
+    def encode_text(self, text_encoder, captions):
+        self.captions.append(len(captions))
+        return super().encode_text(text_encoder, captions)
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "captions"),
+    [
+        ((), 1, 1),
+        (("--vae_batch_size=2",), 2, 1),
+        (("--text_encoder_batch_size=4",), 1, 4),
+    ],
+)
+def test_how_much_is_encoded_at_a_time(filled, flags, images, captions):
+    trainer = filled(*MEMORY, *flags, trainer_class=Counting)
+    assert max(trainer.images) == images and max(trainer.captions) == captions
+    assert sum(trainer.images) == 10 and sum(trainer.captions) == 6  # five pictures, also mirrored; and the empty caption
 
 
 class Reached(Exception):

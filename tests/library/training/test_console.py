@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from library.training.console import SHOWN_FROM, progress_bar
+import pytest
+
+from library.options.console import ConsoleOptions
+from library.training.console import SHOWN_FROM, progress_bar, set_up_console
 
 REPOSITORY = Path(__file__).parents[3]
 START = """
@@ -39,6 +44,24 @@ def test_names_that_are_no_text_on_a_utf8_console_and_in_a_log_file(tmp_path):
     done = run(code, options=f", console_log_file={str(tmp_path / 'log')!r}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "log").read_text(encoding="utf-8").splitlines() == ["saved a\\udcff.safetensors", "after"]
+
+
+@pytest.mark.parametrize(("level", "shown"), [("WARNING", ["b"]), ("DEBUG", ["x", "a", "b"]), (None, ["a", "b"])])
+def test_what_is_less_severe_is_not_shown(capsys, level, shown):
+    set_up_console(ConsoleOptions(console_log_simple=True, console_log_level=level))
+    logger = logging.getLogger("library.x")
+    logger.debug("x")
+    logger.info("a")
+    logger.warning("b")
+    assert capsys.readouterr().out.splitlines() == shown
+
+
+def test_lines_tell_the_time_unless_they_are_to_be_simple(capsys):
+    for simple in (False, True):
+        set_up_console(ConsoleOptions(console_log_simple=simple))
+        logging.getLogger("library.x").info("saved")
+    timed, plain = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d saved", timed) and plain == "saved"
 
 
 def count_to(total):

@@ -69,6 +69,7 @@ def test_old_steps_make_way_by_steps_not_files():
     # after step 50: 50 - 25 - 1 = 24, rounded down to 20
     assert [mine.step_to_remove(s) for s in (10, 30, 40, 50)] == [None, None, 10, 20]
     assert mine.step_state_to_remove(50) == 20
+    assert schedule(save_every_n_steps=10, save_last_n_steps=25, save_last_n_steps_state=35).step_state_to_remove(50) == 10
 
 
 def test_what_is_due_after_a_step():
