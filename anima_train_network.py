@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
+from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.sampling import encode_context, initial_noise
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
@@ -44,6 +45,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def build_denoiser(self) -> AnimaDenoiser:
         return build_denoiser(self.run.layouts.denoiser.config)
 
+    def fp8_layers(self) -> str:
+        return DENOISER_FP8_LAYERS
+
     def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
         load_denoiser(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
 
@@ -58,7 +62,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         )
 
     def build_text_encoder(self) -> AnimaTextEncoder:
-        return build_text_encoder(self.run.layouts.text, self.run.layouts.tokenizers)
+        return build_text_encoder(self.run.layouts.text, self.run.layouts.tokenizers, fp8=self.options.memory.fp8_base)
 
     def text_models(self, text_encoder: AnimaTextEncoder) -> list[nn.Module]:
         return [text_encoder.model]

@@ -28,6 +28,7 @@ from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
 from library.training.caching import CacheFilling
 from library.training.divergence import DivergenceGuard
+from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.metadata import LoraMetadata
@@ -120,6 +121,7 @@ class NetworkTrainer(CacheFilling):
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
         self.denoiser: Any = self.build_denoiser()
+        prepare_fp8(self.options, self.denoiser, self.fp8_layers())
         if self.options.trains_text_encoder:
             self.text_encoder = self.build_text_encoder()
             self.trained_encoders = list(self.text_models(self.text_encoder))
@@ -152,13 +154,17 @@ class NetworkTrainer(CacheFilling):
 
     def load_models(self) -> None:
         """Loads the denoiser and what must encode at every step, and merges --base_weights into them."""
-        place = denoiser_place(self.options, self.denoiser, self.device)
-        self.load_denoiser(self.denoiser, device=place, dtype=self.weight_dtype)
         if self.run.text_cache is None:
             self.text_encoder = self.text_encoder or self.build_text_encoder()
-            self.load_text_encoder(self.text_encoder, device=self.device, dtype=self.weight_dtype)
         encoders = self.text_models(self.text_encoder) if self.text_encoder is not None else []
+        wait_for_merging(self.options, self.denoiser, *encoders)
+        place = denoiser_place(self.options, self.denoiser, self.device)
+        self.load_denoiser(self.denoiser, device=place, dtype=self.weight_dtype)
+        if self.text_encoder is not None:
+            self.load_text_encoder(self.text_encoder, device=self.device, dtype=self.weight_dtype)
         networks.merge_base_weights(self.options.network, self.denoiser, encoders, self.weight_dtype)
+        for model in (self.denoiser, *encoders):
+            self.say(*arrange_fp8(self.options, model, self.device, dtype=self.weight_dtype))
         if self.options.memory.checkpointing is not None:
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)

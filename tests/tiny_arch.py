@@ -102,6 +102,9 @@ class TinyTrainer(NetworkTrainer):
     def build_denoiser(self):
         return TinyDenoiser().to("meta")
 
+    def fp8_layers(self):
+        return r"blocks\.0\.mlp\.layer1"
+
     def load_denoiser(self, denoiser, *, device, dtype):
         weight = nn.Parameter(torch.eye(3, device=device, dtype=dtype) * 0.5, requires_grad=False)
         denoiser.blocks[0].mlp["layer1"].weight = weight

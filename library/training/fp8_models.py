@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,21 +30,21 @@ def prepare_fp8(options: Any, denoiser: nn.Module, layers: str) -> None:
 
 
 def wait_for_merging(options: Any, *models: nn.Module) -> None:
-    """Before models are loaded that ``merge_base_weights`` is going to get: rounds them to 8 bits there, if anything is merged."""
+    """Before models are loaded that ``merge_base_weights`` is going to get: it rounds them to 8 bits, if it merges anything."""
     if options.network.base_weights:
         for model in models:
             keep_unquantised(model)
 
 
-def arrange_fp8(options: Any, model: nn.Module, device: torch.device, *, dtype: torch.dtype) -> str | None:
-    """Once the model is loaded and merged: chooses how it multiplies on ``device``. Returns a line about it; None without fp8.
+def arrange_fp8(options: Any, model: nn.Module, device: torch.device, *, dtype: torch.dtype) -> Iterator[str]:
+    """Once the model is loaded and merged: chooses how it multiplies on ``device``. Gives a line about it; none without fp8.
 
     With --deterministic nothing is left to the clock.
     """
     count = sum(1 for _ in fp8_layers(model))
     if not count:
-        return None
+        return
     how = "dequantised for their products (--deterministic)"
     if not options.run.deterministic:
         how = choose_fp8_products(model, device, dtype=dtype)
-    return f"{type(model).__name__}: {count} layers in 8 bits, {how}"
+    yield f"{type(model).__name__}: {count} layers in 8 bits, {how}"

@@ -38,6 +38,10 @@ class ArchitectureHooks(ABC):
         """
 
     @abstractmethod
+    def fp8_layers(self) -> str:
+        """Which of the denoiser's Linears may be kept in 8 bits (--fp8_base): a regular expression of their whole paths."""
+
+    @abstractmethod
     def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
         """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
 
