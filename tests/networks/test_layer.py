@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import NetworkError
+from library.nn.fp8 import Fp8Linear, in_dtype, keep_unquantised, quantise, quantised, use_fp8
 from networks.layer import Dropouts, LoRAModule, kept
 
 
@@ -300,3 +301,110 @@ def test_norm():
 def test_grouped_convolution_is_refused():
     with pytest.raises(NetworkError, match="lora_unet_x.*groups"):
         LoRAModule("lora_unet_x", nn.Conv2d(4, 4, 3, groups=2), lora_dim=2)
+
+
+# ---------------------------------------------------------------- frozen weights in 8 bits
+
+
+def in_fp8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Fp8Linear:
+    holder = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"))
+    (layer,) = use_fp8(holder, "0")
+    layer.take_weight(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def twin_of(layer: Fp8Linear) -> nn.Linear:
+    """The plain Linear of the weights that are stored, in float64."""
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).double()
+    twin.weight.data = in_dtype(layer.weight, layer.weight_scale, torch.float64)
+    if layer.bias is not None:
+        twin.bias.data = layer.bias.double()
+    return twin
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12)])
+def test_fused_beside_8_bit_weights_equals_the_formula_in_float64(shape, bias):
+    layer = in_fp8(torch.randn(20, 12) * 0.05, torch.randn(20, dtype=torch.float64) if bias else None)
+    twin = twin_of(layer)
+    lora = with_lora(layer)
+    lora.double()
+    assert lora.fused
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    wanted = [x, lora.lora_down.weight, lora.lora_up.weight]
+    ours, reference = layer(x), naive(lora, twin, x)
+    torch.testing.assert_close(ours, reference, rtol=1e-13, atol=1e-13)
+    for one, other in zip(gradients(ours, wanted), gradients(reference, wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_fused_and_formula_agree_beside_8_bit_weights():
+    """Two LoRAs on one layer: the second takes the formula, through the first one's forward."""
+    layer = in_fp8(torch.randn(20, 12))
+    twin = twin_of(layer)
+    first, second = with_lora(layer).double(), with_lora(layer, alpha=8.0).double()
+    assert first.fused and not second.fused
+    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    expected = naive(first, twin, x) + naive(second, twin, x) - twin(x)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(gradients(layer(x), [x]), gradients(expected, [x]))
+
+
+def test_8_bit_weights_under_autocast():
+    layer = in_fp8(torch.randn(48, 64))
+    twin = twin_of(layer).float()
+    lora = with_lora(layer)
+    x = torch.randn(7, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    reference = naive(lora, twin, x)
+    assert out.dtype == torch.bfloat16 and (out - reference).norm() < 0.01 * reference.norm()
+    out.float().square().sum().backward()
+    expected = torch.autograd.grad(reference.square().sum(), [lora.lora_down.weight, lora.lora_up.weight])
+    for ours, other in zip([lora.lora_down.weight.grad, lora.lora_up.weight.grad], expected, strict=True):
+        assert ours.dtype == torch.float32 and (ours - other).norm() < 0.02 * other.norm()
+
+
+def test_backward_keeps_8_bit_weights_as_they_are():
+    layer = in_fp8(torch.randn(64, 48))
+    with_lora(layer)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(5, 48, requires_grad=True))
+    assert max(t.numel() * t.dtype.itemsize for t in kept) == 64 * 48
+    assert sum(t.numel() == 64 * 48 for t in kept) == 1
+
+
+def test_8_bit_weights_compile_without_graph_breaks():
+    torch.compiler.reset()
+    layer = in_fp8(torch.randn(9, 6))
+    lora = with_lora(layer)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    found = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        x.grad = None
+        lora.zero_grad()
+        run(x).square().sum().backward()
+        found.append((x.grad, lora.lora_down.weight.grad, lora.lora_up.weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_merge_into_8_bit_weights_is_refused_and_before_the_rounding_it_is_not():
+    layer = in_fp8(torch.randn(9, 6))
+    lora = with_lora(layer)
+    with pytest.raises(NetworkError, match="lora_unet_x cannot be merged: .*8 bits already; merge first"):
+        lora.add_to_weight(lora.state_dict())
+    waiting = nn.Sequential(nn.Linear(6, 9, device="meta"))
+    (layer,) = use_fp8(waiting, "0")
+    keep_unquantised(waiting)
+    layer.take_weight(torch.randn(9, 6))
+    before = layer.weight.clone()
+    lora = with_lora(layer)
+    lora.add_to_weight(lora.state_dict())
+    quantise(waiting)
+    merged = before + 0.7 * 0.5 * lora.lora_up.weight @ lora.lora_down.weight
+    expected = quantised(merged.detach())
+    assert torch.equal(layer.weight.float(), expected[0].float()) and torch.equal(layer.weight_scale, expected[1])
