@@ -1,0 +1,167 @@
+"""The three layouts of LoRA files, as names: which module and which part of its LoRA a key means. Needs no torch.
+
+A key is a module's name and an ending: ``lora_unet_blocks_0_mlp_layer1`` + ``.lora_down.weight``. Each architecture states the
+names of its modules as a :class:`NameTable` (``anima_layouts.py``); the tensors follow in ``lora_formats.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from library.errors import CheckpointError, did_you_mean
+from library.files.model_path import LORA, recognise_keys, with_article
+
+OURS, COMFY, DIFFUSERS = "ours", "comfy", "diffusers"
+DOWN, UP, ALPHA = "down", "up", "alpha"  # the parts of one module's LoRA
+# how each layout ends its keys; diffusers has no alpha: it takes the strength as 1, as if alpha were the rank
+ENDINGS: dict[str, dict[str, str]] = {
+    OURS: {DOWN: ".lora_down.weight", UP: ".lora_up.weight", ALPHA: ".alpha"},
+    COMFY: {DOWN: ".lora_A.weight", UP: ".lora_B.weight", ALPHA: ".alpha"},
+    DIFFUSERS: {DOWN: ".lora_A.weight", UP: ".lora_B.weight"},
+}
+TITLES = {OURS: "the names of kohya-ss/sd-scripts", COMFY: "ComfyUI's names", DIFFUSERS: "diffusers' names"}
+NUMBER = "{n}"  # stands for a block's number in the names of a table
+BLOCK_NUMBER = re.compile(r"(?<=blocks[._]|layers[._])\d+(?=[._])")
+# every ending that ComfyUI's comfy/weight_adapter/lora.py takes, whatever the module's name
+KEY = re.compile(
+    r"(?P<name>.+?)(?:"
+    r"(?P<down>\.lora_down\.weight|\.lora_A(?:\.default)?\.weight|\.lora_A|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight)|"
+    r"(?P<up>\.lora_up\.weight|\.lora_B(?:\.default)?\.weight|\.lora_B|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight)|"
+    r"(?P<alpha>\.alpha))"
+)
+# what is trained like a LoRA and is none, by the endings of LyCORIS and PEFT
+OTHER_ADAPTERS = {
+    "LoKr": r"\.lokr_(w|t)\d",
+    "LoHa": r"\.hada_(w|t)\d",
+    "DoRA": r"\.(dora_scale$|lora_magnitude_vector)",
+    "OFT": r"\.oft_(blocks|diag|R)",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "LoCon": r"\.lora_mid\.weight$",
+    "full weight difference": r"\.(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)$",
+}
+# LoRA files of other models, by the names of their modules; the first that fits counts
+OTHER_MODELS = {
+    "SDXL": r"^lora_te[12]_|^lora_unet_(input|output)_blocks_|^(unet\.)?down_blocks\..+\.transformer_blocks\.[2-9]",
+    "Stable Diffusion 1.x or 2.x": r"^lora_unet_(down|up|mid)_block|^lora_te_text_model_|^(unet\.)?(down|up)_blocks\.",
+    "FLUX": r"(double|single)(_transformer)?_blocks[._]\d",
+    "SD3": r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj",
+    "Qwen-Image": r"transformer_blocks[._]\d+[._](img|txt)_mlp",
+    "Lumina Image 2.0": r"layers[._]\d+[._](attention[._]qkv|feed_forward)|context_refiner|noise_refiner",
+    "Wan": r"blocks[._]\d+[._](ffn[._]\d|cross_attn[._][kv]_img)",
+}
+NAMED = 3  # names that a message gives
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Module:
+    """A module that can have a LoRA. ``names``: layout -> its name, with ``{n}`` for the block; a layout may have none."""
+
+    part: str  # of the model: "denoiser", "text encoder"
+    names: Mapping[str, str]
+    aliases: tuple[str, ...] = ()  # further names in ComfyUI's layout, which are read and never written
+
+
+class Key(NamedTuple):
+    """A key of a file, understood."""
+
+    module: Module
+    number: str  # of the block; empty where the module's name has none
+    part: str  # DOWN, UP or ALPHA
+    layout: str
+
+    def name(self, layout: str) -> str:
+        """The module's name. Raises KeyError where the layout has no place for it."""
+        return self.module.names[layout].replace(NUMBER, self.number)
+
+    def written(self, layout: str) -> str:
+        return self.name(layout) + ENDINGS[layout][self.part]
+
+
+class NameTable:
+    """All names of one architecture's modules."""
+
+    def __init__(self, architecture: str, modules: Iterable[Module]):
+        self.architecture = architecture
+        self.modules = tuple(modules)
+        self._known: dict[str, tuple[Module, str]] = {}
+        for module in self.modules:
+            for layout, name in (*module.names.items(), *((COMFY, alias) for alias in module.aliases)):
+                assert name not in self._known, f"two modules are called {name}"
+                self._known[name] = (module, layout)
+
+    def find(self, key: str) -> Key | None:
+        """What ``key`` of any layout means, or None."""
+        match = KEY.fullmatch(key)
+        if match is None:
+            return None
+        name, number = general_name(match["name"])
+        found = self._known.get(name)
+        return None if found is None else Key(found[0], number, str(match.lastgroup), found[1])
+
+    def near(self, key: str) -> str:
+        """`` (did you mean ...?)`` for a key that is not known, or an empty text."""
+        match = KEY.fullmatch(key)
+        name, number = general_name(match["name"] if match else key)
+        return did_you_mean(name, self._known).replace(NUMBER, number)
+
+
+def general_name(name: str) -> tuple[str, str]:
+    """A module's name with ``{n}`` in place of its block's number, and that number."""
+    match = BLOCK_NUMBER.search(name)
+    if match is None:
+        return name, ""
+    return f"{name[: match.start()]}{NUMBER}{name[match.end() :]}", match[0]
+
+
+def understood(file: object, keys: Iterable[str], table: NameTable) -> dict[str, Key]:
+    """Every key of a LoRA file, understood. Raises CheckpointError for a file of another kind and for unknown names."""
+    listed = list(keys)
+    found = {key: table.find(key) for key in listed}
+    unknown = [key for key, meaning in found.items() if meaning is None]
+    if not listed or unknown:
+        raise not_understood(file, listed, unknown, table)
+    return {key: meaning for key, meaning in found.items() if meaning is not None}
+
+
+def not_understood(file: object, keys: list[str], unknown: list[str], table: NameTable) -> CheckpointError:
+    """The error for a file with ``unknown`` among its ``keys``: what it is, or which names cannot be used."""
+    if problem := other_adapter(file, unknown):
+        return CheckpointError(problem)
+    if len(unknown) < len(keys):
+        named = "; ".join(f"{key}{table.near(key)}" for key in unknown[:NAMED])
+        return CheckpointError(
+            f"{file}: {len(unknown):,} of {len(keys):,} tensors have names that no LoRA for {table.architecture} has: {named}"
+            f"{' and others' if len(unknown) > NAMED else ''}"
+        )
+    kind = recognise_keys(keys)
+    if kind != LORA:
+        no_pairs = "no LoRA file: it holds no pairs such as NAME.lora_down.weight and NAME.lora_up.weight"
+        what = f"{with_article(kind)}, not a LoRA file" if kind else no_pairs
+        return CheckpointError(f"{file} is {what}; choose a LoRA made for {table.architecture}")
+    other = model_of_lora(keys)
+    is_for = f"for {other}, not for {table.architecture}" if other else f"not for {table.architecture}"
+    return CheckpointError(
+        f"{file} is a LoRA {is_for} (its names are like {unknown[0]}{table.near(unknown[0])}); choose one made for "
+        f"{table.architecture}"
+    )
+
+
+def other_adapter(file: object, keys: Iterable[str]) -> str | None:
+    """A problem, where the file holds LyCORIS' kinds of adapters; else None."""
+    text = "\n".join(keys)
+    kinds = [kind for kind, pattern in OTHER_ADAPTERS.items() if re.search(pattern, text, re.MULTILINE)]
+    if not kinds:
+        return None
+    return (
+        f"{file} is no plain LoRA but a {' and '.join(kinds)} file, which is neither read nor converted here; ComfyUI takes it "
+        "as it is, and --network_module=lycoris.kohya trains it on"
+    )
+
+
+def model_of_lora(keys: Iterable[str]) -> str | None:
+    """The model that a LoRA with these keys is for, of OTHER_MODELS; else None."""
+    text = "\n".join(keys)
+    return next((model for model, pattern in OTHER_MODELS.items() if re.search(pattern, text, re.MULTILINE)), None)

@@ -1,0 +1,211 @@
+"""LoRA files in the layouts of other programs: reading and writing ComfyUI's and diffusers', with their tensors.
+
+Between our layout and ComfyUI's only names differ. diffusers has no alpha, so that alpha / rank is multiplied into lora_B, and
+alpha cannot be found again in such a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import CheckpointError
+from library.files.atomic import write_atomically
+from library.files.safetensors_file import save_safetensors
+from library.files.torch_file import torch_bytes
+from networks.layout_names import ALPHA, DIFFUSERS, DOWN, ENDINGS, NAMED, OURS, UP, Key, NameTable, other_adapter, understood
+from networks.weights_file import read_tensors_of, sshs_hashes
+
+ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' entry with PEFT's settings, the strength among them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A LoRA in another layout. ``folded``: modules whose strength was not 1 and went into lora_B; ``rounding``: the largest
+    change that this made to one of their weights, as a share of the module's largest weight; ``left_out``: modules."""
+
+    tensors: dict[str, Tensor]
+    folded: int = 0
+    rounding: float = 0.0
+    left_out: int = 0
+
+
+Parts = dict[str, Tensor]  # DOWN, UP and, where the file has it, ALPHA
+Modules = dict[str, tuple[Key, Parts]]  # by our name; the key is any of the module's
+
+
+def read_in_our_layout(path: Path, table: NameTable | None) -> dict[str, Tensor]:
+    """The tensors of a LoRA file of any layout, under our names; as they are for an architecture without a table.
+
+    Raises CheckpointError for a missing, damaged or unknown file, and for one that is no plain LoRA.
+    """
+    tensors, metadata = read_tensors_of(path)
+    return tensors if table is None else in_our_layout(path, tensors, table, metadata)
+
+
+def in_our_layout(
+    file: object, tensors: Mapping[str, Tensor], table: NameTable, metadata: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """``tensors`` of any layout under our names. Where all have names of ours, known or not, they stay as they are: who asks for
+    modules by name tells which have no place."""
+    if problem := other_adapter(file, tensors):
+        raise CheckpointError(problem)
+    found = [table.find(key) for key in tensors]
+    if all(key is None or key.layout == OURS for key in found) and any(found):
+        return dict(tensors)
+    keys = understood(file, tensors, table)
+    return convert(file, by_our_name(file, tensors, keys, metadata), OURS).tensors
+
+
+def by_our_name(file: object, tensors: Mapping[str, Tensor], keys: Mapping[str, Key],
+                metadata: Mapping[str, str] | None = None) -> Modules:  # fmt: skip
+    """The file's modules, complete: both halves of each pair, of equal rank, once. Raises CheckpointError for the others."""
+    modules: Modules = {}
+    twice = []
+    for key, tensor in tensors.items():
+        meaning = keys[key]
+        _, parts = modules.setdefault(meaning.name(OURS), (meaning, {}))
+        if meaning.part in parts:
+            twice.append(key)
+        parts[meaning.part] = tensor
+    torn = [name for name, (_, parts) in modules.items() if not _is_pair(parts)]
+    problems = (
+        [f"{file}: {len(twice)} parts are there twice, under names of several layouts, such as {twice[0]}"] if twice else []
+    )
+    if torn:
+        problems.append(f"{file}: {len(torn)} modules have no fitting pair of lora_down and lora_up: {', '.join(torn[:NAMED])}")
+    if problems:
+        raise CheckpointError(*problems)
+    return _with_strength_of_peft(file, modules, metadata or {})
+
+
+def _is_pair(parts: Parts) -> bool:
+    if DOWN not in parts or UP not in parts:
+        return False
+    fits = parts[DOWN].ndim >= 2 and parts[UP].ndim >= 2 and parts[DOWN].shape[0] == parts[UP].shape[1]
+    return fits and (ALPHA not in parts or parts[ALPHA].numel() == 1)
+
+
+def convert(
+    file: object, modules: Modules, layout: str, *, dtype: torch.dtype | None = None, only: str | None = None
+) -> Converted:
+    """The modules in ``layout``, in ``dtype`` (None: each tensor's own). ``only``: of this part of the model.
+
+    Raises CheckpointError for modules that the layout has no place for.
+    """
+    chosen = {name: entry for name, entry in modules.items() if only in (None, entry[0].module.part)}
+    homeless = [name for name, (key, _) in chosen.items() if layout not in key.module.names]
+    if homeless:
+        where = ", ".join(sorted({chosen[name][0].module.part for name in homeless}))
+        raise CheckpointError(
+            f"{file}: diffusers' loader has no place for {len(homeless)} modules of the {where} ({', '.join(homeless[:NAMED])})"
+        )
+    tensors: dict[str, Tensor] = {}
+    folded, rounding = 0, 0.0
+    for name, (key, parts) in chosen.items():
+        written: Parts = parts if layout != OURS or ALPHA in parts else {**parts, ALPHA: rank_as_alpha(parts)}
+        if layout == DIFFUSERS:
+            written, change = _folded(f"{file}: {name}", parts, dtype)
+            folded, rounding = folded + (change is not None), max(rounding, change or 0.0)
+        for part, tensor in written.items():
+            tensors[key.name(layout) + ENDINGS[layout][part]] = tensor.to(dtype or tensor.dtype)
+    return Converted(tensors=tensors, folded=folded, rounding=rounding, left_out=len(modules) - len(chosen))
+
+
+def rank_as_alpha(parts: Parts) -> Tensor:
+    """The alpha of a pair without one: programs take its strength as 1."""
+    return torch.tensor(float(parts[DOWN].shape[0]))
+
+
+def _folded(what: str, parts: Parts, dtype: torch.dtype | None) -> tuple[Parts, float | None]:
+    """The pair with alpha / rank in its up half, and the share by which rounding changed it; None where the strength is 1.
+
+    Computed in float32 and rounded once; a power of two, which alpha / rank mostly is, changes no digit.
+    """
+    up, down = parts[UP], parts[DOWN]
+    strength = float(parts[ALPHA]) / down.shape[0] if ALPHA in parts else 1.0
+    if strength == 1.0:
+        return {DOWN: down, UP: up}, None
+    exact = up.float() * strength
+    kept = exact.to(dtype or up.dtype)
+    if bool(exact.isfinite().all()) and not bool(kept.float().isfinite().all()):
+        raise CheckpointError(
+            f"{what}: alpha is {strength:g} times the rank, and lora_B multiplied by that is too large for {kept.dtype}; "
+            "save it in float32 or bfloat16 first"
+        )
+    largest = exact.abs().max() if exact.numel() else torch.tensor(0.0)
+    change = float((kept.float() - exact).abs().max() / largest) if float(largest) else 0.0
+    return {DOWN: down, UP: kept}, change
+
+
+# ---------------------------------------------------------------- PEFT's settings in a file's metadata
+
+
+def _with_strength_of_peft(file: object, modules: Modules, metadata: Mapping[str, str]) -> Modules:
+    """With the alphas that diffusers finds in a file's metadata, for its modules that have none."""
+    if ADAPTER_METADATA not in metadata:
+        return modules
+    try:
+        settings = json.loads(metadata[ADAPTER_METADATA])
+        return {name: (key, _with_peft_alpha(key, parts, settings)) for name, (key, parts) in modules.items()}
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{file}: its metadata {ADAPTER_METADATA}, which says how strong the LoRA is, cannot be read ({error})"
+        ) from error
+
+
+def _with_peft_alpha(key: Key, parts: Parts, settings: Mapping[str, Any]) -> Parts:
+    if ALPHA in parts or DIFFUSERS not in key.module.names:
+        return parts
+    model, _, path = key.name(DIFFUSERS).partition(".")
+    patterns = settings.get(f"{model}.alpha_pattern") or {}
+    alpha = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), None)
+    alpha = settings.get(f"{model}.lora_alpha") if alpha is None else alpha
+    if alpha is None:
+        return parts
+    if settings.get(f"{model}.use_rslora"):  # alpha / sqrt(rank) instead of alpha / rank, arXiv 2312.03732
+        alpha *= math.sqrt(parts[DOWN].shape[0])
+    return {**parts, ALPHA: torch.tensor(float(alpha))}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_lora_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Atomically. A .safetensors file gets ``metadata`` and, where there is any, its hashes made anew; others hold none."""
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    if path.suffix == ".safetensors":
+        save_safetensors(path, tensors, {**kept, **sshs_hashes(tensors, kept)} if metadata else None)
+    else:
+        write_atomically(path, lambda stream: stream.write(torch_bytes(dict(tensors))))
+
+
+def save_network_as(network: nn.Module, path: Path, table: NameTable, layout: str, *, dtype: torch.dtype | None,
+                    metadata: Mapping[str, str]) -> None:  # fmt: skip
+    """The network's weights in ``layout``; else as its save_weights() does. Equal weights and metadata give equal bytes."""
+    tensors = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+    modules = by_our_name("the network", tensors, understood("the network", tensors, table))
+    write_lora_file(path, convert("the network", modules, layout, dtype=dtype).tensors, metadata)
+
+
+def layout_problems(network: nn.Module, table: NameTable, layout: str) -> list[str]:
+    """Why save_network_as() could not write this network; empty where it can. Looks at names alone."""
+    keys = {key: table.find(key) for key in network.state_dict()}
+    strange = [key for key, meaning in keys.items() if meaning is None]
+    homeless = {key.name(OURS) for key in keys.values() if key is not None and layout not in key.module.names}
+    problems = []
+    if strange:
+        problems.append(
+            f"{len(strange)} of its tensors have names that no {table.architecture} has ({', '.join(strange[:NAMED])})"
+        )
+    if homeless:
+        problems.append(f"that layout has no place for {len(homeless)} of its modules ({', '.join(sorted(homeless)[:NAMED])})")
+    return problems
