@@ -1,9 +1,11 @@
-"""Sample pictures as files: when they are due, what they are called, and how they are saved."""
+"""Pictures as files: when samples are due, what they are called, how they are saved, and what is written into them."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,6 +14,7 @@ from library.files.atomic import write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from library.sampling.picture_plan import Picture
     from library.sampling.prompts import SamplePrompt
 
 logger = logging.getLogger(__name__)
@@ -51,8 +54,8 @@ def picture_name(
     return f"{start}{number}_{index:02d}_{time.strftime('%Y%m%d%H%M%S', now)}{end}.png"
 
 
-def save_picture(pixels: Tensor, path: Path, prompt: SamplePrompt | None = None) -> None:
-    """Writes ``pixels`` (3, H, W) in [-1, 1] as a PNG, atomically; the prompt goes into its ``parameters`` text.
+def save_picture(pixels: Tensor, path: Path, parameters: str | None = None) -> None:
+    """Writes ``pixels`` (3, H, W) in [-1, 1] as a PNG, atomically, with ``parameters`` as its text of that name.
 
     Raises OutputError when the disk is full or the folder cannot be written. Values that are not finite become mid-grey
     and are reported: a broken sample must not end a training run.
@@ -61,22 +64,58 @@ def save_picture(pixels: Tensor, path: Path, prompt: SamplePrompt | None = None)
     from PIL.PngImagePlugin import PngInfo
 
     if not pixels.isfinite().all():
-        logger.warning("sample picture %s has values that are not numbers: shown in grey", path.name)
+        logger.warning("picture %s has values that are not numbers: shown in grey", path.name)
         pixels = pixels.nan_to_num(0.0, posinf=0.0, neginf=0.0)
     levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
     about = PngInfo()
-    if prompt is not None:
-        about.add_text("parameters", parameters_text(prompt, *picture.size))
+    if parameters is not None:
+        about.add_text("parameters", parameters)
     write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=about))
 
 
-def parameters_text(prompt: SamplePrompt, width: int, height: int) -> str:
-    """Prompt and settings in the form that picture viewers for generated images read."""
+def sample_parameters(prompt: SamplePrompt, width: int, height: int) -> str:
+    """The text for a sample picture: the prompt, and what its file says about it."""
     names = {"sample_steps": "Steps", "sample_sampler": "Sampler", "scale": "CFG scale", "seed": "Seed", "flow_shift": "Shift"}
     settings = prompt.settings()
-    parts = [f"{label}: {settings[key]}" for key, label in names.items() if key in settings]
-    lines = [prompt.prompt]
-    if prompt.negative_prompt:
-        lines.append(f"Negative prompt: {prompt.negative_prompt}")
-    return "\n".join([*lines, ", ".join([*parts, f"Size: {width}x{height}"])])
+    given = {label: settings[key] for key, label in names.items() if key in settings}
+    return parameters_text(prompt.prompt, prompt.negative_prompt, {**given, "Size": f"{width}x{height}"})
+
+
+def picture_parameters(picture: Picture, about: Mapping[str, str]) -> str:
+    """The text for a picture: all that it takes to draw it again. ``about``: the models, as label -> name."""
+    settings = {
+        "Steps": picture.steps,
+        "Sampler": picture.sampler,
+        "CFG scale": f"{picture.scale:g}",
+        "Seed": picture.seed,
+        "Shift": f"{picture.shift:g}",
+        "Size": f"{picture.width}x{picture.height}",
+    }
+    return parameters_text(picture.prompt, picture.negative_prompt if picture.is_guided else None, {**settings, **about})
+
+
+def parameters_text(prompt: str, negative_prompt: str | None, settings: Mapping[str, object]) -> str:
+    """Prompt and settings in the form that picture viewers for generated images read."""
+    lines = [prompt]
+    if negative_prompt:
+        lines.append(f"Negative prompt: {negative_prompt}")
+    return "\n".join([*lines, ", ".join(f"{label}: {_quoted(str(value))}" for label, value in settings.items())])
+
+
+def _quoted(value: str) -> str:
+    """In quotes where a reader would take a comma or a colon for the value's end."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
+def free_stem(folder: Path, stem: str, endings: Iterable[str]) -> str:
+    """``stem``, or with -2, -3, ... behind it: with none of ``endings`` it is a name that is taken in ``folder``."""
+    endings = tuple(endings)
+    names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, 10**6))
+    return next(name for name in names if not any((folder / f"{name}{ending}").exists() for ending in endings))
+
+
+def dated_stem(number: int | str, moment: float) -> str:
+    """``20260131-090507-123_42``: local time of ``moment`` (seconds since 1970) with its milliseconds, and a seed or a name."""
+    seconds = time.strftime("%Y%m%d-%H%M%S", time.localtime(moment))
+    return f"{seconds}-{int(moment * 1000) % 1000:03d}_{number}"

@@ -65,27 +65,35 @@ class SamplePrompt:
         return [_shown(key) for key in self.settings() if key not in supported]
 
 
-def read_prompts(path: Path) -> list[SamplePrompt]:
-    """All prompts of the file, in its order.
+def read_prompts(path: Path, *, flag: str = "--sample_prompts") -> list[SamplePrompt]:
+    """All prompts of the file, in its order. ``flag``: what named the file, for messages.
 
     Raises OptionError with everything that is wrong: the file, its syntax, and each bad line or key with its place.
     """
-    readers: dict[str, Callable[[str, Path], Entries]] = {".txt": _from_text, ".toml": _from_toml, ".json": _from_json}
+    readers: dict[str, Callable[[str, str], Entries]] = {".txt": _from_text, ".toml": _from_toml, ".json": _from_json}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise OptionError(f"--sample_prompts {path}: a prompt file ends in .txt, .toml or .json")
+        raise OptionError(f"{flag} {path}: a prompt file ends in .txt, .toml or .json")
     problems: list[str] = []
     prompts: list[SamplePrompt] = []
-    for place, entry in reader(read_utf8(path, error=OptionError, flag="--sample_prompts"), path):
+    for place, entry in reader(read_utf8(path, error=OptionError, flag=flag), f"{flag} {path}"):
         found = list(_problems(entry))
-        problems += [f"--sample_prompts {path}, {place}: {problem}" for problem in found]
+        problems += [f"{flag} {path}, {place}: {problem}" for problem in found]
         if not found:
             prompts.append(_sample_prompt(entry, len(prompts)))
     if problems:
         raise OptionError(*problems)
     if not prompts:
-        raise OptionError(f"--sample_prompts {path} holds no prompt: write one per line, or drop the flag")
+        raise OptionError(f"{flag} {path} holds no prompt: write one per line, or drop the flag")
     return prompts
+
+
+def read_prompt_line(line: str) -> SamplePrompt:
+    """The prompt of one line, written as in a .txt file. Raises OptionError with everything that is wrong."""
+    entry = _parse_line(line.strip())
+    if problems := list(_problems(entry)):
+        raise OptionError(*problems)
+    return _sample_prompt(entry, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ class Entry:
 Entries = Iterator[tuple[str, Entry]]  # the place inside the file ("line 3"), the entry
 
 
-def _from_text(text: str, path: Path) -> Entries:
+def _from_text(text: str, file: str) -> Entries:
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.startswith("#"):
             yield f"line {number}", _parse_line(line.strip())
@@ -119,33 +127,31 @@ def _parse_line(line: str) -> Entry:
     return Entry(values, tuple(unknown))
 
 
-def _from_toml(text: str, path: Path) -> Entries:
+def _from_toml(text: str, file: str) -> Entries:
     import toml
 
     try:
         document = toml.loads(text)
     except (ValueError, IndexError, TypeError) as error:  # the parser's own error is a ValueError; it leaks the others
-        raise OptionError(f"--sample_prompts {path} is not valid TOML: {error}") from error
+        raise OptionError(f"{file} is not valid TOML: {error}") from error
     table = document.get("prompt")
     if not isinstance(table, dict) or set(document) != {"prompt"}:
-        raise OptionError(f"--sample_prompts {path} needs one table [prompt], with [[prompt.subset]] tables for several pictures")
+        raise OptionError(f"{file} needs one table [prompt], with [[prompt.subset]] tables for several pictures")
     shared = {key: value for key, value in table.items() if key != "subset"}
     subsets = table.get("subset", [{}])
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
-        raise OptionError(f"--sample_prompts {path}: write each picture as a table [[prompt.subset]]")
+        raise OptionError(f"{file}: write each picture as a table [[prompt.subset]]")
     for number, subset in enumerate(subsets, start=1):
         yield f"[[prompt.subset]] {number}", Entry({**shared, **subset})
 
 
-def _from_json(text: str, path: Path) -> Entries:
+def _from_json(text: str, file: str) -> Entries:
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise OptionError(f"--sample_prompts {path} is not valid JSON: {error}") from error
+        raise OptionError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(document, list) or not all(isinstance(item, dict | str) for item in document):
-        raise OptionError(
-            f"--sample_prompts {path} must hold a list; each item an object, or a string like a line of a .txt file"
-        )
+        raise OptionError(f"{file} must hold a list; each item an object, or a string like a line of a .txt file")
     for number, item in enumerate(document, start=1):
         yield f"item {number}", _parse_line(item.strip()) if isinstance(item, str) else Entry(item)
 

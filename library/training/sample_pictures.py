@@ -14,7 +14,7 @@ from torch import Tensor
 
 from library.dataset.conditioning import Conditioning
 from library.randomness import derive_seed
-from library.sampling.pictures import is_due, picture_name, save_picture
+from library.sampling.pictures import is_due, picture_name, sample_parameters, save_picture
 from library.sampling.prompts import SamplePrompt
 from library.training.preflight import CheckedRun
 from library.training.processes import HostGroup
@@ -76,5 +76,6 @@ class SamplePictures:
             seed=prompt.seed,
             now=time.localtime(),
         )
-        save_picture(pixels, self.run.names.folder / "sample" / name, prompt)
+        text = sample_parameters(prompt, pixels.shape[2], pixels.shape[1])
+        save_picture(pixels, self.run.names.folder / "sample" / name, text)
         return pixels

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from library.errors import OutputError
-from library.sampling.pictures import is_due, picture_name, save_picture
+from library.sampling.pictures import is_due, picture_name, sample_parameters, save_picture
 from library.sampling.prompts import SamplePrompt
 
 NOW = time.struct_time((2026, 1, 31, 9, 5, 7, 5, 31, 0))
@@ -65,7 +65,7 @@ def test_picture_name(arguments, expected):
 def test_save_picture_keeps_pixels_and_tells_the_prompt(tmp_path):
     pixels = torch.linspace(-1.2, 1.2, 3 * 4 * 6).reshape(3, 4, 6)
     prompt = SamplePrompt(prompt="猫, a cat", index=0, negative_prompt="blurry", seed=5, sample_steps=8, scale=3.5)
-    save_picture(pixels, tmp_path / "sample" / "a.png", prompt)
+    save_picture(pixels, tmp_path / "sample" / "a.png", sample_parameters(prompt, 6, 4))
     picture = Image.open(tmp_path / "sample" / "a.png")
     assert picture.size == (6, 4) and picture.mode == "RGB"
     expected = np.rint((pixels.clamp(-1, 1).numpy() + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)

@@ -1,0 +1,144 @@
+"""What an inference script shall draw: prompts with their settings become pictures with every setting decided. Needs no torch."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from library.errors import OptionError, did_you_mean
+from library.sampling.prompts import SamplePrompt, read_prompt_line, read_prompts
+
+# the keys of a prompt that flow models draw by; --l and --g both mean the scale of guidance
+FLOW_SETTINGS = frozenset(
+    {"negative_prompt", "width", "height", "seed", "sample_steps", "scale", "guidance_scale", "flow_shift", "sample_sampler"}
+)
+MIN_SIDE_PX = 64
+RANDOM_SEED_BITS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One picture to draw."""
+
+    prompt: str
+    negative_prompt: str
+    width: int  # pixels, a multiple of what the model needs
+    height: int
+    seed: int
+    steps: int
+    scale: float  # of classifier-free guidance, 1 = none
+    shift: float
+    sampler: str
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt acts. Below 1 the picture goes towards it."""
+        return self.scale != 1
+
+
+class PromptDefaults(Protocol):
+    """The options that stand in for what a prompt leaves open."""
+
+    @property
+    def prompt(self) -> str | None: ...
+    @property
+    def negative_prompt(self) -> str: ...
+    @property
+    def from_file(self) -> str | None: ...
+    @property
+    def image_size(self) -> Sequence[int]: ...  # height, width
+    @property
+    def infer_steps(self) -> int: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def flow_shift(self) -> float: ...
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def images_per_prompt(self) -> int: ...
+
+
+def given_prompts(options: PromptDefaults, samplers: Collection[str]) -> tuple[SamplePrompt, ...]:
+    """The prompts of --prompt or --from_file; none for a script that asks for them. Raises OptionError with all problems."""
+    if options.prompt is not None:
+        return (SamplePrompt(prompt=options.prompt, index=0),)
+    if not options.from_file:
+        return ()
+    prompts = read_prompts(Path(options.from_file), flag="--from_file")
+    problems = [
+        f"--from_file {options.from_file}, prompt {prompt.index + 1}: {problem}"
+        for prompt in prompts
+        for problem in prompt_problems(prompt, samplers)
+    ]
+    if problems:
+        raise OptionError(*problems)
+    return tuple(prompts)
+
+
+def asked_prompt(line: str, samplers: Collection[str]) -> SamplePrompt:
+    """The prompt of a line that someone typed. Raises OptionError with everything that is wrong."""
+    prompt = read_prompt_line(line)
+    if problems := list(prompt_problems(prompt, samplers)):
+        raise OptionError(*problems)
+    return prompt
+
+
+def prompt_problems(prompt: SamplePrompt, samplers: Collection[str]) -> Iterator[str]:
+    """What is right in a prompt file, but cannot be drawn."""
+    name = prompt.sample_sampler
+    if name is not None and name not in samplers:
+        yield f"--ss {name} is no sampler here{did_you_mean(name, samplers)}: give {' or '.join(samplers)}"
+    if prompt.scale is not None and prompt.guidance_scale not in (None, prompt.scale):
+        yield f"--l {prompt.scale:g} and --g {prompt.guidance_scale:g} both mean the scale of guidance: give one of them"
+
+
+def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int) -> list[Picture]:
+    """The pictures of a prompt, seeds counting up. Sides are rounded down to multiples of ``side_step`` pixels.
+
+    Without any seed the first one is random.
+    """
+    height, width = options.image_size
+    seed = next((seed for seed in (prompt.seed, options.seed) if seed is not None), None)
+    first = secrets.randbits(RANDOM_SEED_BITS) if seed is None else seed
+    scales = (prompt.scale, prompt.guidance_scale, options.guidance_scale)
+    return [
+        Picture(
+            prompt=prompt.prompt,
+            negative_prompt=options.negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt,
+            width=rounded_side(prompt.width or width, side_step),
+            height=rounded_side(prompt.height or height, side_step),
+            seed=(first + number) % 2**63,
+            steps=prompt.sample_steps or options.infer_steps,
+            scale=next(scale for scale in scales if scale is not None),
+            shift=options.flow_shift if prompt.flow_shift is None else prompt.flow_shift,
+            sampler=prompt.sample_sampler or options.sampler,
+        )
+        for number in range(options.images_per_prompt)
+    ]
+
+
+def rounded_side(side: int, step: int) -> int:
+    """Pixels, down to a multiple of ``step``."""
+    return max(MIN_SIDE_PX, side - side % step)
+
+
+def size_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults, side_step: int) -> Iterator[str]:
+    """One line about all sizes that are rounded."""
+    height, width = options.image_size
+    asked = [(prompt.width or width, prompt.height or height) for prompt in prompts]
+    rounded = [(size, tuple(rounded_side(side, side_step) for side in size)) for size in dict.fromkeys(asked)]
+    changed = [f"{w}x{h} to {new[0]}x{new[1]}" for (w, h), new in rounded if (w, h) != new]
+    if changed:
+        yield f"sizes are rounded down to multiples of {side_step} pixels (width x height): {', '.join(changed)}"
+
+
+def unused_warnings(prompts: Sequence[SamplePrompt]) -> Iterator[str]:
+    unused = sorted({name for prompt in prompts for name in prompt.unused(FLOW_SETTINGS)})
+    if unused:
+        yield f"the model does not use {', '.join(unused)} of a prompt: without effect"
