@@ -17,6 +17,7 @@ FORBIDDEN = {
     "library/anima/*.py": ("library.options", "library.training", "library.sampling"),
     "library/dataset/**/*.py": ("library.anima", "library.training", "library.sampling"),
     "library/nn/*.py": ("library.anima", "library.dataset", "library.training", "library.options", "library.sampling"),
+    "library/memory/*.py": ("library.anima", "library.dataset", "library.training", "library.options", "library.sampling"),
     "library/files/*.py": (
         "library.nn",
         "library.anima",

@@ -13,8 +13,9 @@ from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenUse
-from library.errors import CheckpointError, ProblemList
+from library.errors import CheckpointError, OptionError, ProblemList
 from library.files.safetensors_file import file_fingerprint
+from library.nn.blocks import swap_problem
 from library.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class AnimaArchitecture:
         if "denoiser" in parts:
             with problems.collect():
                 found["denoiser"] = read_denoiser_layout(model.pretrained_model_name_or_path, anima.llm_adapter_path)
+                check_block_swap(options, found["denoiser"])
         if "text" in parts:
             with problems.collect():
                 found["text"] = read_text_encoder_layout(anima.qwen3)
@@ -105,6 +107,12 @@ def tokenizer_files(options: Any) -> TokenizerFiles:
     return find_tokenizers(
         anima.qwen3, anima.t5_tokenizer_path, qwen_max=anima.qwen3_max_token_length, t5_max=anima.t5_max_token_length
     )
+
+
+def check_block_swap(options: Any, denoiser: DenoiserLayout) -> None:
+    """Raises OptionError where the model has too few blocks for --blocks_to_swap. Scripts without that flag have none to check."""
+    if problem := swap_problem(getattr(getattr(options, "memory", None), "blocks_to_swap", None), denoiser.config.blocks):
+        raise OptionError(problem)
 
 
 def fit_problems(layouts: AnimaLayouts) -> Iterator[str]:

@@ -13,8 +13,9 @@ from library.anima.architecture import ANIMA, tokenizer_files
 from library.anima.layout import CONTEXT_ROWS
 from library.anima.tokenizers import BUNDLED_QWEN, BUNDLED_T5
 from library.dataset.token_use import TokenUse
-from library.errors import CheckpointError
+from library.errors import CheckpointError, OptionError
 from library.options.anima import LONGEST_TEXT_TOKENS, AnimaOptions, AnimaTrainOptions
+from library.options.memory import BlockMemoryOptions
 from library.options.models import ModelOptions
 from library.options.run import RunOptions
 
@@ -49,6 +50,17 @@ def test_parts_of_different_models_are_told(options, monkeypatch):
     monkeypatch.setattr("library.anima.architecture.read_text_encoder_layout", lambda path: wider)
     with pytest.raises(CheckpointError, match="the LLM adapter wants"):
         ANIMA.read_layouts(options)
+
+
+def test_more_swapped_blocks_than_the_model_can_do_without_are_told_with_the_other_problems(options, tmp_path):
+    swapping = with_groups(options, memory={"blocks_to_swap": 1})  # of the tiny model's 2, both are needed on the device
+    with pytest.raises(OptionError, match="--blocks_to_swap is 1, but this model has 2 blocks: give at most 0"):
+        ANIMA.read_layouts(swapping)
+    with pytest.raises(CheckpointError) as caught:
+        ANIMA.read_layouts(with_groups(swapping, model={"vae": str(tmp_path / "gone")}))
+    assert len(caught.value.problems) == 2
+    assert ANIMA.read_layouts(with_groups(options, memory={"blocks_to_swap": 0})).denoiser is not None
+    assert ANIMA.read_layouts(replace(options, memory=BlockMemoryOptions(blocks_to_swap=None))).denoiser is not None
 
 
 def test_only_the_parts_that_are_asked_for_are_read(options):
