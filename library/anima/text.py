@@ -6,7 +6,7 @@ B captions · N Qwen3 tokens · M T5 tokens · D width of the Qwen3 states (1024
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,36 +35,58 @@ class AnimaConditioning:
     qwen_mask: Tensor  # (B, N) bool, True = a token
     t5_ids: Tensor  # (B, M) int64, 0 where masked
     t5_mask: Tensor  # (B, M) bool
+    lengths: tuple[tuple[int, int], ...] | None = field(default=None, kw_only=True)  # valid (Qwen3, T5) rows; None: see the masks
 
     @classmethod
     def empty(cls, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AnimaConditioning:
         """The encoding of '': no Qwen3 token, a lone ``</s>`` for T5."""
         nothing = torch.zeros(1, 1, width, dtype=dtype, device=device)
         end = torch.full((1, 1), T5_END_ID, device=device)
-        return cls(nothing, torch.zeros(1, 1, dtype=torch.bool, device=device), end, torch.ones_like(end, dtype=torch.bool))
+        masked = torch.zeros(1, 1, dtype=torch.bool, device=device)
+        return cls(nothing, masked, end, torch.ones_like(end, dtype=torch.bool), lengths=((0, 1),))
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.prompt_embeds, self.qwen_mask, self.t5_ids, self.t5_mask
 
+    @property
+    def adapter_inputs(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The arguments of ``AnimaDenoiser.encode_context``, without a mask where the host knows that it masks nothing."""
+        if self.lengths is None:
+            return self._tensors
+        qwen_mask = None if min(n for n, _ in self.lengths) == self.qwen_mask.shape[1] else self.qwen_mask
+        t5_mask = None if min(m for _, m in self.lengths) == self.t5_mask.shape[1] else self.t5_mask
+        return self.prompt_embeds, qwen_mask, self.t5_ids, t5_mask
+
+    @property
+    def used_rows(self) -> int:
+        """From this row on the DiT's context is zero for every caption."""
+        return self.t5_ids.shape[1]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AnimaConditioning:
-        return AnimaConditioning(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors))
+        return AnimaConditioning(
+            *(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors), lengths=self.lengths
+        )
 
     def pin_memory(self) -> AnimaConditioning:
-        return AnimaConditioning(*(tensor.pin_memory() for tensor in self._tensors))
+        return AnimaConditioning(*(tensor.pin_memory() for tensor in self._tensors), lengths=self.lengths)
 
     def split(self) -> list[AnimaConditioning]:
         """One per caption, without the padding that its batch needed."""
-        lengths = (
-            torch.stack([self.qwen_mask.sum(1), self.t5_mask.sum(1)], dim=1).clamp_min(1).tolist()
-        )  # one wait for the device
+        lengths = self._lengths_now()
         return [
             AnimaConditioning(
-                self.prompt_embeds[i : i + 1, :n], self.qwen_mask[i : i + 1, :n],
-                self.t5_ids[i : i + 1, :m], self.t5_mask[i : i + 1, :m],
+                self.prompt_embeds[i : i + 1, : max(1, n)], self.qwen_mask[i : i + 1, : max(1, n)],
+                self.t5_ids[i : i + 1, : max(1, m)], self.t5_mask[i : i + 1, : max(1, m)], lengths=((n, m),),
             )
             for i, (n, m) in enumerate(lengths)
         ]  # fmt: skip
+
+    def _lengths_now(self) -> tuple[tuple[int, int], ...]:
+        if self.lengths is not None:
+            return self.lengths
+        counts = torch.stack([self.qwen_mask.sum(1), self.t5_mask.sum(1)], dim=1).tolist()  # one wait for the device
+        return tuple((n, m) for n, m in counts)
 
     def cache_tensors(self) -> dict[str, Tensor]:
         """``prompt_embeds`` (n, D) in its dtype and ``t5_ids`` (m,) int32 of ONE caption, valid rows only; n = 0 for ''."""
@@ -81,11 +103,15 @@ class AnimaConditioning:
         if embeds.shape[1] == 0:  # only empty captions
             embeds = embeds.new_zeros(len(embeds), 1, embeds.shape[2])
         qwen_mask = _first(lengths["prompt_embeds"], embeds.shape[1])
-        return cls(embeds, qwen_mask, ids, _first(lengths["t5_ids"], ids.shape[1]))
+        pairs = tuple(zip(lengths["prompt_embeds"], lengths["t5_ids"], strict=True))
+        return cls(embeds, qwen_mask, ids, _first(lengths["t5_ids"], ids.shape[1]), lengths=pairs)
 
     @classmethod
     def stack(cls, parts: Sequence[AnimaConditioning]) -> AnimaConditioning:
-        return cls(*(_joined([part._tensors[place] for part in parts]) for place in range(4)))
+        tensors = (_joined([part._tensors[place] for part in parts]) for place in range(4))
+        known = [part.lengths for part in parts if part.lengths is not None]
+        pairs = tuple(pair for lengths in known for pair in lengths)
+        return cls(*tensors, lengths=pairs if len(known) == len(parts) else None)
 
 
 def _first(lengths: Sequence[int], longest: int) -> Tensor:
@@ -127,7 +153,8 @@ class AnimaTextEncoder(nn.Module):
         qwen_ids, qwen_mask = (torch.tensor(rows) for rows in padded([t.qwen for t in tokens], self.tokenizers.qwen_pad_id))
         t5_ids, t5_mask = (torch.tensor(rows) for rows in padded([t.t5 for t in tokens], pad_id=0))
         embeds = self.states(qwen_ids.to(own_device), qwen_mask.to(own_device), nothing=not bool(qwen_mask.any()))
-        return AnimaConditioning(embeds, qwen_mask, t5_ids, t5_mask).to(own_device if device is None else device)
+        lengths = tuple((len(t.qwen), len(t.t5)) for t in tokens)
+        return AnimaConditioning(embeds, qwen_mask, t5_ids, t5_mask, lengths=lengths).to(own_device if device is None else device)
 
     def states(self, ids: Tensor, mask: Tensor, *, nothing: bool = False) -> Tensor:
         """ids (B, N) int64, mask (B, N) with True at tokens, padded on the right -> (B, N, D), zeros where masked.

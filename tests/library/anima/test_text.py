@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from library.anima.tokenizers import TokenizerFiles
 from library.errors import CheckpointError
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from tests.golden.golden_files import relative_error
+from tests.library.anima.tiny_dit import TINY, tiny_denoiser
 from tests.library.anima.tiny_qwen import SMALL_VOCABULARY, TINY_QWEN, save_tiny_qwen
 
 CAPTIONS = ["a cat", "", "a watercolor painting of a lighthouse at dusk, with gulls"]
@@ -166,3 +168,51 @@ def test_pinned_memory():
 def test_a_cache_entry_is_one_caption():
     with pytest.raises(ValueError, match="one caption, not 2"):
         conditioning((1, 1), (2, 2)).cache_tensors()
+
+
+def test_lengths_are_known_on_the_host_wherever_a_batch_comes_from(encoder):
+    batch = encoder.encode(CAPTIONS)
+    from_masks = tuple(zip(batch.qwen_mask.sum(1).tolist(), batch.t5_mask.sum(1).tolist(), strict=True))
+    assert batch.lengths == from_masks and batch.lengths[1] == (0, 1)
+    parts = batch.split()
+    again = AnimaConditioning.stack(parts)
+    cached = [part.cache_tensors() for part in parts]
+    assert [part.lengths for part in parts] == [(pair,) for pair in from_masks]
+    assert [from_cache(tensors).lengths for tensors in cached] == [(pair,) for pair in from_masks]
+    assert again.lengths == again.to("meta").lengths == from_masks
+    assert AnimaConditioning.empty(TINY_QWEN.width).lengths == ((0, 1),)
+    without = AnimaConditioning(*batch._tensors)
+    assert [part.lengths for part in without.split()] == [(pair,) for pair in from_masks]
+    assert AnimaConditioning.stack([without, batch]).lengths is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "masked"),
+    [
+        ([(5, 4)], (False, False)),
+        ([(5, 4), (5, 4)], (False, False)),
+        ([(5, 4), (5, 3)], (False, True)),
+        ([(3, 4), (5, 4)], (True, False)),
+        ([(0, 1)], (True, False)),
+        ([(0, 1), (5, 4)], (True, True)),
+    ],
+)
+def test_masks_are_handed_on_only_where_they_mask_something(sizes, masked):
+    text = conditioning(*sizes)
+    embeds, qwen_mask, ids, t5_mask = text.adapter_inputs
+    assert embeds is text.prompt_embeds and ids is text.t5_ids
+    assert (qwen_mask is not None, t5_mask is not None) == masked
+    assert all(mask is None or not mask.all() for mask in (qwen_mask, t5_mask))
+    without_lengths = AnimaConditioning(*text._tensors)
+    assert without_lengths.adapter_inputs == without_lengths._tensors
+    assert text.used_rows == max(m for _, m in sizes)
+
+
+@pytest.mark.parametrize("sizes", [[(6, 4)], [(6, 4), (6, 3)], [(0, 1)], [(0, 1), (5, 4)]])
+def test_the_context_is_the_same_without_the_masks_that_mask_nothing(sizes):
+    denoiser = tiny_denoiser()
+    text = conditioning(*sizes, width=TINY.adapter.source_width)
+    text = replace(text, t5_ids=text.t5_ids % TINY.adapter.vocabulary)
+    expected = denoiser.encode_context(*text._tensors)
+    torch.testing.assert_close(denoiser.encode_context(*text.adapter_inputs), expected)
+    assert not expected[:, text.used_rows :].any()
