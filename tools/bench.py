@@ -1,6 +1,6 @@
 """Measures what the project promises about speed and memory, and prints one table.
 
-    python tools/bench.py [startup step lora load vae cache data] [--repeats 5] [--threads 1]
+    python tools/bench.py [startup step lora attention load vae cache data] [--repeats 5] [--threads 1]
 
 Everything runs on the CPU, on tiny or random models made on the spot. Where two things are compared, both are measured in turn
 in one run, and the median of the ratios is shown. With one thread (the default) work inside this process counts in seconds of
@@ -29,6 +29,7 @@ PHASES = {
     "startup": "CPU of --help and of a mistyped flag; time to the first step with warm caches",
     "step": "the trainer's own work in a step of the tiny model",
     "lora": "what a LoRA adds to forward and backward of a DiT of width 1024",
+    "attention": "a step without the zero rows of the context, against one with them",
     "load": "peak memory while checkpoints are loaded",
     "vae": "encoding an image, against diffusers",
     "cache": "a cold and a warm start",
