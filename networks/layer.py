@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -75,28 +76,37 @@ class LoRAModule(nn.Module):
 
     def apply_to(self) -> None:
         org = self.org_module_ref[0]
-        self.org_forward = org.forward
-        self.fused = _is_plain_linear(org)
-        org.forward = self.forward  # type: ignore[method-assign,assignment]
+        self.org_forward, self.fused = org.forward, _is_plain_linear(org)
+        if "forward" in vars(org):  # somebody's patch, which this one's forward calls
+            org.forward = self.forward  # type: ignore[method-assign,assignment]
+            return
+        # A method of the layer itself, which finds its LoRA by an attribute: so all layers are alike to the compiler, and what
+        # it makes for one transformer block serves every block. In a list the LoRA is no part of the model.
+        org.lora_ref = [self]  # type: ignore[assignment]
+        org.forward = MethodType(_forward_with_lora, org)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) or (B, C, H, W), in the frozen layer's dtype or under autocast -> the frozen output plus the LoRA's."""
         strength = self.scale * self.multiplier
         if not self.enabled or strength == 0.0:
-            return self.org_forward(x)
+            return self._frozen(x)
         dtype = compute_dtype(x)
-        if self.fused:
+        if self.fused and not torch.compiler.is_compiling():  # a compiler fuses better what it sees through
             org = self.org_module_ref[0]
             bias = None if org.bias is None else org.bias.to(dtype)
             mask = self.dropout_mask((*x.shape[:-1], self.lora_dim), x.device)
             scale, fast = (org.weight_scale, org.fast) if isinstance(org, Fp8Linear) else (None, False)
             pair = self.lora_down.weight, self.lora_up.weight
             return LoRALinear.apply(x.to(dtype), org.weight, scale, bias, *pair, mask, strength, fast)
-        out = self.org_forward(x)
+        out = self._frozen(x)
         low = self._low_rank(self.lora_down, x.to(dtype))
         mask = self.dropout_mask(low.shape, low.device)
         low = low if mask is None else low * mask.to(dtype)
         return torch.add(out, self._low_rank(self.lora_up, low), alpha=strength)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        org = self.org_module_ref[0]
+        return type(org).forward(org, x) if self.fused else self.org_forward(x)  # type: ignore[arg-type]
 
     def _low_rank(self, layer: Layer, x: Tensor) -> Tensor:
         weight = layer.weight.to(x.dtype)  # the float32 weights, in the dtype that the frozen layer computes in
@@ -175,6 +185,10 @@ def _new_pair(name: str, org: Layer, rank: int) -> tuple[Layer, Layer]:
     nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
     nn.init.zeros_(up.weight)
     return down.float(), up.float()
+
+
+def _forward_with_lora(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer.lora_ref[0](x)  # type: ignore[index,operator]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -26,6 +26,8 @@ def rope_table(angles: Tensor) -> RopeTable:
 
 def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
     """x (B, N, H, K) turned by the angle of its position; computed in fp32, returned in the dtype of x."""
+    if torch.compiler.is_compiling():
+        return rotate(x, table.cos, table.sin, 1)
     return _Rotation.apply(x, table.cos, table.sin)
 
 
