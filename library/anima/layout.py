@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ ADAPTER_PREFIX = "llm_adapter."
 RECOMPUTED = "pos_embedder."  # rotary buffers that some files carry
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 CONTEXT_ROWS = 512  # of text; the model was trained with this many, and zero rows take part in attention
+FP8_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")  # ends of names; ComfyUI's
 MIN_HEAD_DIM = 12  # below that the height and width shares of the rotary channels are too narrow for their formula
 
 Shapes = dict[str, tuple[int, ...]]
@@ -149,12 +150,25 @@ def checked_layout(sources: tuple[TensorSource, ...], adapter: TensorSource) -> 
 def layout_problems(config: DenoiserConfig, shapes: Shapes) -> Iterator[str]:
     """The keys first: sizes read from a file with wrong keys may be guesses."""
     sizes = f"(read as {config.blocks} blocks of width {config.width}, {config.heads} heads of {config.head_dim})"
-    if text := compare_keys(shapes, expected_shapes(config)):
+    if text := scaled_float8_problem(shapes):
+        yield text
+    elif text := compare_keys(shapes, expected_shapes(config)):
         yield f"{text} {sizes}"
     elif config.head_dim < MIN_HEAD_DIM or config.head_dim % 2:
         yield f"its head width is {config.head_dim}; even numbers from {MIN_HEAD_DIM} on are allowed"
     elif config.adapter is not None and config.adapter.head_dim % 2:
         yield f"its adapter's head width is {config.adapter.head_dim}; even numbers are allowed"
+
+
+def scaled_float8_problem(names: Iterable[str]) -> str:
+    """Empty where no weight has a scale beside it. Plain float8 files have none, and are read."""
+    scales = [name for name in names if name.endswith(FP8_SCALES)]
+    if not scales:
+        return ""
+    return (
+        f"its weights are float8 with scales of their own ({len(scales):,} of them, such as {scales[0]}), which is not read; "
+        "give the bfloat16 or float16 file: --fp8_base keeps its weights in 8 bits, too"
+    )
 
 
 def dtype_problems(sources: tuple[TensorSource, ...]) -> Iterator[str]:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.anima.layout import Shapes, TensorSource, block_count, positive, settings_of, usual_side
+from library.anima.layout import (
+    Shapes,
+    TensorSource,
+    block_count,
+    positive,
+    scaled_float8_problem,
+    settings_of,
+    usual_side,
+)
 from library.errors import CheckpointError
 from library.files.key_check import compare_keys
 from library.files.model_path import QWEN3, find_model_file, recognise_keys, with_article
@@ -67,7 +75,7 @@ def read_text_encoder_layout(value: str | Path | None, *, flag: str = FLAG) -> T
     for source in sources:
         shapes.update(source.shapes())
     config = config_from_shapes(shapes, _settings(headers[0], is_folder=path.is_dir()))
-    if problems := compare_keys(shapes, expected_shapes(config)):
+    if problems := scaled_float8_problem(shapes) or compare_keys(shapes, expected_shapes(config)):
         raise CheckpointError(f"{flag} {path} does not fit {with_article(QWEN3)}: {problems}")
     if config.heads % config.key_heads or config.head_dim % 2:
         raise CheckpointError(f"{flag} {path} has {config.heads} heads of {config.head_dim} over {config.key_heads} key heads: "
