@@ -16,9 +16,10 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from library.errors import NetworkError, did_you_mean
+from networks.layout_names import NameTable
 
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off", "none", "")
@@ -153,6 +154,8 @@ def component_flags(kind: type[NetworkArguments]) -> tuple[str, ...]:
 @dataclass(frozen=True, kw_only=True)
 class NetworkArguments:
     """The arguments that every network of this project understands."""
+
+    NAMES: ClassVar[NameTable | None] = None  # of the architecture's modules in files of other programs, where it has one
 
     exclude_patterns: Patterns = argument(parse_patterns, "modules that get no LoRA", default=())
     include_patterns: Patterns = argument(parse_patterns, "modules that get one although they are excluded", default=())

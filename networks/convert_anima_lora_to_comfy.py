@@ -107,8 +107,8 @@ def convert_file(source: Path, target: Path, layout: str, *, only: str | None = 
     Raises CheckpointError, with nothing written, for a file that is damaged, no Anima LoRA, or not of the layout that is
     converted.
     """
-    from networks.lora_formats import ADAPTER_METADATA, by_our_name, convert, write_lora_file
-    from networks.weights_file import read_tensors_of
+    from networks.lora_formats import ADAPTER_METADATA, by_our_name, convert
+    from networks.weights_file import read_tensors_of, write_lora_file
 
     tensors, metadata = read_tensors_of(source)
     keys = understood(source, tensors, ANIMA_NAMES)
@@ -123,7 +123,7 @@ def convert_file(source: Path, target: Path, layout: str, *, only: str | None = 
         raise
     # what it says about the strength is in the tensors by now
     kept = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA}
-    write_lora_file(target, converted.tensors, kept)
+    write_lora_file(target, converted.tensors, kept or None)
     yield from report(target, len(modules), converted, layout)
 
 

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import NetworkError
-from library.files.atomic import write_atomically
-from library.files.safetensors_file import save_safetensors
-from library.files.torch_file import torch_bytes
 from networks.arguments import NetworkArguments
 from networks.layer import Dropouts, LoRAModule
+from networks.lora_formats import in_our_layout, layout_problems, read_in_our_layout, save_network_as
 from networks.module_table import Row, table_lines
 from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
-from networks.weights_file import LoadReport, by_module, check_shapes, no_module_fits, read_lora_file, sshs_hashes
+from networks.weights_file import LoadReport, by_module, check_shapes, no_module_fits, write_lora_file
 
 __all__ = ["LoRAModule", "LoRANetwork", "build_network", "build_network_from_weights"]
 
@@ -238,11 +236,11 @@ class LoRANetwork(nn.Module):
     # --- files
 
     def load_weights(self, file: str | Path) -> LoadReport:
-        """Copies what the file has for this network's modules, whatever its dtype. Needs every shape to fit.
+        """Copies what the file has for this network's modules, whatever its dtype and layout. Needs every shape to fit.
 
         Raises CheckpointError for an unreadable file, NetworkError when shapes differ or nothing fits.
         """
-        weights = by_module(read_lora_file(Path(file)))
+        weights = by_module(read_in_our_layout(Path(file), self.arguments.NAMES))
         own = {lora.lora_name: lora for lora in self.loras}
         fitting = [name for name in own if name in weights]
         if not fitting:
@@ -259,12 +257,21 @@ class LoRANetwork(nn.Module):
 
         .safetensors files get ``metadata`` and the two sshs_* hashes, others are pickles of a plain dict, which hold no metadata.
         """
-        path = Path(file)
         tensors = {key: value.detach().to(device="cpu", dtype=dtype or value.dtype) for key, value in self.state_dict().items()}
-        if path.suffix == ".safetensors":
-            save_safetensors(path, tensors, {**(metadata or {}), **sshs_hashes(tensors, metadata or {})})
-        else:
-            write_atomically(path, lambda stream: stream.write(torch_bytes(tensors)))
+        write_lora_file(Path(file), tensors, metadata or {})
+
+    def save_weights_as(
+        self, layout: str, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        """As save_weights(), in another program's ``layout`` ("comfy", "diffusers"); layout_problems() says whether it can."""
+        assert self.arguments.NAMES is not None
+        save_network_as(self, Path(file), self.arguments.NAMES, layout, dtype=dtype, metadata=metadata or {})
+
+    def layout_problems(self, layout: str) -> list[str]:
+        """Why save_weights_as() cannot write ``layout``, from the names of the applied modules; empty where it can."""
+        if self.arguments.NAMES is None:
+            return ["it does not know what its modules are called there"]
+        return layout_problems(self, self.arguments.NAMES, layout)
 
 
 def split_for_lora_plus(loras: Sequence[LoRAModule], lr: float, ratio: float | None) -> Iterator[tuple[str, list[Tensor], float]]:
@@ -317,12 +324,18 @@ def build_network(models: Models, arguments: NetworkArguments, *, multiplier: fl
 
 def build_network_from_weights(models: Models, arguments: NetworkArguments, *, multiplier: float, file: str | Path,
                                weights_sd: dict[str, Tensor] | None) -> tuple[LoRANetwork, dict[str, Tensor]]:  # fmt: skip
-    """A network with the modules, ranks and alphas of a LoRA file; -> (network, the file's tensors). It is not loaded yet.
+    """A network with the modules, ranks and alphas of a LoRA file; -> (network, the file's tensors under our names).
+
+    It is not loaded yet.
 
     Dropouts, LoRA+ and learning rates by pattern act as given; arguments that select modules do not, which is logged.
     Raises NetworkError for a file of another architecture.
     """
-    weights = read_lora_file(Path(file)) if weights_sd is None else weights_sd
+    names = arguments.NAMES
+    if weights_sd is None:
+        weights = read_in_our_layout(Path(file), names)
+    else:
+        weights = weights_sd if names is None else in_our_layout(file, weights_sd, names)
     modules, candidates = by_module(weights), candidates_of(models)
     targets = targets_of_file([place for place in candidates if place.name in modules], weights, arguments)
     if not targets:

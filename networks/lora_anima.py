@@ -27,11 +27,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from networks.anima_layouts import ANIMA_NAMES
 from networks.arguments import NetworkArguments, argument, component_flags, component_rate, parse_arguments, parse_bool
+from networks.layout_names import NameTable
 from networks.lora import LoRANetwork, build_network, build_network_from_weights
 from networks.selection import ModelRules
 
@@ -55,6 +57,8 @@ TEXT_ENCODER = ModelRules(
 
 @dataclass(frozen=True, kw_only=True)
 class AnimaArguments(NetworkArguments):
+    NAMES: ClassVar[NameTable | None] = ANIMA_NAMES
+
     train_llm_adapter: bool = argument(parse_bool, "also the Linears of the LLM adapter's blocks", default=False)
     self_attn_lr: float | None = component_rate("self_attn")
     cross_attn_lr: float | None = component_rate("cross_attn")

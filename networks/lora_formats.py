@@ -18,11 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.files.atomic import write_atomically
-from library.files.safetensors_file import save_safetensors
-from library.files.torch_file import torch_bytes
-from networks.layout_names import ALPHA, DIFFUSERS, DOWN, ENDINGS, NAMED, OURS, UP, Key, NameTable, other_adapter, understood
-from networks.weights_file import read_tensors_of, sshs_hashes
+from networks.layout_names import ALPHA, DIFFUSERS, DOWN, ENDINGS, KEY, NAMED, OURS, UP, Key, NameTable, other_adapter, understood
+from networks.weights_file import read_tensors_of, write_lora_file
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' entry with PEFT's settings, the strength among them
 
@@ -52,17 +49,24 @@ def read_in_our_layout(path: Path, table: NameTable | None) -> dict[str, Tensor]
 
 
 def in_our_layout(
-    file: object, tensors: Mapping[str, Tensor], table: NameTable, metadata: Mapping[str, str] | None = None
+    file: object, tensors: dict[str, Tensor], table: NameTable, metadata: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
-    """``tensors`` of any layout under our names. Where all have names of ours, known or not, they stay as they are: who asks for
-    modules by name tells which have no place."""
+    """``tensors`` of any layout under our names. Where the names are written as ours they stay as they are, known or not: who
+    asks for modules by name tells which have no place."""
     if problem := other_adapter(file, tensors):
         raise CheckpointError(problem)
-    found = [table.find(key) for key in tensors]
-    if all(key is None or key.layout == OURS for key in found) and any(found):
-        return dict(tensors)
+    if all(is_written_as_ours(key, table.find(key)) for key in tensors):
+        return tensors
     keys = understood(file, tensors, table)
     return convert(file, by_our_name(file, tensors, keys, metadata), OURS).tensors
+
+
+def is_written_as_ours(key: str, meaning: Key | None) -> bool:
+    """Also a name that no module has, and what is no part of a LoRA at all."""
+    if meaning is not None:
+        return meaning.written(OURS) == key
+    match = KEY.fullmatch(key)
+    return match is None or key.endswith(ENDINGS[OURS][str(match.lastgroup)])
 
 
 def by_our_name(file: object, tensors: Mapping[str, Tensor], keys: Mapping[str, Key],
@@ -177,15 +181,6 @@ def _with_peft_alpha(key: Key, parts: Parts, settings: Mapping[str, Any]) -> Par
 
 
 # ---------------------------------------------------------------- writing
-
-
-def write_lora_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Atomically. A .safetensors file gets ``metadata`` and, where there is any, its hashes made anew; others hold none."""
-    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
-    if path.suffix == ".safetensors":
-        save_safetensors(path, tensors, {**kept, **sshs_hashes(tensors, kept)} if metadata else None)
-    else:
-        write_atomically(path, lambda stream: stream.write(torch_bytes(dict(tensors))))
 
 
 def save_network_as(network: nn.Module, path: Path, table: NameTable, layout: str, *, dtype: torch.dtype | None,

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from library.errors import CheckpointError, NetworkError
+from library.files.atomic import write_atomically
 from library.files.model_hash import OLD_HASH_BYTES, OLD_HASH_DIGITS, OLD_HASH_OFFSET
-from library.files.safetensors_file import read_header, read_tensors, serialize
+from library.files.safetensors_file import read_header, read_tensors, save_safetensors, serialize
+from library.files.torch_file import torch_bytes
+from networks.layout_names import model_of_lora
 from networks.selection import DOWN, UP, Candidate, examples
 
 
@@ -69,6 +72,16 @@ def read_tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, {}
 
 
+def write_lora_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Atomically. A .safetensors file gets ``metadata`` with its sshs_* hashes, made anew (None: neither); others hold none."""
+    if path.suffix != ".safetensors":
+        write_atomically(path, lambda stream: stream.write(torch_bytes(dict(tensors))))
+    elif metadata is None:
+        save_safetensors(path, tensors)
+    else:
+        save_safetensors(path, tensors, {**metadata, **sshs_hashes(tensors, metadata)})
+
+
 def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """{"a.lora_up.weight": t, ...} -> {"a": {"lora_up.weight": t, ...}}; only modules with both halves."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -82,8 +95,10 @@ def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable
     """``weights`` by module or by key: names of the file; ``known``: names that this network has or could have."""
     if not weights:
         return NetworkError(f"{file} holds no LoRA modules (no pairs of NAME.{DOWN} and NAME.{UP})")
-    return NetworkError(f"{file} is no LoRA for this model: none of its modules fits ({examples(weights)}); "
-                        f"this network has {examples(known)}; choose a file made for this architecture")  # fmt: skip
+    other = model_of_lora(weights)
+    return NetworkError(f"{file} is no LoRA for this model{f' but one for {other}' if other else ''}: none of its modules fits "
+                        f"({examples(weights)}); this network has {examples(known)}; choose a file made for this "
+                        "architecture")  # fmt: skip
 
 
 def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weights: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -108,8 +108,9 @@ class RunFiles:
         epochs_done = progress.position // self.run.length.steps_per_epoch
         metadata = self.metadata.at(step=progress.step, epoch=epochs_done, last=last, wait=wait, notes=notes)
         with self.learner.evaluating():
-            dtype = save_dtype(self.run.options.saving.save_precision)
-            save_network(self.learner.network, file, dtype=dtype, metadata=metadata)
+            saving = self.run.options.saving
+            dtype = save_dtype(saving.save_precision)
+            save_network(self.learner.network, file, dtype=dtype, metadata=metadata, layout=saving.save_format)
         logger.info("saved %s", file)
 
 

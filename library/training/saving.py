@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.errors import OptionError
 from library.files.atomic import file_written_atomically
 
 if TYPE_CHECKING:
@@ -22,13 +23,29 @@ def save_dtype(save_precision: str | None) -> torch.dtype | None:
     return {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[save_precision]
 
 
-def save_network(network: Any, final: Path, *, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+def save_network(
+    network: Any, final: Path, *, dtype: torch.dtype | None, metadata: dict[str, str], layout: str | None = None
+) -> None:
     """``network.save_weights`` into a temporary file that then takes the name ``final``: complete or absent.
 
-    The network module decides on the container by the extension, so the temporary name keeps it.
+    The network module decides on the container by the extension, so the temporary name keeps it. ``layout``: that of
+    --save_format, which check_save_format() has asked about.
     """
     with file_written_atomically(final, keep_ending=True) as temporary:
-        network.save_weights(str(temporary), dtype, metadata)
+        if layout is None:
+            network.save_weights(str(temporary), dtype, metadata)
+        else:
+            network.save_weights_as(layout, str(temporary), dtype, metadata)
+
+
+def check_save_format(network: Any, save_format: str | None) -> None:
+    """Raises OptionError where the network, which is applied, cannot be written as --save_format asks."""
+    if save_format is None:
+        return
+    if not hasattr(network, "save_weights_as"):
+        raise OptionError(f"--save_format={save_format}: this network module writes its files in its own way; drop --save_format")
+    if problems := network.layout_problems(save_format):
+        raise OptionError(*(f"--save_format={save_format} cannot hold this network: {problem}" for problem in problems))
 
 
 def remove_old(*paths: Path) -> None:
