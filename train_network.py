@@ -31,6 +31,7 @@ from library.training.divergence import DivergenceGuard
 from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
+from library.training.memory_estimate import estimate_lines, estimate_memory, largest_batch
 from library.training.metadata import LoraMetadata
 from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
 from library.training.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
@@ -42,7 +43,7 @@ from library.training.processes import OtherProcessEnded, ends_of_others_are_tol
 from library.training.report import Report
 from library.training.run_files import RunFiles, remove_left_over_files
 from library.training.sample_pictures import SamplePictures
-from library.training.saving import save_dtype
+from library.training.saving import check_save_format, save_dtype
 from library.training.state import StateDescription, load_network_tensors, load_training_tensors
 from library.training.steps import Progress
 from library.training.strength import strength_problems
@@ -134,6 +135,7 @@ class NetworkTrainer(CacheFilling):
         networks.prepare_network(self.network, self.options)
         trains_text, trains_denoiser = bool(self.trained_encoders), self.options.network.trains_denoiser
         self.network.apply_to(self.trained_encoders, self.denoiser, trains_text, trains_denoiser)
+        check_save_format(self.network, self.options.saving.save_format)
         if self.options.network.network_weights:
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
 
@@ -142,9 +144,18 @@ class NetworkTrainer(CacheFilling):
         dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
         modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
         size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
-        self.say(*plan_lines(self.run, size))
+        self.say(*plan_lines(self.run, size), *self.memory_lines(parameters))
         for warning in (*self.run.warnings, *memory_warnings(self.run)):
             logger.warning("warning: %s", warning)
+
+    def memory_lines(self, parameters: int) -> Iterator[str]:
+        size_wh, images = largest_batch(self.run.training_set)
+        use, dtypes = self.memory_use(size_wh, images), (self.weight_dtype, self.trained_dtype)
+        estimate = estimate_memory(
+            self.options, self.denoiser, parameters=parameters, dtypes=dtypes, use=use, batch=(size_wh, images)
+        )
+        on_gpu = self.device.type == "cuda"
+        return estimate_lines(estimate, torch.cuda.mem_get_info(self.device)[1] if on_gpu else None, self.options)
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -293,7 +304,7 @@ class NetworkTrainer(CacheFilling):
             batch.latents, seed=self.seed, step=micro_step, positions=batch.positions, dtype=self.weight_dtype
         )
         loss = self.compute_loss(batch, noisy).sum() / (batch.global_size * parts)  # its part of the mean over the global batch
-        self.accelerator.backward(loss)
+        self.learner.backward(self.progress.step, loss)
         return loss.detach()
 
     def encoded(self, batch: Batch) -> Batch:

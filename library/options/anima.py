@@ -118,6 +118,11 @@ class AnimaTrainOptions(TrainOptions):
             yield "--vae is missing: name the file of the Qwen-Image VAE"
         if "denoiser" in self.parts:
             yield from self._text_encoder_problems()
+            if self.saving.save_format == "diffusers" and self.trains_text_encoder:
+                yield (
+                    "--save_format=diffusers cannot hold a text encoder's LoRA, which diffusers does not load for Anima: add "
+                    "--network_train_unet_only, or give --save_format=comfy"
+                )
 
     @property
     def trains_text_encoder(self) -> bool:

@@ -84,6 +84,11 @@ class TrainOptions:
             yield "--pretrained_model_name_or_path is missing: name the model's checkpoint file"
         if not self.network.network_module:
             yield f"--network_module is missing: for this model give --network_module={self.NETWORK_MODULE}"
+        elif self.saving.save_format and self.network.network_module != self.NETWORK_MODULE:
+            yield (
+                f"--save_format={self.saving.save_format} needs --network_module={self.NETWORK_MODULE}: "
+                f"{self.network.network_module} names what is in its files itself; drop --save_format"
+            )
         yield from self._precision_problems()
         yield from self._fused_problems()
         if self.attention.mode == "sageattn":
