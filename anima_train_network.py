@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
+from library.anima.memory_use import memory_use
 from library.anima.sampling import encode_context, initial_noise
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.loading import Place
+from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import FlowObjective, NoisyLatents
@@ -50,6 +52,10 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
         load_denoiser(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
+
+    def memory_use(self, size_wh: tuple[int, int], images: int) -> MemoryUse:
+        text, vae = self.run.text_cache is None, self.run.latent_cache is None
+        return memory_use(self.run.layouts, size_wh, images, text=text, vae=vae)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> QwenImageVae:
         anima = self.options.anima

@@ -29,6 +29,7 @@ from library.training import networks, trackers
 from library.training.caching import CacheFilling
 from library.training.divergence import DivergenceGuard
 from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
+from library.training.hub import HubUploads
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.memory_estimate import estimate_lines, estimate_memory, largest_batch
@@ -95,6 +96,7 @@ class NetworkTrainer(CacheFilling):
         state = self.run.names.step_state(self.progress.step)
         self.save_state(state)
         self.files.save_lora(self.run.names.step_file(self.progress.step), self.progress, in_haste=True)
+        self.files.uploads.wait()
         self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
 
     # ------------------------------------------------------------------ set-up, in the order in which memory is used
@@ -211,6 +213,7 @@ class NetworkTrainer(CacheFilling):
             metadata=self.metadata,
             group=self.group,
             is_main=self.accelerator.is_main_process,
+            uploads=HubUploads(self.options.hub, is_main=self.accelerator.is_main_process),
         )
         self.numbers = DelayedNumbers()
         self.guard = DivergenceGuard(scales_losses=self.learner.scales_losses)
@@ -463,6 +466,7 @@ class NetworkTrainer(CacheFilling):
         sys.exit(self.stop.exit_status)
 
     def close_logging(self) -> None:
+        self.files.close()
         self.reporter.close()
         self.accelerator.end_training()
 

@@ -12,6 +12,7 @@ from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenUse
 from library.nn.blocks import run_plainly
+from library.nn.memory_use import MemoryUse
 from library.training.objective import FlowObjective
 from train_network import NetworkTrainer
 
@@ -108,6 +109,9 @@ class TinyTrainer(NetworkTrainer):
     def load_denoiser(self, denoiser, *, device, dtype):
         weight = nn.Parameter(torch.eye(3, device=device, dtype=dtype) * 0.5, requires_grad=False)
         denoiser.blocks[0].mlp["layer1"].weight = weight
+
+    def memory_use(self, size_wh, images):
+        return MemoryUse(blocks=1, kept=0, carried=0, working=0, encoders=0)
 
     def load_vae(self, *, device, dtype):
         return nn.AvgPool2d(8)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library.dataset.conditioning import Conditioning
 from library.nn.loading import Place
+from library.nn.memory_use import MemoryUse
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import NoisyLatents, Objective
 from library.training.preflight import CheckedData
@@ -44,6 +45,10 @@ class ArchitectureHooks(ABC):
     @abstractmethod
     def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
         """Streams the checkpoint's weights into ``denoiser``, frozen. Called once the caches are filled."""
+
+    @abstractmethod
+    def memory_use(self, size_wh: tuple[int, int], images: int) -> MemoryUse:
+        """What a step keeps for a batch of ``images`` of ``size_wh`` pixels, for the plan."""
 
     @abstractmethod
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Any:
