@@ -32,7 +32,7 @@ from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_mergi
 from library.training.hub import HubUploads
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
-from library.training.memory_estimate import estimate_lines, estimate_memory, largest_batch
+from library.training.memory_estimate import advice, estimate_lines, estimate_memory, largest_batch
 from library.training.metadata import LoraMetadata
 from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
 from library.training.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
@@ -528,8 +528,4 @@ def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
             with ends_of_others_are_told():
                 trainer_class(run).train()
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --gradient_checkpointing, a "
-                "smaller --train_batch_size or batch_size, a smaller resolution, --cache_latents, --cache_text_encoder_outputs, "
-                "--mixed_precision bf16, --optimizer_type AdamW8bit, --vae_batch_size 1, and for Anima --vae_chunk_size 64"
-            ) from error
+            raise TrainingError(f"the GPU is out of memory ({str(error).splitlines()[0]}); {advice(run.options)}") from error

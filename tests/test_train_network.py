@@ -16,6 +16,7 @@ from library.options.command_line import read_options
 from library.training.preflight import check_run
 from library.training.state import read_description
 from tests.tiny_arch import TinyArchitecture, TinyTrainer
+from train_network import run_training
 
 
 @pytest.fixture
@@ -361,3 +362,19 @@ def test_a_third_party_network_with_only_the_required_calls(train, tmp_path):
 def test_a_network_that_cannot_scale_norms_is_told(train):
     with pytest.raises(OptionError, match="--scale_weight_norms"):
         train("--max_train_steps=1", *THIRD_PARTY, "--scale_weight_norms=1")
+
+
+class FullGpu(TinyTrainer):
+    def predict(self, denoiser, noisy, text):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total ...")
+
+
+def test_a_full_gpu_is_told_with_what_would_help(train, capsys, monkeypatch):
+    trained = []
+    monkeypatch.setattr(FullGpu, "train", lambda self: trained.append(self) or FullGpu.predict(self, None, None, None))
+    run = train("--max_train_steps=1", "--gradient_checkpointing", "--dry_run").run
+    with pytest.raises(SystemExit) as ended:
+        run_training(FullGpu, run)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and trained
+    assert "Tried to allocate 2.00 GiB" in told and "--fp8_base_unet" in told and "--gradient_checkpointing" not in told

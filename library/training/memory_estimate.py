@@ -118,6 +118,8 @@ def advice(options: Any) -> str:
         "--unsloth_offload_checkpointing": options.memory.checkpointing == "device" and hasattr(options.memory, "blocks_to_swap"),
         "--blocks_to_swap": hasattr(options.memory, "blocks_to_swap") and not blocks_to_swap(options),
         "--optimizer_type=AdamW8bit": "8bit" not in optimizer_source(options.optimizer).path,
+        "--vae_batch_size=1": options.caches.vae_batch_size > 1,
+        "--vae_chunk_size=64": getattr(getattr(options, "anima", None), "vae_chunk_size", 1) is None,
     }
     unused = [flag for flag, helps in flags.items() if helps]
     return f"what would save memory: {', '.join([*unused, 'a smaller batch_size', 'a smaller resolution'])}"
