@@ -95,6 +95,7 @@ class Gradients:
 
     def _attach(self) -> None:
         """Makes each ``.grad`` its view again, taking over what lies elsewhere; None means no gradient."""
+        views, elsewhere = [], []
         for param, view in zip(self._params, self._views, strict=True):
             grad = param.grad
             if grad is view:
@@ -102,9 +103,12 @@ class Gradients:
             if grad is None:
                 view.zero_()
             elif grad.data_ptr() != view.data_ptr():
-                view.copy_(grad)
+                views.append(view)
+                elsewhere.append(grad)
             param.grad = view
             self._measured = None
+        if views:
+            torch._foreach_copy_(views, elsewhere)
 
 
 def _flat_buffers(params: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:

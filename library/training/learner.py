@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import CheckpointError
 from library.training import networks
+from library.training.fused_backward import FusedBackward
 from library.training.gradients import Gradients
 from library.training.optimizers import create_optimizer, evaluation_weights, load_optimizer_state, optimizer_state
 from library.training.precision import allow_fp16_gradients
@@ -51,7 +52,9 @@ class Learner:
         scaled = accelerator.scaler is not None
         self._stepped = accelerator.prepare_optimizer(self._optimizer) if scaled else self._optimizer
         trained = [weight for group in self._optimizer.param_groups for weight in group["params"]]
-        self._gradients = Gradients(trained, max_norm=options.optimizer.max_grad_norm)
+        # one of two ways from gradients to new weights
+        self._fused = FusedBackward(self._optimizer) if options.memory.fused_backward_pass else None
+        self._gradients = None if self._fused else Gradients(trained, max_norm=options.optimizer.max_grad_norm)
         self.weights = TrainedWeights(trained)
         if options.run.full_fp16 and accelerator.scaler is not None:
             allow_fp16_gradients(accelerator.scaler)
@@ -61,9 +64,17 @@ class Learner:
         """fp16: the scale of the loss is searched for, and a step that overflows is part of the search."""
         return self._accelerator.scaler is not None
 
+    def backward(self, step: int, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch of update number ``step``; with --fused_backward_pass weights change already."""
+        if self._fused is not None:
+            self.weights.remember(step)
+            self._fused.begin(loss)
+        self._accelerator.backward(loss)
+
     def sum_gradients(self) -> None:
         """Over processes; then true-sized again, so that all processes see the same overflow."""
-        self._gradients.reduce()
+        if self._gradients is not None:
+            self._gradients.reduce()
         if self.scales_losses:
             self._accelerator.unscale_gradients(self._stepped)
 
@@ -73,14 +84,20 @@ class Learner:
         Returns the gradient's norm before clipping, whether loss and gradient were finite (else the weights stay), and
         MAX_NORM_CURVES with --scale_weight_norms; all on the device.
         """
+        norm, finite = self._change_weights(step, loss) if self._fused is None else self._fused.finish(loss)
+        self.weights.keep_if(finite)
+        self._schedule.step()
+        if self._gradients is not None:
+            self._gradients.zero()
+        return norm.float(), finite.float(), self._keep_max_norm()
+
+    def _change_weights(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._gradients is not None
         norm = self._gradients.clip()
         finite = self._gradients.drop_if_not_finite(loss)
         self.weights.remember(step)
         self._stepped.step()
-        self.weights.keep_if(finite)
-        self._schedule.step()
-        self._gradients.zero()
-        return norm.float(), finite.float(), self._keep_max_norm()
+        return norm, finite
 
     def _keep_max_norm(self) -> list[Tensor]:
         if not self._max_weight_norm:
