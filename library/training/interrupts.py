@@ -68,7 +68,7 @@ def watch_launcher() -> None:
 
 SECRET_FLAGS = ("--wandb_api_key", "--huggingface_token")
 START_FLAGS = ("--resume", "--initial_step", "--initial_epoch")  # where a run begins: the new --resume says it
-START_SWITCH = "--skip_until_initial_step"
+START_SWITCHES = ("--skip_until_initial_step", "--resume_from_huggingface")
 
 
 def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
@@ -83,7 +83,7 @@ def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
             skip = False
         elif flag in (*SECRET_FLAGS, *START_FLAGS):
             skip = "=" not in word
-        elif flag != START_SWITCH:
+        elif flag not in START_SWITCHES:
             kept.append(word)
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = [Path(sys.executable).name]

@@ -29,6 +29,7 @@ from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
 from library.training.console import progress_bar, set_up_console
+from library.training.hub import check_upload, fetch_state, make_repository
 from library.training.interrupts import watch_launcher
 from library.training.networks import check_weights_file
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
@@ -105,6 +106,8 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
         prompts = checked_prompts(options)
+    with problems.collect():
+        check_upload(options.hub)
     layouts = training_set = None
     with problems.collect():
         layouts = architecture.read_layouts(options)
@@ -132,6 +135,8 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
     changes = list(_changes(options, begin, settings, training_set))
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)
     check_disk(training_set, (latent_cache, text_cache), options)
+    if not options.run.dry_run:
+        make_repository(options.hub)
     return CheckedRun(
         options=options,
         architecture=architecture,
@@ -162,7 +167,7 @@ class _Beginning(NamedTuple):
 
 
 def _beginning(options: Any, length: RunLength, names: OutputNames) -> _Beginning:
-    folder = find_state(options.resume.resume, names.states()) if options.resume.resume else None
+    folder = _resume_folder(options, names)
     resumed = read_description(folder) if folder else None
     start = initial_progress(options.resume, length, resumed.progress if resumed else None)
     if start.step >= length.total_steps:
@@ -171,6 +176,13 @@ def _beginning(options: Any, length: RunLength, names: OutputNames) -> _Beginnin
             "nothing is left to train; raise --max_train_steps or --max_train_epochs to go on"
         )
     return _Beginning(start, folder, resumed)
+
+
+def _resume_folder(options: Any, names: OutputNames) -> Path | None:
+    resume = options.resume.resume
+    if resume and options.hub.resume_from_huggingface:
+        return fetch_state(options.hub, resume, names.folder)
+    return find_state(resume, names.states()) if resume else None
 
 
 def _changes(options: Any, begin: _Beginning, settings: StateSettings, training_set: TrainingSet) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import NoReturn
 from library.errors import TrainingError
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
+from library.training.hub import HubUploads
 from library.training.learner import Learner
 from library.training.metadata import LoraMetadata
 from library.training.preflight import CheckedRun
@@ -38,6 +39,7 @@ class RunFiles:
     metadata: LoraMetadata
     group: HostGroup
     is_main: bool
+    uploads: HubUploads
 
     def save_lora(
         self,
@@ -55,24 +57,42 @@ class RunFiles:
         """
         self._check_weights(progress)
         self._write_lora(file, progress, last=last, wait=not in_haste, notes=notes)
+        self.uploads.add(file)
 
     def keep_old_best(self, step: int) -> None:
         """The best LoRA so far, of ``step``, gets a name of its own. Where that name is taken, this has been done before."""
         best, kept = self.run.names.best_file(), self.run.names.old_best_file(step)
         if self.is_main and best.exists() and not kept.exists():
+            self.uploads.leave(best)
             best.rename(kept)
             logger.info("kept %s as %s: its validation loss cannot be compared with the new one", best.name, kept)
 
     def save_state(self, folder: Path, description: StateDescription) -> None:
         self._check_weights(description.progress)
         if self.is_main:
+            self.uploads.leave(folder)
             save_state(folder, description, network=self.learner.network.state_dict(), training=self.learner.state())
             logger.info("saved the state %s", folder)
+        if self.uploads.takes_states:
+            self.uploads.add(folder)
 
     def remove(self, *old: Path) -> None:
-        """Files and states that made way for newer ones, which are in place by now."""
+        """Files and states that made way for newer ones, which are in place by now. Called when all is saved that a step owes:
+        training waits here for uploads, unless it is not to."""
+        if self.uploads.holds_training:
+            self._wait_for_uploads()
         if self.is_main:
+            self.uploads.leave(*old)
             remove_old(*old)
+
+    def close(self) -> None:
+        """Waits for the uploads that are still under way."""
+        if self.uploads.is_on:
+            self._wait_for_uploads()
+
+    def _wait_for_uploads(self) -> None:
+        self.uploads.wait()
+        self.group.wait()  # however long it takes: in the training's own group the others would give up
 
     def end_diverged_run(self, progress: Progress, *, step: int, untrained: bool = False) -> NoReturn:
         """Saves the last weights that gave a finite loss, and leaves with an error. ``step``: the last that was not finite;
@@ -90,6 +110,8 @@ class RunFiles:
             )
         file = self.run.names.last_file()
         self._write_lora(file, progress)  # save_lora would ask about the weights again
+        self.uploads.add(file)
+        self.uploads.wait()
         self.group.wait()
         raise TrainingError(
             f"the loss or the weights were not finite, last at step {step}; the last good weights are in {file}: {CURES}"
@@ -105,6 +127,7 @@ class RunFiles:
     ) -> None:
         if not self.is_main:
             return
+        self.uploads.leave(file)
         epochs_done = progress.position // self.run.length.steps_per_epoch
         metadata = self.metadata.at(step=progress.step, epoch=epochs_done, last=last, wait=wait, notes=notes)
         with self.learner.evaluating():

@@ -45,6 +45,7 @@ def started_with(monkeypatch):
     [
         ("--initial_step=10", "--skip_until_initial_step", "--resume=latest"),
         ("--initial_step", "10", "--initial_epoch", "2", "--skip_until_initial_step=true", "--resume", "out/old state"),
+        ("--resume_from_huggingface", "--resume=me/lora/a-state:main"),
         ("--initial_epoch=2", "--wandb_api_key", "hush", "--huggingface_token=hush"),
     ],
 )
