@@ -27,7 +27,7 @@ from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.memory_use import memory_use
-from library.anima.sampling import encode_context, initial_noise
+from library.anima.sampling import encode_context, initial_noise, velocity_of
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.loading import Place
@@ -101,7 +101,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         )
         noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
         return draw_flow(
-            denoiser,
+            velocity_of(denoiser),
             noise.to(self.device),
             positive=encode_context(denoiser, positive),
             negative=encode_context(denoiser, negative) if scale > 1 else None,

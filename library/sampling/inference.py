@@ -1,0 +1,352 @@
+"""The way of an inference script, the same for every architecture: prompts -> text -> latents -> pictures -> files.
+
+An architecture subclasses ``PictureMaker`` and answers its hooks; order, devices, merging, saving and messages are here.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import EXIT_CTRL_C, OptionError, UserError, error_block, user_errors_end_the_script
+from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
+from library.sampling.picture_plan import Picture, asked_prompt, pictures_of, size_warnings, unused_warnings
+from library.sampling.pictures import dated_stem, free_stem, picture_parameters, save_picture
+from library.training.precision import WEIGHT_DTYPES
+
+logger = logging.getLogger(__name__)
+
+PICTURE_END, LATENT_END = ".png", "_latent.safetensors"
+GIB = 2**30
+Tick = Callable[[], None]  # one step of the sampler is under way
+
+
+class PictureMaker(ABC):
+    """Draws the pictures of one command. ``device`` and ``dtype`` are those of the denoiser."""
+
+    SIDE_STEP_PX: int
+    SAMPLERS: Sequence[str]
+
+    def __init__(self, run: CheckedPictures):
+        self.run, self.options = run, run.options
+        compute = self.options.compute
+        self.device = chosen_device(compute.device)
+        self.dtype = WEIGHT_DTYPES[compute.mixed_precision or ("no" if self.device.type == "cpu" else "bf16")]
+        self.vae_dtype = torch.float32 if self.options.files.no_half_vae else self.dtype
+        self.text_device = torch.device("cpu") if compute.text_encoder_cpu else self.device
+        self.folder = Path(self.options.output.save_path)
+        self.texts: dict[str, Any] = {}
+        self.loading_s = 0.0
+        self.drawn = 0
+        self.vae: Any = None
+
+    # ------------------------------------------------------------------ what an architecture answers
+
+    @abstractmethod
+    def build(self) -> None:
+        """Makes ``text_encoder`` and ``denoiser`` without weights and tries the LoRA files on them. Raises UserError."""
+
+    @property
+    @abstractmethod
+    def text_model(self) -> nn.Module:
+        """The text encoder as a module that can be moved."""
+
+    @property
+    @abstractmethod
+    def denoiser_model(self) -> nn.Module: ...
+
+    @abstractmethod
+    def load_text_encoder(self) -> None:
+        """Loads the weights to ``text_device`` and merges the LoRA files' share."""
+
+    @abstractmethod
+    def encode(self, text: str) -> Any:
+        """The conditioning of one text, on the CPU."""
+
+    @abstractmethod
+    def load_denoiser(self) -> None:
+        """Loads the weights to ``device``, merges the LoRA files' share, and arranges memory and attention."""
+
+    @abstractmethod
+    def draw(self, pictures: Sequence[Picture], positive: Any, negative: Any | None, tick: Tick) -> Tensor:
+        """Latents (B, C, h, w) of pictures that differ in their seeds alone. ``tick`` is called at each step of the sampler."""
+
+    @abstractmethod
+    def load_vae(self) -> nn.Module: ...
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(1, C, h, w) -> pixels (1, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """What made the pictures, as label -> name, for their metadata."""
+
+    # ------------------------------------------------------------------ the way
+
+    @torch.no_grad()
+    def make(self) -> None:
+        started = time.perf_counter()
+        for warning in self.run.warnings:
+            logger.warning("warning: %s", warning)
+        if self.run.latents:
+            self.decode_files()
+        elif self.options.prompts.interactive:
+            self.prepare(keep_text_encoder=True)
+            self.ask()
+        else:
+            self.draw_given()
+        self.tell_end(time.perf_counter() - started)
+
+    def draw_given(self) -> None:
+        """All prompts. Every text is encoded first, so that the text encoder is gone when the denoiser comes."""
+        plan = [pictures_of(prompt, self.options.prompts, side_step=self.SIDE_STEP_PX) for prompt in self.run.prompts]
+        self.prepare(texts=[text for pictures in plan for text in texts_of(pictures[0])])
+        with self.progress(plan) as tick:
+            for pictures in plan:
+                self.draw_prompt(pictures, tick)
+
+    def prepare(self, *, texts: Sequence[str] = (), keep_text_encoder: bool = False) -> None:
+        """Loads what draws."""
+        self.build()
+        self.timed(self.load_text_encoder)
+        self.encode_texts(texts)
+        if keep_text_encoder:
+            self.rest(self.text_model, self.text_device)
+        else:
+            self.text_model.to("meta")
+            self.free()
+        self.timed(self.load_denoiser)
+
+    def timed(self, load: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        loaded = load()
+        self.loading_s += time.perf_counter() - started
+        return loaded
+
+    def encode_texts(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            if text not in self.texts:
+                self.texts[text] = self.encode(text)
+
+    def draw_prompt(self, pictures: Sequence[Picture], tick: Tick) -> None:
+        """The pictures of one prompt, saved batch by batch; their texts are encoded."""
+        size = self.options.prompts.batch_size
+        for start in range(0, len(pictures), size):
+            batch = pictures[start : start + size]
+            latents = self.draw_batch(batch, tick)
+            with self.working_vae():
+                for picture, latent in zip(batch, latents.split(1), strict=True):
+                    self.save(picture, latent)
+
+    def draw_batch(self, batch: Sequence[Picture], tick: Tick) -> Tensor:
+        positive, *negative = [self.texts[text].to(self.device) for text in texts_of(batch[0])]
+        with self.working(self.denoiser_model, self.device), self.autocast():
+            return self.draw(batch, positive, negative[0] if negative else None, tick)
+
+    def autocast(self) -> Any:
+        """As while training, so that its samples come out again."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
+
+    # ------------------------------------------------------------------ prompts from the console
+
+    def ask(self) -> None:
+        """Draws a prompt for each line of standard input. A line that is wrong is one message. Ends at the input's end."""
+        if sys.stdin.isatty():
+            print("one prompt per line, with flags behind it as in a prompt file (--w 832 --h 1216 --d 42); Ctrl-D ends")
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")
+        while (line := self.next_line()) is not None:
+            if not line.strip() or line.startswith("#"):
+                continue
+            try:
+                self.draw_line(line)
+            except UserError as error:
+                print(error_block(error), file=sys.stderr, flush=True)
+            except torch.OutOfMemoryError as error:
+                print(error_block(out_of_memory(error)), file=sys.stderr, flush=True)
+                self.free()
+
+    def next_line(self) -> str | None:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+
+    def draw_line(self, line: str) -> None:
+        if "\ufffd" in line:
+            raise OptionError(f"the line is no {sys.stdin.encoding} text: {line.strip()!r}; write it again")
+        prompt = asked_prompt(line, self.SAMPLERS)
+        for warning in (*size_warnings([prompt], self.options.prompts, self.SIDE_STEP_PX), *unused_warnings([prompt])):
+            logger.warning("warning: %s", warning)
+        pictures = pictures_of(prompt, self.options.prompts, side_step=self.SIDE_STEP_PX)
+        self.texts.clear()
+        with self.working(self.text_model, self.text_device):
+            self.encode_texts(texts_of(pictures[0]))
+        with self.progress([pictures]) as tick:
+            self.draw_prompt(pictures, tick)
+
+    # ------------------------------------------------------------------ latents and pictures
+
+    def save(self, picture: Picture, latent: Tensor) -> None:
+        """latent (1, C, h, w). A picture and its latents have one name."""
+        output = self.options.output
+        endings = [*([PICTURE_END] if output.wants_pictures else []), *([LATENT_END] if output.wants_latents else [])]
+        stem = free_stem(self.folder, dated_stem(picture.seed, time.time()), endings)
+        text = None if output.no_metadata else picture_parameters(picture, self.about())
+        if output.wants_latents:
+            about = {"parameters": text, "seed": str(picture.seed)} if text else None
+            save_safetensors(self.folder / f"{stem}{LATENT_END}", {LATENT: latent[0]}, about)
+        if output.wants_pictures:
+            save_picture(self.decode(latent)[0], self.folder / f"{stem}{PICTURE_END}", text)
+        self.drawn += 1
+        logger.info("%s (seed %d)", self.folder / f"{stem}{endings[0]}", picture.seed)
+
+    def decode_files(self) -> None:
+        """--latent_path: a picture of each file."""
+        with self.working_vae():
+            for path in self.run.latents:
+                header = read_header(path)
+                latent = dict(read_tensors(header, [LATENT]))[LATENT].float()
+                shape = picture_shape(header.tensors[LATENT].shape)
+                assert shape is not None  # checked
+                pixels = self.decode(latent.reshape(1, *shape).to(self.device))
+                name = header.metadata.get("seed") or path.name.removesuffix(".safetensors")
+                stem = free_stem(self.folder, dated_stem(name, time.time()), [PICTURE_END])
+                text = None if self.options.output.no_metadata else header.metadata.get("parameters")
+                save_picture(pixels[0], self.folder / f"{stem}{PICTURE_END}", text)
+                self.drawn += 1
+                logger.info("%s (of %s)", self.folder / f"{stem}{PICTURE_END}", path)
+
+    # ------------------------------------------------------------------ memory
+
+    @contextmanager
+    def working(self, model: nn.Module, device: torch.device) -> Iterator[None]:
+        """``model`` on ``device``; with --offload only meanwhile."""
+        if self.options.compute.offload:
+            model.to(device)
+        try:
+            yield
+        finally:
+            self.rest(model, device)
+
+    def rest(self, model: nn.Module, device: torch.device) -> None:
+        if self.options.compute.offload and device.type != "cpu":
+            model.to("cpu")
+            self.free()
+
+    @contextmanager
+    def working_vae(self) -> Iterator[None]:
+        """The VAE, loaded when the first picture comes; not at all where only latents are saved."""
+        if not self.options.output.wants_pictures:
+            yield
+            return
+        if self.vae is None:
+            self.vae = self.timed(self.load_vae)
+        with self.working(self.vae, self.device):
+            yield
+
+    def free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------------ messages
+
+    @contextmanager
+    def progress(self, plan: Sequence[Sequence[Picture]]) -> Iterator[Tick]:
+        from tqdm import tqdm
+
+        size = self.options.prompts.batch_size
+        steps = sum(pictures[0].steps * -(-len(pictures) // size) for pictures in plan)
+        with tqdm(desc="drawing", unit="step", total=steps, leave=False) as bar:
+
+            def tick() -> None:
+                bar.update()
+
+            yield tick
+
+    def tell_end(self, seconds: float) -> None:
+        """One line: pictures, time, memory."""
+        plural = "" if self.drawn == 1 else "s"
+        what = "latents of " if not self.options.output.wants_pictures else ""
+        parts = [f"{what}{self.drawn} picture{plural} in {seconds:.1f} s ({self.loading_s:.1f} s of it loading models)"]
+        logger.info("%s", "; ".join([*parts, *peak_memory(self.device)]))
+
+
+def texts_of(picture: Picture) -> list[str]:
+    """The prompt, and the negative one where it acts."""
+    return [picture.prompt, *([picture.negative_prompt] if picture.is_guided else [])]
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """--device, or the best there is. Raises OptionError for one that is not there."""
+    if name is None:
+        found = next((kind for kind in ("cuda", "xpu", "mps") if _count(kind)), "cpu")
+        return torch.device(found)
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    count = _count(device.type)
+    if not count:
+        there = next((kind for kind in ("cuda", "xpu", "mps") if _count(kind)), None)
+        raise OptionError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; there is "
+                          f"{f'{there} and ' if there else ''}cpu")  # fmt: skip
+    if device.index is not None and device.index >= count:
+        raise OptionError(f"--device {name}: there are {count} such devices, {device.type}:0 to {device.type}:{count - 1}")
+    return device
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind there are."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind, None)
+    return int(module.device_count()) if module is not None and module.is_available() else 0
+
+
+def peak_memory(device: torch.device) -> Iterator[str]:
+    """The most memory that this process has held, in words; nothing where the system does not tell."""
+    if device.type == "cuda":
+        yield f"peak GPU memory {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB"
+        return
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    unit = 1 if sys.platform == "darwin" else 1024
+    yield f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB"
+
+
+def out_of_memory(error: BaseException) -> OptionError:
+    return OptionError(
+        f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --offload, --fp8_scaled, --blocks_to_swap, "
+        "--vae_chunk_size 64, --text_encoder_cpu, --batch_size 1, a smaller --image_size"
+    )
+
+
+def run_inference(maker_class: Callable[[CheckedPictures], PictureMaker], run: CheckedPictures) -> None:
+    """Draws, and ends the script with one message for what a user can mend; 130 after Ctrl-C."""
+    with user_errors_end_the_script():
+        try:
+            maker_class(run).make()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error) from error
+        except KeyboardInterrupt:
+            end_by_ctrl_c()
+
+
+def end_by_ctrl_c() -> NoReturn:
+    print("\nstopped; the pictures done so far are saved", file=sys.stderr, flush=True)
+    sys.exit(EXIT_CTRL_C)

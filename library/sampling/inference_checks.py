@@ -1,0 +1,134 @@
+"""The start of an inference script: everything that can be checked before torch is imported and a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import CheckpointError, OptionError, ProblemList, user_errors_end_the_script
+from library.files.model_path import LORA, recognise, with_article
+from library.files.safetensors_file import SafetensorsHeader, read_header
+from library.options.declare import warnings_of
+from library.sampling.picture_plan import given_prompts, size_warnings, unused_warnings
+from library.sampling.prompts import SamplePrompt
+from library.training.console import set_up_console
+from library.training.networks import check_weights_file
+from library.training.preflight import check_writable
+
+LATENT = "latent"  # the tensor's name in a file of latents
+
+LoraProblem = Callable[[Any, SafetensorsHeader], str | None]  # options, header -> why the file cannot be merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedPictures:
+    """What to draw, or the latents to decode, checked. ``layouts``: the architecture's own, of the model's files."""
+
+    options: Any
+    layouts: Any
+    prompts: tuple[SamplePrompt, ...]
+    latents: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceChecks:
+    """What an architecture says about itself before torch is imported."""
+
+    read_layouts: Callable[[Any], Any]  # options -> layouts of the files of ``options.parts``; raises CheckpointError
+    lora_problem: LoraProblem
+    latent_channels: Callable[[Any], int | None]  # layouts -> channels of the latents, where the files tell
+    side_step: int  # pixels
+    samplers: Collection[str]
+
+
+def checked_pictures(read: Callable[[], Any], checks: InferenceChecks) -> CheckedPictures:
+    """For a script's first lines: reads the command line and checks it, ending the script on a mistake."""
+    with user_errors_end_the_script():
+        options = read()
+        set_up_console(options.console)
+        return check_pictures(options, checks)
+    raise AssertionError("user_errors_end_the_script does not return after an error")
+
+
+def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
+    """Raises one UserError with all that was found."""
+    problems = ProblemList()
+    prompts: tuple[SamplePrompt, ...] = ()
+    layouts = None
+    with problems.collect():
+        check_folder(Path(options.output.save_path))
+    with problems.collect():
+        prompts = given_prompts(options.prompts, checks.samplers)
+    for file, _ in options.loras.files if "denoiser" in options.parts else ():
+        with problems.collect():
+            check_lora(file, options, checks.lora_problem)
+    with problems.collect():
+        layouts = checks.read_layouts(options)
+    latents = tuple(Path(file) for file in options.output.latent_path or ())
+    for path in latents:
+        with problems.collect():
+            check_latents(path, checks.latent_channels(layouts) if layouts is not None else None)
+    problems.raise_if_any()
+    return CheckedPictures(
+        options=options, layouts=layouts, prompts=prompts, latents=latents, warnings=tuple(_warnings(options, prompts, checks))
+    )
+
+
+def _warnings(options: Any, prompts: tuple[SamplePrompt, ...], checks: InferenceChecks) -> Iterator[str]:
+    yield from warnings_of(options)
+    if not options.output.latent_path:
+        yield from size_warnings(prompts or (SamplePrompt(prompt="", index=0),), options.prompts, checks.side_step)
+        yield from unused_warnings(prompts)
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder and tries to write into it. Raises OutputError, or OptionError for a file of that name."""
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--save_path {folder} is a file: name a folder for the pictures")
+    check_writable(folder, "--save_path")
+
+
+def check_lora(file: str, options: Any, problem_of: LoraProblem) -> None:
+    """A LoRA file that is missing, damaged or something else; whether it fits the model shows when that is built."""
+    path = Path(file)
+    if path.is_dir():
+        raise CheckpointError(f"--lora_weight {path} is a folder: give the LoRA file in it")
+    check_weights_file("--lora_weight", file)
+    if path.suffix != ".safetensors":
+        return  # a pickle, which only torch reads
+    header = read_header(path)
+    kind = recognise(header)
+    if kind not in (None, LORA):
+        raise CheckpointError(f"--lora_weight {path} is {with_article(str(kind))}, not a LoRA file: give a LoRA file")
+    if problem := problem_of(options, header):
+        raise CheckpointError(problem)
+
+
+def check_latents(path: Path, channels: int | None) -> None:
+    """A file of latents that is missing, damaged, or for another image coder."""
+    if path.is_dir():
+        raise CheckpointError(f"--latent_path {path} is a folder: give the files in it that end in _latent.safetensors")
+    check_weights_file("--latent_path", path)
+    tensors = read_header(path).tensors
+    if LATENT not in tensors:
+        names = ", ".join(list(tensors)[:3]) or "nothing"
+        raise CheckpointError(f"--latent_path {path} holds no tensor {LATENT!r} (it has {names}): give a file that was written "
+                              "with --output_type=latent")  # fmt: skip
+    shape = tensors[LATENT].shape
+    found = picture_shape(shape)
+    if found is None or channels not in (None, found[0]):
+        wanted = f"({channels or 'channels'}, height / 8, width / 8)"
+        raise CheckpointError(f"--latent_path {path} holds latents of shape {shape}; this model's are {wanted}")
+
+
+def picture_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """(C, h, w) of the latents of one picture, which may have axes of batch and frame: (1, C, h, w), (C, 1, h, w) or
+    (1, C, 1, h, w). None for anything else."""
+    if len(shape) == 5 and shape[0] == shape[2] == 1:
+        return shape[1], *shape[3:]
+    if len(shape) == 4 and 1 in shape[:2]:
+        return shape[1:] if shape[0] == 1 else (shape[0], *shape[2:])
+    return shape if len(shape) == 3 and min(shape) > 0 else None

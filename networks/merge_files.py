@@ -1,0 +1,206 @@
+"""LoRA files merged into models for drawing: which of their modules, how strongly, and with the LyCORIS package where asked.
+
+First everything is read and compared with models that have no weights yet, so that a file that does not fit shows at once; then
+each model gets its share when it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import NetworkError
+from networks.weights_file import read_lora_file
+
+logger = logging.getLogger(__name__)
+
+LYCORIS_MODULE, LYCORIS_PACKAGE = "lycoris.kohya", "lycoris-lora"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePatterns:
+    """Regexes, found anywhere in a module's name in the file or in its path in the model. ``include`` empty = every module."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, include: Sequence[str] | None, exclude: Sequence[str] | None) -> ModulePatterns:
+        return cls(include=tuple(include or ()), exclude=tuple(exclude or ()))
+
+    def allows(self, *names: str) -> bool:
+        return (not self.include or any(_fits(p, names) for p in self.include)) and not any(_fits(p, names) for p in self.exclude)
+
+    def idle(self, modules: Sequence[tuple[str, ...]]) -> list[str]:
+        """The patterns that fit none of ``modules``, each as flag and regex."""
+        named = [("--include_patterns", p) for p in self.include] + [("--exclude_patterns", p) for p in self.exclude]
+        return [f"{flag} {pattern}" for flag, pattern in named if not any(_fits(pattern, names) for names in modules)]
+
+
+def _fits(pattern: str, names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
+
+
+class MergedFile(Protocol):
+    """One file, ready to be merged. ``modules``: of each its name in the file and, where known, its path in the model."""
+
+    @property
+    def modules(self) -> list[tuple[str, ...]]: ...
+
+    def merge(self, models: Sequence[nn.Module], device: torch.device, patterns: ModulePatterns) -> int:
+        """Adds the file's modules of ``models``, which are loaded, to their weights; -> how many."""
+
+
+@dataclass(slots=True)
+class FileMerges:
+    """All files of a run, in their order."""
+
+    files: Sequence[MergedFile]
+    patterns: ModulePatterns = field(default_factory=ModulePatterns)
+
+    def check(self) -> None:
+        """Raises NetworkError for patterns that fit nothing, and where they leave nothing of all files."""
+        modules = [names for file in self.files for names in file.modules]
+        problems = [f"{idle} fits no module of the LoRA files (they have {_examples(modules)})"
+                    for idle in self.patterns.idle(modules)]  # fmt: skip
+        if self.files and not problems and not any(self.patterns.allows(*names) for names in modules):
+            problems = ["--include_patterns and --exclude_patterns leave no module of the LoRA files: change them"]
+        if problems:
+            raise NetworkError(*problems)
+
+    def into(self, models: Sequence[nn.Module], device: torch.device) -> int:
+        """Merges each file's share of ``models``, computed on ``device``; -> the modules merged."""
+        return sum(file.merge(models, device, self.patterns) for file in self.files)
+
+
+def _examples(modules: Sequence[tuple[str, ...]]) -> str:
+    more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+    return ", ".join(names[-1] for names in modules[:3]) + more
+
+
+class OwnFile:
+    """A LoRA file as the network module of this project reads it."""
+
+    def __init__(self, module: ModuleType, file: str, multiplier: float, *, text_encoder: nn.Module, denoiser: nn.Module):
+        """The models may be on the meta device. Raises NetworkError or CheckpointError for a file that does not fit."""
+        network, self.weights = module.create_network_from_weights(
+            multiplier, file, None, [text_encoder], denoiser, for_inference=True
+        )
+        self.network: Any = network
+        paths = {id(layer): path for model in (text_encoder, denoiser) for path, layer in model.named_modules()}
+        self.paths = {lora.lora_name: paths[id(lora.org_module_ref[0])] for lora in network.loras}
+
+    @property
+    def modules(self) -> list[tuple[str, ...]]:
+        return list(self.paths.items())
+
+    def merge(self, models: Sequence[nn.Module], device: torch.device, patterns: ModulePatterns) -> int:
+        layers = {id(layer) for model in models for layer in model.modules()}
+        chosen = {
+            lora.lora_name
+            for lora in self.network.loras
+            if id(lora.org_module_ref[0]) in layers and patterns.allows(lora.lora_name, self.paths[lora.lora_name])
+        }
+        weights = {key: value for key, value in self.weights.items() if key.partition(".")[0] in chosen}
+        self.network.merge_to(None, None, weights, None, device)
+        return len(chosen)
+
+
+class LycorisFile:
+    """A LoRA file of any kind that the LyCORIS package knows."""
+
+    def __init__(self, package: ModuleType, file: str, multiplier: float, *, text_encoder: nn.Module, denoiser: nn.Module):
+        """Raises NetworkError where no module of the file has a place in the models."""
+        self.package, self.file, self.multiplier = package, file, multiplier
+        self.weights = _by_name(read_lora_file_of(file))
+        prefixes = {package.LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER: text_encoder,
+                    package.LycorisNetworkKohya.LORA_PREFIX_UNET: denoiser}  # fmt: skip
+        places = {f"{prefix}_{path.replace('.', '_')}": (prefix, path)
+                  for prefix, model in prefixes.items() for path, _ in model.named_modules()}  # fmt: skip
+        self.places = {name: places[name] for name in self.weights if name in places}
+        self.models = {prefix: model for prefix, model in prefixes.items()}
+        if not self.places:
+            raise NetworkError(f"{file} has no module for this model (it has {', '.join(list(self.weights)[:3])}): give a file "
+                               "that was made for it")  # fmt: skip
+        if homeless := [name for name in self.weights if name not in places]:
+            logger.warning("%s: %d modules have no place in this model: left out", file, len(homeless))
+
+    @property
+    def modules(self) -> list[tuple[str, ...]]:
+        return [(name, path) for name, (_, path) in self.places.items()]
+
+    def merge(self, models: Sequence[nn.Module], device: torch.device, patterns: ModulePatterns) -> int:
+        merged = 0
+        for prefix, model in self.models.items():
+            if not any(model is given for given in models):
+                continue
+            names = [name for name, (place, path) in self.places.items() if place == prefix and patterns.allows(name, path)]
+            merged += self._merge_names(model, prefix, names) if names else 0
+        return merged
+
+    def _merge_names(self, model: nn.Module, prefix: str, names: Sequence[str]) -> int:
+        weights = {key: tensor for name in names for key, tensor in self.weights[name].items()}
+        is_denoiser = prefix == self.package.LycorisNetworkKohya.LORA_PREFIX_UNET
+        network, _ = self.package.create_network_from_weights(
+            self.multiplier, self.file, None, None if is_denoiser else model, model if is_denoiser else nn.Identity(),
+            weights_sd=weights, for_inference=True,
+        )  # fmt: skip
+        loras = [*network.text_encoder_loras, *network.unet_loras]
+        for lora in loras:  # one by one: the package's own merge_to() leaves the strength out
+            lora.to(next(model.parameters()).device)
+            lora.merge_to(self.multiplier)
+        return len(loras)
+
+
+def _by_name(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        found.setdefault(key.partition(".")[0], {})[key] = tensor
+    return found
+
+
+def read_lora_file_of(file: str) -> dict[str, Tensor]:
+    from pathlib import Path
+
+    return read_lora_file(Path(file))
+
+
+def lycoris_package() -> ModuleType:
+    """Raises NetworkError that names the package to install."""
+    try:
+        return importlib.import_module(LYCORIS_MODULE)
+    except ImportError as error:
+        raise NetworkError(f"--lycoris needs the package {LYCORIS_PACKAGE} ({error}): pip install {LYCORIS_PACKAGE}") from error
+
+
+def planned_merges(
+    module: ModuleType,
+    files: Sequence[tuple[str, float]],
+    *,
+    text_encoder: nn.Module,
+    denoiser: nn.Module,
+    patterns: ModulePatterns,
+    lycoris: bool = False,
+) -> FileMerges:
+    """What merging ``files`` (path, multiplier) takes; the models may be on the meta device. Raises one NetworkError or
+    CheckpointError for the first file that does not fit, and for patterns that fit nothing."""
+    kind, reader = (LycorisFile, lycoris_package()) if lycoris and files else (OwnFile, module)
+    merges = FileMerges(list(_planned(kind, reader, files, text_encoder, denoiser)), patterns)
+    merges.check()
+    return merges
+
+
+def _planned(
+    kind: type[OwnFile] | type[LycorisFile], reader: ModuleType, files: Sequence[tuple[str, float]], text_encoder: nn.Module,
+    denoiser: nn.Module,
+) -> Iterator[MergedFile]:  # fmt: skip
+    for file, multiplier in files:
+        yield kind(reader, file, multiplier, text_encoder=text_encoder, denoiser=denoiser)
