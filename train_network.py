@@ -176,8 +176,7 @@ class NetworkTrainer(CacheFilling):
         if self.text_encoder is not None:
             self.load_text_encoder(self.text_encoder, device=self.device, dtype=self.weight_dtype)
         networks.merge_base_weights(self.options.network, self.denoiser, encoders, self.weight_dtype)
-        for model in (self.denoiser, *encoders):
-            self.say(*arrange_fp8(self.options, model, self.device, dtype=self.weight_dtype))
+        self.say(*arrange_fp8(self.options, self.denoiser, self.device, dtype=self.weight_dtype))
         if self.options.memory.checkpointing is not None:
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)

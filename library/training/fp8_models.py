@@ -36,15 +36,16 @@ def wait_for_merging(options: Any, *models: nn.Module) -> None:
             keep_unquantised(model)
 
 
-def arrange_fp8(options: Any, model: nn.Module, device: torch.device, *, dtype: torch.dtype) -> Iterator[str]:
-    """Once the model is loaded and merged: chooses how it multiplies on ``device``. Gives a line about it; none without fp8.
+def arrange_fp8(options: Any, denoiser: nn.Module, device: torch.device, *, dtype: torch.dtype) -> Iterator[str]:
+    """Once the denoiser is loaded and merged: chooses how it multiplies on ``device``. Gives a line about it; none without fp8.
 
-    With --deterministic nothing is left to the clock.
+    With --deterministic nothing is left to the clock. Text encoders always dequantise, so that texts encoded at every step are
+    those that would have been cached.
     """
-    count = sum(1 for _ in fp8_layers(model))
+    count = sum(1 for _ in fp8_layers(denoiser))
     if not count:
         return
     how = "dequantised for their products (--deterministic)"
     if not options.run.deterministic:
-        how = choose_fp8_products(model, device, dtype=dtype)
-    yield f"{type(model).__name__}: {count} layers in 8 bits, {how}"
+        how = choose_fp8_products(denoiser, device, dtype=dtype)
+    yield f"{type(denoiser).__name__}: {count} layers in 8 bits, {how}"
