@@ -66,7 +66,7 @@ def _return_to(swap: BlockSwap, number: int, gradient: Tensor) -> None:
 class BlockSwap:
     """The ring of one model. It takes the blocks' big weights over: they must be loaded, frozen, and stay as they are."""
 
-    def __init__(self, blocks: Sequence[nn.Module], blocks_to_swap: int, *, device: torch.device, transfer: Transfer):
+    def __init__(self, blocks: nn.ModuleList, blocks_to_swap: int, *, device: torch.device, transfer: Transfer):
         """Moves all else of the blocks to ``device``. Peak host memory is that of the streamed weights and one gigabyte.
 
         Raises OptionError when fewer than two places would be left.
@@ -117,7 +117,7 @@ class _Ring:
 class _Layout:
     """Where each big weight of a block lies in a buffer, in bytes from its beginning."""
 
-    weights: tuple[nn.Parameter, ...]
+    weights: tuple[Tensor, ...]
     offsets: tuple[int, ...]
     nbytes: int
 
@@ -139,14 +139,14 @@ class _Layout:
             weight.data = device[here].view(weight.dtype).view(weight.shape)
 
 
-def big_weights(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def big_weights(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The frozen matrices of the Linear layers, with their names in ``block.state_dict()``; norms and biases are small."""
     for name, module in block.named_modules():  # each module once
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             yield f"{name}.weight", module.weight
 
 
-def streamed_weights(blocks: Sequence[nn.Module], blocks_to_swap: int) -> Iterator[str]:
+def streamed_weights(blocks: nn.ModuleList, blocks_to_swap: int) -> Iterator[str]:
     """Names in ``blocks.state_dict()`` of the weights that a ``BlockSwap`` keeps on the host; they may be on the meta device.
 
     Whatever is a Linear counts, trained or not: before loading, nothing is frozen yet.
@@ -158,9 +158,12 @@ def streamed_weights(blocks: Sequence[nn.Module], blocks_to_swap: int) -> Iterat
 
 
 def streamed_numbers(blocks: int, blocks_to_swap: int) -> tuple[int, ...]:
-    """Which blocks are streamed, in equal distances: while one is copied, the blocks between them compute."""
+    """Which blocks are streamed, in equal distances: while one is copied, the blocks between them compute.
+
+    The last block stays, if any does: it computes while the first ones are fetched for the next pass.
+    """
     count = blocks_to_swap + RINGS
-    return tuple((2 * order + 1) * blocks // (2 * count) for order in range(count))
+    return tuple(order * blocks // count for order in range(count))
 
 
 def wanted_blocks(blocks: int, streamed: Sequence[int], way: Way) -> tuple[tuple[int, ...], ...]:
@@ -203,7 +206,7 @@ def _largest(layouts: Sequence[_Layout]) -> int:
     return max(layout.nbytes for layout in layouts)
 
 
-def _move_others(blocks: Sequence[nn.Module], layouts: Sequence[_Layout], device: torch.device) -> None:
+def _move_others(blocks: nn.ModuleList, layouts: Sequence[_Layout], device: torch.device) -> None:
     """All that is not streamed to the device; the blocks' modules stay the ones they are."""
     streamed = {id(weight) for layout in layouts for weight in layout.weights}
     for block in blocks:

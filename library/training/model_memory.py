@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ def arrange_denoiser(options: Any, denoiser: nn.Module, device: torch.device) ->
     if swapped := blocks_to_swap(options):
         swap = BlockSwap(_blocks(denoiser), swapped, device=device, transfer=transfer_for(device))
         denoiser.run_block = SwappingRunner(swap, denoiser.run_block)  # type: ignore[assignment,arg-type]
+
+
+def arrange_text_encoders(options: Any, encoders: Iterable[Any]) -> None:
+    """transformers' models that a LoRA is trained on. They checkpoint in training mode only; their own dropout is 0."""
+    if options.memory.checkpointing is not None:
+        for encoder in encoders:
+            name = "activation_checkpointing_enable"  # transformers 5.20 and later; before, gradient_...
+            enable = getattr(encoder, name, None) or encoder.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            encoder.train()
 
 
 def block_runner(checkpointing: str, device: torch.device) -> BlockRunner:
