@@ -129,7 +129,8 @@ class NetworkTrainer(CacheFilling):
             self.text_encoder = self.build_text_encoder()
             self.trained_encoders = list(self.text_models(self.text_encoder))
         seed_default_generators(derive_seed(self.seed, "network"), self.device)
-        self.network = networks.create_network(self.options.network, self.denoiser, self.trained_encoders)
+        rates = getattr(self.options, "rates", None)  # of the denoiser's parts
+        self.network = networks.create_network(self.options.network, self.denoiser, self.trained_encoders, rates=rates)
         if self.options.network.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
             raise OptionError(f"--scale_weight_norms: {self.options.network.network_module} cannot do that; drop the flag")
         if problems := list(strength_problems(self.network, self.options.network.network_module, self.run.training_set)):

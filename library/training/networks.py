@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -56,12 +57,16 @@ def prepare_network(network: Any, options: Any) -> None:
         network.prepare_network(SimpleNamespace(**as_dict(options)))
 
 
-def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> Any:
-    """The network for this run, not yet applied. ``denoiser`` may still be on the meta device."""
+def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], *, rates: Any = None) -> Any:
+    """The network for this run, not yet applied. ``denoiser`` may still be on the meta device.
+
+    ``rates``: an option group of learning rates of the denoiser's parts (ComponentRates), where the architecture has one.
+    """
     module = import_network_module(options.network_module or "")
-    arguments = network_arguments(options.network_args)
+    arguments: dict[str, Any] = {**network_arguments(options.network_args)}
     if options.network_dropout is not None:
         arguments.setdefault("dropout", str(options.network_dropout))
+    arguments |= component_rates(module, rates, arguments)
     encoders = list(text_encoders)
     if options.dim_from_weights:
         check_weights_file("--network_weights", options.network_weights)
@@ -79,6 +84,25 @@ def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: 
     if network is None:
         raise NetworkError(f"--network_module {options.network_module} made no network for this model")
     return network
+
+
+def component_rates(module: ModuleType, rates: Any, arguments: Collection[str]) -> dict[str, float]:
+    """The learning rates of ``rates`` that are given, as arguments for ``module`` besides those of --network_args.
+
+    Raises NetworkError for a module that does not know them: other packages ignore what they do not know.
+    """
+    known = getattr(module, "COMPONENT_RATES", ())
+    named = {} if rates is None else {option.name: getattr(rates, option.name) for option in fields(rates)}
+    given = {name: rate for name, rate in named.items() if rate is not None}
+    problems = [f"--network_args: {name} is a flag of its own: write --{name}=..." for name in arguments if name in known]
+    if unknown := [f"--{name}" for name in given if name not in known]:
+        problems.append(
+            f"{', '.join(unknown)}: the network module {module.__name__} knows no learning rates of the model's parts; they work "
+            "with networks.lora_anima: drop the flag, or use that module"
+        )
+    if problems:
+        raise NetworkError(*problems)
+    return given
 
 
 def merge_base_weights(
