@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from library.anima.denoiser import AnimaDenoiser
+from library.anima.layout import DenoiserConfig
+from library.anima.text import AnimaTextEncoder, build_qwen3
+from library.anima.text_layout import TextEncoderConfig
 from library.errors import CheckpointError, NetworkError
 from library.files.safetensors_file import read_header
 from networks import lora_anima
+
+SPECS = os.environ.get("SPECS_DIR")
 
 
 def create(unet, text_encoders=None, *, dim=4, alpha=1.0, **given):
@@ -54,6 +64,64 @@ def test_published_model_has_the_published_names(published_denoiser, published_t
 def test_adapter_and_readmitted_names(published_denoiser):
     network = create(published_denoiser, None, dim=1, train_llm_adapter="true", include_patterns=".*")
     assert names(network.unet_loras) == DENOISER_NAMES | ADAPTER_NAMES | READMITTED_NAMES
+
+
+# --- real models, without memory for their weights
+
+
+@pytest.fixture(scope="module")
+def real_denoiser() -> AnimaDenoiser:
+    with torch.device("meta"):
+        return AnimaDenoiser(DenoiserConfig())
+
+
+def recorded(*parts: str) -> dict[str, tuple[list[int], list[int]]]:
+    """{name: (shape of lora_down, shape of lora_up)} of the published LoRA, for rank 4."""
+    with gzip.open(Path(SPECS or "") / "lora" / "anima.json.gz") as file:
+        modules = json.load(file)["modules"]
+    return {name: (entry["down"], entry["up"]) for part in parts for name, entry in modules[part].items()}
+
+
+def shapes(loras):
+    return {lora.lora_name: (list(lora.lora_down.weight.shape), list(lora.lora_up.weight.shape)) for lora in loras}
+
+
+def test_names_in_the_real_denoiser(real_denoiser):
+    assert names(create(real_denoiser).unet_loras) == DENOISER_NAMES
+    everything = create(real_denoiser, train_llm_adapter="true", include_patterns=".*", dim=1)
+    assert names(everything.unet_loras) == DENOISER_NAMES | ADAPTER_NAMES | READMITTED_NAMES
+    parts = {"self_attn_lr": 1e-4, "cross_attn_lr": 1e-4, "mlp_lr": 1e-4, "mod_lr": 1e-4, "llm_adapter_lr": 1e-4}
+    modulation = {name for name in READMITTED_NAMES if "_blocks_" in name}
+    assert names(create(real_denoiser, dim=1, **parts).unet_loras) == DENOISER_NAMES | ADAPTER_NAMES | modulation
+
+
+@pytest.mark.skipif(not SPECS, reason="SPECS_DIR names no folder of facts")
+def test_shapes_in_the_real_denoiser(real_denoiser):
+    assert shapes(create(real_denoiser).unet_loras) == recorded("dit")
+    everything = create(real_denoiser, train_llm_adapter="true", include_patterns=".*")
+    assert shapes(everything.unet_loras) == recorded(
+        "dit", "dit_extra_with_train_llm_adapter", "dit_extra_when_include_patterns_match"
+    )
+
+
+def qwen_models():
+    """The published encoder as transformers makes it, bare, in our wrapper, and with its head."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+
+    bare = build_qwen3(TextEncoderConfig())
+    wrapped = AnimaTextEncoder(bare, tokenizers=None, width=1024)
+    with torch.device("meta"):
+        return {"Qwen3Model": bare, "AnimaTextEncoder": wrapped, "Qwen3ForCausalLM": Qwen3ForCausalLM(bare.config)}
+
+
+def test_names_in_the_real_text_encoder():
+    for kind, model in qwen_models().items():
+        network = create(None, [model])
+        assert names(network.text_encoder_loras) == QWEN_NAMES, kind
+        if SPECS:
+            assert shapes(network.text_encoder_loras) == recorded("qwen3"), kind
+        patterned = create(None, [model], network_reg_dims=r"layers\.0\.mlp\..*=1, .*=0")  # paths are without the wrapper's
+        assert names(patterned.text_encoder_loras) == {name for name in QWEN_NAMES if "layers_0_mlp" in name}, kind
 
 
 def test_text_encoder_alone_or_in_a_list_or_none(tiny_denoiser, tiny_text_encoder):
