@@ -150,8 +150,11 @@ def in_dtype(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def frozen_product(rows: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, *, fast: bool = False) -> Tensor:
-    """rows (N, K) @ W^T + bias, in the rows' dtype, with a weight of any dtype (scale None) or in 8 bits -> (N, M), new."""
-    if scale is not None and fast:
+    """rows (N, K) @ W^T + bias, in the rows' dtype, with a weight of any dtype (scale None) or in 8 bits -> (N, M), new.
+
+    ``fast``: in 8 bits where the rows are bfloat16, which is all that the product by rows can give.
+    """
+    if fast and scale is not None and rows.dtype == torch.bfloat16:
         return fp8_product(rows, weight, scale, bias)
     frozen = in_dtype(weight, scale, rows.dtype).t()
     return rows @ frozen if bias is None else torch.addmm(bias, rows, frozen)
