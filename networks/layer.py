@@ -152,9 +152,8 @@ class LoRAModule(nn.Module):
         weight = self.org_module_ref[0].weight
         if weight.is_meta:
             raise NetworkError(f"{self.lora_name} cannot be merged: the model's weights are not loaded yet; load them first")
-        if (
-            getattr(self.org_module_ref[0], "weight_scale", None) is not None
-        ):  # what is smaller than half a step of 8 bits, most of a LoRA, would be rounded away
+        if getattr(self.org_module_ref[0], "weight_scale", None) is not None:
+            # What is smaller than half a step of 8 bits, which is most of a LoRA, would be rounded away.
             raise NetworkError(f"{self.lora_name} cannot be merged: the model's weights are in 8 bits already; merge first")
         place = device or weight.device
         down, up = weights["lora_down.weight"].to(place, torch.float32), weights["lora_up.weight"].to(place, torch.float32)
