@@ -101,11 +101,16 @@ class NameTable:
         found = self._known.get(name)
         return None if found is None else Key(found[0], number, str(match.lastgroup), found[1])
 
-    def near(self, key: str) -> str:
-        """`` (did you mean ...?)`` for a key that is not known, or an empty text."""
-        match = KEY.fullmatch(key)
-        name, number = general_name(match["name"] if match else key)
+    def near(self, module: str) -> str:
+        """`` (did you mean ...?)`` for a module's name that is not known, or an empty text."""
+        name, number = general_name(module)
         return did_you_mean(name, self._known).replace(NUMBER, number)
+
+
+def module_name(key: str) -> str:
+    """The key without its ending; all of it where it has none of a LoRA."""
+    match = KEY.fullmatch(key)
+    return match["name"] if match else key
 
 
 def general_name(name: str) -> tuple[str, str]:
@@ -131,10 +136,11 @@ def not_understood(file: object, keys: list[str], unknown: list[str], table: Nam
     if problem := other_adapter(file, unknown):
         return CheckpointError(problem)
     if len(unknown) < len(keys):
-        named = "; ".join(f"{key}{table.near(key)}" for key in unknown[:NAMED])
+        modules = list(dict.fromkeys(module_name(key) for key in unknown))
+        named = ", ".join(f"{name}{table.near(name)}" for name in modules[:NAMED])
         return CheckpointError(
             f"{file}: {len(unknown):,} of {len(keys):,} tensors have names that no LoRA for {table.architecture} has: {named}"
-            f"{' and others' if len(unknown) > NAMED else ''}"
+            f"{' and others' if len(modules) > NAMED else ''}"
         )
     kind = recognise_keys(keys)
     if kind != LORA:
@@ -144,7 +150,7 @@ def not_understood(file: object, keys: list[str], unknown: list[str], table: Nam
     other = model_of_lora(keys)
     is_for = f"for {other}, not for {table.architecture}" if other else f"not for {table.architecture}"
     return CheckpointError(
-        f"{file} is a LoRA {is_for} (its names are like {unknown[0]}{table.near(unknown[0])}); choose one made for "
+        f"{file} is a LoRA {is_for} (its names are like {unknown[0]}{table.near(module_name(unknown[0]))}); choose one made for "
         f"{table.architecture}"
     )
 

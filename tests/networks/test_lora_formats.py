@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from library.errors import CheckpointError, NetworkError
-from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.files.safetensors_file import read_header, save_safetensors
 from networks import lora_anima
 from networks.anima_layouts import ANIMA_NAMES
 from networks.layout_names import COMFY, DIFFUSERS, OURS, understood
@@ -48,7 +48,9 @@ def test_to_comfyui_and_back_changes_no_bit(dtype):
     back = converted(comfy.tensors, OURS).tensors
     assert back.keys() == tensors.keys()
     for key, tensor in tensors.items():
-        assert back[key].dtype == dtype and torch.equal(back[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        assert back[key].dtype == dtype and torch.equal(
+            back[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
 
 
 def test_a_pair_without_alpha_gets_its_rank():
@@ -91,7 +93,9 @@ def test_what_becomes_too_large_is_refused():
 
 def test_diffusers_has_no_place_for_the_text_encoder():
     tensors = full_tensors(**SMALL)
-    with pytest.raises(CheckpointError, match=r"no place for 7 modules of the text encoder \(lora_te_layers_0_self_attn_q_proj, "):
+    with pytest.raises(
+        CheckpointError, match=r"no place for 7 modules of the text encoder \(lora_te_layers_0_self_attn_q_proj, "
+    ):
         converted(tensors, DIFFUSERS)
     result = converted(tensors, DIFFUSERS, only="denoiser")
     assert result.left_out == 7 and all("lora" in key for key in result.tensors)

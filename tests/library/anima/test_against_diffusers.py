@@ -85,11 +85,11 @@ def test_denoiser():
     assert (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max() < 3e-4
 
 
-def test_adapter():
-    adapter = TINY.adapter
-    theirs = diffusers.AnimaTextConditioner(
+def their_adapter(config: DenoiserConfig):
+    adapter = config.adapter
+    return diffusers.AnimaTextConditioner(
         source_dim=adapter.source_width,
-        target_dim=TINY.context_dim,
+        target_dim=config.context_dim,
         model_dim=adapter.width,
         num_layers=adapter.blocks,
         num_attention_heads=adapter.heads,
@@ -97,6 +97,10 @@ def test_adapter():
         target_vocab_size=adapter.vocabulary,
         min_sequence_length=512,
     )
+
+
+def test_adapter():
+    adapter, theirs = TINY.adapter, their_adapter(TINY)
     denoiser = tiny_denoiser()
     theirs.load_state_dict(denoiser.llm_adapter.state_dict(), strict=True)
     states, ids = torch.randn(2, 9, adapter.source_width), torch.randint(0, adapter.vocabulary, (2, 7))
