@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "c" * 40
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -20,6 +19,11 @@ KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 class Repository:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def commit(self) -> str:
+        """Another one for other files."""
+        return _sha1(repr(sorted(self.files.items())).encode())
 
 
 @dataclass
@@ -102,7 +106,7 @@ class _Answers(BaseHTTPRequestHandler):
         if repository is None:
             return self.refuse(404, "Repository not found", code="RepoNotFound")
         what = rest[0] if rest else ""
-        if what in ("tree", "revision") and rest[1] not in ("main", COMMIT):
+        if what in ("tree", "revision") and rest[1] not in ("main", repository.commit):
             return self.refuse(404, "Invalid rev id", code="RevisionNotFound")
         if what == "tree":
             files = [{"type": "file", "path": n, "size": len(d), "oid": _sha1(d)} for n, d in repository.files.items()]
@@ -112,7 +116,7 @@ class _Answers(BaseHTTPRequestHandler):
             return self.tell({"files": files})
         if what == "commit":
             return self.commit(repository, repo_id, body)
-        return self.tell({"id": repo_id, "sha": COMMIT, "private": repository.private, "siblings": []})
+        return self.tell({"id": repo_id, "sha": repository.commit, "private": repository.private, "siblings": []})
 
     def commit(self, repository: Repository, repo_id: str, body: bytes) -> None:
         if self.hub.refuses_commits or self.role != "write":
@@ -120,8 +124,8 @@ class _Answers(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 repository.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        url = f"{self.hub.url}/{repo_id}/commit/{COMMIT}"
-        return self.tell({"commitUrl": url, "commitOid": COMMIT, "hookOutput": "", "pullRequestUrl": None})
+        url = f"{self.hub.url}/{repo_id}/commit/{repository.commit}"
+        return self.tell({"commitUrl": url, "commitOid": repository.commit, "hookOutput": "", "pullRequestUrl": None})
 
     def resolve(self, parts: list[str]) -> None:
         """OWNER/NAME/resolve/REVISION/FILE; datasets and spaces have their kind in front."""
@@ -132,7 +136,9 @@ class _Answers(BaseHTTPRequestHandler):
         if data is None:
             return self.refuse(404, "Entry not found", code="EntryNotFound")
         return self.send(
-            200, data, {"ETag": f'"{_sha1(data)}"', "X-Repo-Commit": COMMIT, "Content-Type": "application/octet-stream"}
+            200,
+            data,
+            {"ETag": f'"{_sha1(data)}"', "X-Repo-Commit": repository.commit, "Content-Type": "application/octet-stream"},
         )
 
     def tell(self, content: object) -> None:

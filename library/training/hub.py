@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DESCRIPTION_FILE = "train_state.json"  # what makes a folder a state; library/training/state.py
 DOWNLOADS = "huggingface"  # in the output folder: states that were fetched
 POLL_S = 0.2  # on Windows a wait without an end would hold back Ctrl-C
+TIMEOUT_S = 30.0
 MIB = 2**20
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,12 @@ def fetch_state(options: HubOptions, resume: str, output_dir: Path) -> Path:
     """
     place = hub_folder(resume)
     target = output_dir / DOWNLOADS / place.repo_id.replace("/", "--") / (place.revision or "main").replace("/", "--")
-    where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": place.repo_type, "revision": place.revision}
+    where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": place.repo_type}
     try:
         api = hub_api(options)
-        names = api.list_repo_files(**where)
-        wanted = _files_of(place, names)
+        # the commit, so that all files are of one; and this asks once, where listing and fetching would try again for long
+        where["revision"] = api.repo_info(revision=place.revision, timeout=TIMEOUT_S, **where).sha
+        wanted = _files_of(place, api.list_repo_files(**where))
         for name in wanted:
             api.hf_hub_download(filename=name, local_dir=target, **where)
     except OptionError:
@@ -146,9 +148,12 @@ def _reason(error: Exception, options: HubOptions) -> str:
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """huggingface_hub asks by requests or by httpx, whatever its version brings."""
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
-        ("requests", "httpx", "httpcore")
+    """huggingface_hub asks by requests or by httpx, as its version has it; while fetching it has an error of its own."""
+    kind = type(error)
+    return (
+        isinstance(error, (ConnectionError, TimeoutError))
+        or kind.__module__.startswith(("requests", "httpx", "httpcore"))
+        or kind.__name__ == "LocalEntryNotFoundError"
     )
 
 
