@@ -72,7 +72,8 @@ def other_flags() -> set[str]:
     """Flags of our tools, of accelerate's launcher, of prompt lines, and the few of other programs."""
     accelerate = importlib.util.find_spec("accelerate")
     assert accelerate is not None and accelerate.origin is not None
-    sources = [*(ROOT / "tools").glob("*.py"), ROOT / "quickstart.py", Path(accelerate.origin).parent / "commands" / "launch.py"]
+    tools = [*(ROOT / "tools").glob("*.py"), *(ROOT / "networks").glob("convert_*.py"), ROOT / "quickstart.py"]
+    sources = [*tools, Path(accelerate.origin).parent / "commands" / "launch.py"]
     found = set().union(*(flags_in_source(path) for path in sources if path.is_file()))
     return {*found, *FLAGS, *FOREIGN_FLAGS, "help"}
 

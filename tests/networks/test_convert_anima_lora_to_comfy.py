@@ -268,3 +268,8 @@ def test_bad_sources(tmp_path, capsys):
 )
 def test_bad_commands(arguments, said, capsys):
     assert said in refusal(capsys, *arguments)
+
+
+def test_mistakes_are_told_before_torch_is_imported():
+    code = "import sys, networks.convert_anima_lora_to_comfy; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1]).returncode == 0
