@@ -5,7 +5,6 @@ An architecture subclasses ``PictureMaker`` and answers its hooks; order, device
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
@@ -258,7 +257,7 @@ class PictureMaker(ABC):
             yield
 
     def free(self) -> None:
-        gc.collect()
+        """Gives memory that is no longer used back to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
