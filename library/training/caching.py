@@ -15,7 +15,8 @@ import torch
 
 from library.dataset.caches.reference_caches import reference_latents, reference_text
 from library.errors import OptionError, OutputError, found_by_all
-from library.training import trackers
+from library.training import networks, trackers
+from library.training.fp8_models import wait_for_merging
 from library.training.hooks import ArchitectureHooks
 from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
 from library.training.preflight import CheckedData, process_count, worker_count
@@ -137,7 +138,10 @@ class CacheFilling(ArchitectureHooks):
 
     def fill_text_cache(self, cache: TextCache) -> None:
         text_encoder = self.build_text_encoder()
+        models = self.text_models(text_encoder)
+        wait_for_merging(self.options, *models)
         self.load_text_encoder(text_encoder, device=self.device, dtype=self.weight_dtype)
+        networks.merge_base_weights(self.options.network, None, models, self.weight_dtype)
         cache.fill(
             lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
             batch_size=self.options.caches.text_encoder_batch_size or self.options.dataset.train_batch_size,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import CheckpointError, NetworkError, did_you_mean
 from library.files.user_path import dead_link
 from library.options.reference_table import as_dict
+from library.training.base_weights import text_base_weights
 
 if TYPE_CHECKING:
     import torch
@@ -106,25 +107,24 @@ def component_rates(module: ModuleType, rates: Any, arguments: Collection[str]) 
 
 
 def merge_base_weights(
-    options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], dtype: torch.dtype
+    options: NetworkOptions, denoiser: nn.Module | None, text_encoders: Sequence[nn.Module], dtype: torch.dtype
 ) -> None:
     """Merges each of --base_weights into the frozen models, in order, with its multiplier (1.0 where none is given).
 
-    What is to be kept in 8 bits is rounded afterwards, once: until then it waits in ``dtype`` (see fp8_models.wait_for_merging).
+    Without a denoiser, only the files that change text encoders. What is to be kept in 8 bits is rounded afterwards, once: until
+    then it waits in ``dtype`` (see fp8_models.wait_for_merging).
     """
     from library.nn.fp8 import quantise
 
-    files = options.base_weights or []
-    multipliers = [*(options.base_weights_multiplier or []), *[1.0] * len(files)]
-    module = import_network_module(options.network_module or "")
-    for file, multiplier in zip(files, multipliers):  # noqa: B905  # the padding makes multipliers the longer one
+    encoders = list(text_encoders)
+    models = encoders if denoiser is None else [denoiser, *encoders]
+    for file, multiplier in text_base_weights(options) if denoiser is None else options.weights_to_merge:
         check_weights_file("--base_weights", file)
-        device = next(denoiser.parameters()).device
-        network, weights = module.create_network_from_weights(
-            multiplier, str(file), None, list(text_encoders), denoiser, for_inference=True
-        )
-        network.merge_to(list(text_encoders), denoiser, weights, dtype, device)
-    for model in (denoiser, *text_encoders):
+        module = import_network_module(options.network_module or "")
+        device = next(models[0].parameters()).device
+        network, weights = module.create_network_from_weights(multiplier, str(file), None, encoders, denoiser, for_inference=True)
+        network.merge_to(encoders, denoiser, weights, dtype, device)
+    for model in models:
         quantise(model)
 
 

@@ -28,6 +28,7 @@ from library.files.user_path import dead_link
 from library.options.declare import warnings_of
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
+from library.training.base_weights import with_base_weights
 from library.training.console import progress_bar, set_up_console
 from library.training.hub import check_upload, fetch_state, make_repository
 from library.training.interrupts import watch_launcher
@@ -294,7 +295,7 @@ def make_caches(options: Any, architecture: Architecture, layouts: Any, training
         variants = caches.caption_variants or default_variants(training_set, length.epochs)
         text_cache = TextCache(
             training_set,
-            architecture.text_recipe(layouts, options),
+            with_base_weights(architecture.text_recipe(layouts, options), options.network),
             variants=variants,
             extra_texts=prompt_texts(prompts),
             on_disk=caches.cache_text_encoder_outputs_to_disk,
