@@ -21,7 +21,8 @@ from torch import Tensor
 from library.errors import OptionError
 from library.nn.zero_rows import attend_cut
 
-PROBE_ROWS = 64
+TRIAL_ROWS = 64
+NEEDED_DEVICE = "cuda"  # of every package
 INSTEAD = "take --attn_mode=torch"
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -143,7 +144,7 @@ def _problems(mode: str, package: Package, device: torch.device, dtype: torch.dt
         yield f"{flag} needs the package {package.name} ({error}): pip install {package.name}, or {INSTEAD}"
     except Exception as error:  # built for another PyTorch or CUDA: whatever loading a library can raise
         yield f"{flag}: the package {package.name} cannot be loaded ({described(error)}): install it again, or {INSTEAD}"
-    if device.type != "cuda":
+    if device.type != NEEDED_DEVICE:
         yield f"{flag} needs a CUDA GPU, and this runs on {device.type}: {INSTEAD}"
     if package.dtypes and dtype not in package.dtypes:
         given = str(dtype).removeprefix("torch.")
@@ -155,7 +156,7 @@ def _problems(mode: str, package: Package, device: torch.device, dtype: torch.dt
 def _trial_problems(
     kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, trains: bool, head_dim: int
 ) -> Iterator[str]:
-    x = torch.ones(1, PROBE_ROWS, 1, head_dim, device=device, dtype=dtype, requires_grad=trains)
+    x = torch.ones(1, TRIAL_ROWS, 1, head_dim, device=device, dtype=dtype, requires_grad=trains)
     try:
         with torch.set_grad_enabled(trains):
             out = kernel(x, x, x)

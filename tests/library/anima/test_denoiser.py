@@ -10,6 +10,7 @@ import torch
 from library.anima.denoiser import ROPE_TABLES_KEPT, grid_angles
 from library.anima.layout import DenoiserConfig
 from library.nn.checkpointing import run_checkpointed
+from networks import lora_anima
 from tests.library.anima.tiny_dit import TINY, batch, tiny_denoiser
 
 
@@ -77,6 +78,76 @@ def test_zero_rows_of_the_context_take_part():
     assert (denoiser(latents, sigmas, context) - denoiser(latents, sigmas, padded)).abs().max() > 1e-3
 
 
+def velocity_and_gradients(denoiser, used_rows, lengths=((9, 70), (4, 3))):
+    weights = [p for name, p in denoiser.named_parameters() if "_proj" in name or "_norm.weight" in name]
+    latents, sigmas, _ = batch()
+    velocity = denoiser(latents, sigmas, denoiser.encode_context(*captions(lengths)), used_rows=used_rows)
+    return velocity.detach(), *torch.autograd.grad(velocity.square().mean(), weights)
+
+
+def test_zero_rows_that_are_left_out_change_nothing():
+    denoiser = tiny_denoiser().requires_grad_()
+    context = denoiser.encode_context(*captions(((9, 70), (4, 3))))
+    kept, log_zeros = denoiser.cut_context(context, 70)
+    assert kept.shape[1] == 128 and log_zeros.exp().item() == pytest.approx(512 - 128)
+    for cut, plain in zip(velocity_and_gradients(denoiser, 70), velocity_and_gradients(denoiser, None), strict=True):
+        assert (cut - plain).abs().max() < 3e-5 * plain.abs().max() and plain.any()
+
+
+def test_zero_rows_that_are_left_out_change_nothing_under_a_lora():
+    results = []
+    for used_rows in (None, 70):
+        denoiser = tiny_denoiser()
+        torch.manual_seed(0)
+        network = lora_anima.create_network(1.0, 4, 4.0, None, None, denoiser, train_llm_adapter="true")
+        network.apply_to(None, denoiser, False, True)
+        for lora in network.unet_loras:
+            torch.nn.init.normal_(lora.lora_up.weight)
+        latents, sigmas, _ = batch()
+        context = denoiser.encode_context(*captions(((9, 70), (4, 3))))
+        velocity = denoiser(latents, sigmas, context, used_rows=used_rows)
+        trained = [weight for weight in network.parameters() if weight.requires_grad]
+        results.append((velocity.detach(), *torch.autograd.grad(velocity.square().mean(), trained)))
+    for plain, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
+def test_long_captions_are_computed_whole():
+    denoiser = tiny_denoiser()
+    context = torch.randn(1, 512, TINY.context_dim)
+    assert denoiser.cut_context(context, 257) == (context, None)
+    assert denoiser.cut_context(context, None) == (context, None)
+
+
+def test_autocast_decides_whether_rows_can_be_left_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr("library.anima.denoiser.can_cut", lambda device, dtype, head_dim: asked.append((dtype, head_dim)))
+    denoiser, context = tiny_denoiser(), torch.zeros(1, 512, TINY.context_dim)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert denoiser.cut_context(context, 5) == (context, None)
+    denoiser.cut_context(context, 5)
+    assert asked == [(torch.bfloat16, TINY.head_dim), (torch.float32, TINY.head_dim)]
+
+
+def test_no_attention_is_given_a_mask_where_there_is_none(monkeypatch):
+    masks = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None):
+        masks.append(attn_mask is not None)
+        return plain(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    denoiser = tiny_denoiser()
+    embeds, qwen_mask, ids, t5_mask = captions(((6, 5), (6, 5)))
+    latents, sigmas, _ = batch()
+    denoiser(latents, sigmas, denoiser.encode_context(embeds, None, ids, None))
+    assert masks == [False] * 8
+    masks.clear()
+    denoiser.encode_context(embeds, qwen_mask, ids, None)
+    assert masks == [False, True] * 2  # self-attention, cross-attention
+
+
 def test_padding_mask_is_seen_at_any_size():
     denoiser = tiny_denoiser()
     inputs = batch()
@@ -121,6 +192,20 @@ def test_blocks_compile_without_breaks():
         block.compile(fullgraph=True, backend="eager")
     for ours, plain in zip(run(), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_captions_of_many_lengths_compile_three_times():
+    """Once for the first length, once for any other, and once for those that are not cut."""
+    torch.compiler.reset()  # what other tests compiled counts too
+    compiled = []
+    denoiser = tiny_denoiser(replace(TINY, blocks=1, adapter=None))
+    denoiser.blocks[0].compile(fullgraph=True, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    latents, sigmas, _ = batch()
+    for used, number in ((3, 1), (64, 1), (70, 2), (190, 2), (256, 2), (257, 3), (10, 3), (512, 3)):
+        with torch.no_grad():
+            context = torch.nn.functional.pad(torch.randn(2, used, TINY.context_dim), (0, 0, 0, 512 - used))
+            denoiser(latents, sigmas, context, used_rows=used)
+        assert len(compiled) == number, used
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
