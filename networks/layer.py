@@ -64,15 +64,42 @@ class LoRAModule(nn.Module):
         super().__init__()
         self.lora_name = lora_name
         self.lora_dim = lora_dim
-        self.multiplier = multiplier
+        self._multiplier = multiplier
         self.dropouts = dropouts
         self.enabled = True
         self.org_module_ref = [org_module]
         self.lora_down, self.lora_up = _new_pair(lora_name, org_module, lora_dim)
         self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim), dtype=torch.float32, device="cpu"))
         self.scale = float(self.alpha) / lora_dim
+        self._settle_strength()
         self.org_forward = org_module.forward
         self.fused = _is_plain_linear(org_module)
+
+    @property
+    def multiplier(self) -> float:
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        if value != self._multiplier:
+            self._multiplier = value
+            self._settle_strength()
+
+    def _settle_strength(self) -> None:
+        """multiplier * alpha / rank: as a number, and on the device, where compiled code reads it.
+
+        To a compiler numbers are constants, and there would be other code for each multiplier; so it only sees whether it is 0.
+        """
+        self.strength = self.scale * self._multiplier
+        self.acts = self.strength != 0.0
+        if self.acts:
+            with torch.inference_mode(False):  # a backward pass may need it
+                self.device_strength = torch.full((), self.strength, device=self.lora_up.weight.device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> LoRAModule:
+        super()._apply(*args, **kwargs)
+        self._settle_strength()
+        return self
 
     def apply_to(self) -> None:
         org = self.org_module_ref[0]
@@ -87,8 +114,7 @@ class LoRAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) or (B, C, H, W), in the frozen layer's dtype or under autocast -> the frozen output plus the LoRA's."""
-        strength = self.scale * self.multiplier
-        if not self.enabled or strength == 0.0:
+        if not (self.enabled and self.acts):
             return self._frozen(x)
         dtype = compute_dtype(x)
         if self.fused and not torch.compiler.is_compiling():  # a compiler fuses better what it sees through
@@ -97,12 +123,14 @@ class LoRAModule(nn.Module):
             mask = self.dropout_mask((*x.shape[:-1], self.lora_dim), x.device)
             scale, fast = (org.weight_scale, org.fast) if isinstance(org, Fp8Linear) else (None, False)
             pair = self.lora_down.weight, self.lora_up.weight
-            return LoRALinear.apply(x.to(dtype), org.weight, scale, bias, *pair, mask, strength, fast)
+            return LoRALinear.apply(x.to(dtype), org.weight, scale, bias, *pair, mask, self.strength, fast)
         out = self._frozen(x)
         low = self._low_rank(self.lora_down, x.to(dtype))
         mask = self.dropout_mask(low.shape, low.device)
         low = low if mask is None else low * mask.to(dtype)
-        return torch.add(out, self._low_rank(self.lora_up, low), alpha=strength)
+        if torch.compiler.is_compiling():
+            return out + self._low_rank(self.lora_up, low * self.device_strength)
+        return torch.add(out, self._low_rank(self.lora_up, low), alpha=self.strength)
 
     def _frozen(self, x: Tensor) -> Tensor:
         org = self.org_module_ref[0]
@@ -145,6 +173,7 @@ class LoRAModule(nn.Module):
             before, self.alpha
         ):  # else a resumed run with a rounded (bfloat16) alpha would act a little differently
             self.scale = float(self.alpha) / self.lora_dim
+            self._settle_strength()
 
     @torch.no_grad()
     def add_to_weight(self, weights: dict[str, Tensor], device: torch.device | str | None = None) -> None:

@@ -12,11 +12,12 @@ from library.nn.rope import RopeTable, apply_rope
 class NormedAttention(nn.Module):
     """Attention with RMS norms on queries and keys. A subclass adds the output projection, which checkpoints name differently."""
 
+    kernel = AttentionKernel()  # one for all: other objects would be other code to a compiler
+
     def __init__(self, width: int, *, key_width: int, heads: int, head_dim: int):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
-        self.kernel = AttentionKernel()
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.q_norm = RmsNorm(head_dim)
         self.k_proj = nn.Linear(key_width, inner, bias=False)
