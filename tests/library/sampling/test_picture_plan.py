@@ -1,0 +1,98 @@
+"""From prompts to pictures: which setting counts, which seeds there are, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from library.errors import OptionError
+from library.options.anima_inference import SAMPLERS, PromptOptions
+from library.sampling.picture_plan import (
+    Picture,
+    asked_prompt,
+    given_prompts,
+    pictures_of,
+    rounded_side,
+    size_warnings,
+    unused_warnings,
+)
+from library.sampling.prompts import SamplePrompt
+
+
+def plan(prompt: SamplePrompt, **options: object) -> list[Picture]:
+    return pictures_of(prompt, PromptOptions(**options), side_step=16)
+
+
+def test_the_prompt_wins_over_the_options():
+    prompt = SamplePrompt(prompt="a cat", index=0, width=130, height=64, seed=5, sample_steps=3, guidance_scale=2.0,
+                          flow_shift=1.5, negative_prompt="", sample_sampler="er_sde")  # fmt: skip
+    (picture,) = plan(prompt, seed=9, negative_prompt="rain")
+    assert picture == Picture(
+        prompt="a cat", negative_prompt="", width=128, height=64, seed=5, steps=3, scale=2.0, shift=1.5, sampler="er_sde"
+    )
+
+
+def test_the_options_stand_in_for_the_rest():
+    pictures = plan(
+        SamplePrompt(prompt="a cat", index=0), seed=9, images_per_prompt=2, negative_prompt="rain", image_size=[832, 1216]
+    )
+    assert [picture.seed for picture in pictures] == [9, 10]
+    first = pictures[0]
+    assert (first.width, first.height, first.steps, first.scale, first.shift) == (1216, 832, 50, 3.5, 5.0)
+    assert first.negative_prompt == "rain" and first.sampler == "euler" and first.is_guided
+
+
+def test_a_scale_of_zero_is_a_scale():
+    (picture,) = plan(SamplePrompt(prompt="a cat", index=0, scale=0.0))
+    assert picture.scale == 0.0 and picture.is_guided
+    (picture,) = plan(SamplePrompt(prompt="a cat", index=0, seed=0, scale=1.0), seed=3)
+    assert picture.seed == 0 and not picture.is_guided
+
+
+def test_random_seeds_differ_and_fit():
+    seeds = {plan(SamplePrompt(prompt="a", index=0))[0].seed for _ in range(20)}
+    assert len(seeds) > 15 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_the_largest_seed_counts_on_from_zero():
+    pictures = plan(SamplePrompt(prompt="a", index=0, seed=2**63 - 1), images_per_prompt=2)
+    assert [picture.seed for picture in pictures] == [2**63 - 1, 0]
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("a cat --ss ddim", "--ss ddim is no sampler here: give euler or er_sde"),
+    ("a cat --ss er_sd", "(did you mean er_sde?)"),
+    ("a cat --l 3 --g 4", "--l 3 and --g 4 both mean the scale"),
+    ("a cat --z 3 --w ten", "--z is not a flag"),
+])  # fmt: skip
+def test_lines_that_cannot_be_drawn(line, words):
+    with pytest.raises(OptionError) as caught:
+        asked_prompt(line, SAMPLERS)
+    assert words in "\n".join(caught.value.problems)
+    assert asked_prompt("a cat --g 4 --l 4", SAMPLERS).scale == 4
+
+
+def test_problems_of_a_file_name_file_and_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na dog --ss lms\na cow --l 1 --g 2\n")
+    with pytest.raises(OptionError) as caught:
+        given_prompts(PromptOptions(from_file=str(path)), SAMPLERS)
+    first, second = caught.value.problems
+    assert first.startswith(f"--from_file {path}, prompt 2: --ss lms") and "prompt 3: --l 1" in second
+    path.write_text("a cat --q 1\n")
+    with pytest.raises(OptionError, match="--from_file .*prompts.txt, line 1: --q is not a flag"):
+        given_prompts(PromptOptions(from_file=str(path)), SAMPLERS)
+
+
+def test_sizes_are_rounded_down_and_told_once():
+    assert [rounded_side(side, 16) for side in (64, 79, 80, 1000)] == [64, 64, 80, 992]
+    prompts = [SamplePrompt(prompt="a", index=n, width=100) for n in range(3)] + [SamplePrompt(prompt="a", index=3)]
+    assert list(size_warnings(prompts, PromptOptions(), 16)) == [
+        "sizes are rounded down to multiples of 16 pixels (width x height): 100x1024 to 96x1024"
+    ]
+    assert not list(size_warnings(prompts[3:], PromptOptions(), 16))
+
+
+def test_settings_of_other_models_are_told():
+    prompts = [SamplePrompt(prompt="a", index=0, cfg_trunc_ratio=0.5), SamplePrompt(prompt="a", index=1, scale=2.0)]
+    (warning,) = unused_warnings(prompts)
+    assert "--ctr (cfg_trunc_ratio)" in warning and "--l" not in warning
