@@ -143,6 +143,15 @@ def test_text_encoder_is_trained_unless_it_is_switched_off_or_cached(arguments, 
     assert read(*arguments.split()).trains_text_encoder is expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [("", "torch"), ("--sdpa", "torch"), ("--attn_mode=sdpa", "torch"), ("--xformers", "xformers"), ("--attn_mode=flash", "flash"),
+     ("--attn_mode=xformers --xformers", "xformers"), ("--attn_mode=torch --sdpa", "torch")],
+)  # fmt: skip
+def test_older_flags_name_a_kernel_too(arguments, mode):
+    assert read(*arguments.split()).attention.mode == mode
+
+
 def test_caching_to_disk_implies_caching():
     caches = read("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk").caches
     assert caches.latents_cached and caches.text_cached and not caches.cache_latents

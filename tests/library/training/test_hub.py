@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from library.errors import OptionError
 from library.options.hub import HubOptions
@@ -19,6 +19,7 @@ from library.training import hub as hub_module
 from library.training.hub import HubUploads, check_upload, fetch_state, make_repository
 from tests.fake_hub import FakeHub, Repository, serving
 from tests.tiny_runs import TinyRuns, same_tensors
+from tests.two_processes import run_two
 
 TOKEN = "hf_good"
 
@@ -34,6 +35,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[FakeHub]:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # old versions copy it
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RANK"):
             monkeypatch.delenv(name, raising=False)
@@ -318,3 +320,23 @@ def test_nothing_that_is_written_holds_the_token(hub, runs, caplog):
     written = [path for path in runs.folder.rglob("*") if path.is_file()]
     assert len(written) > 5 and all(TOKEN.encode() not in path.read_bytes() for path in written)
     assert TOKEN not in caplog.text and TOKEN not in json.dumps(runs.metadata())
+
+
+TWO = """
+import sys
+from pathlib import Path
+from tests.tiny_runs import TinyRuns
+runs = TinyRuns.__new__(TinyRuns)
+runs.folder, runs.pictures = Path(sys.argv[1]), Path(sys.argv[1]) / "pictures"
+runs.train("--max_train_steps=2", "--save_every_n_steps=1", "--save_last_n_steps=1", "--save_state",
+           "--save_state_to_huggingface", "--huggingface_repo_id=me/lora", "--huggingface_token=hf_good")
+"""
+
+
+def test_of_two_processes_one_uploads_and_both_wait(hub, runs, script_environment, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    environment = {**script_environment, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    assert [status for status, _ in run_two(tmp_path / "two.py", tmp_path, environment=environment)] == [0, 0]
+    assert {"t-step00000001.safetensors", "t-step00000002-state/train_state.json", "t.safetensors"} <= set(hub.files("me/lora"))
+    assert hub.asked("GET", "whoami") == 1 and hub.asked("POST", "repos/create") == 1
+    assert hub.asked("POST", "/commit/") == 6  # two steps and the end, each a file and a state; from one process

@@ -34,6 +34,17 @@ def test_huber_gradient_is_finite_at_zero(kind):
     assert torch.equal(prediction.grad, torch.zeros(1, 1, 2, 2))
 
 
+@pytest.mark.parametrize(("c", "scale"), [(0.1, 1.0), (0.5, 1.0), (0.1, 3.0)])
+def test_threshold_is_c_times_its_scale(c, scale):
+    """Errors far below it count squared, errors far above it by their size: slope 1 times 2c of huber."""
+    chosen = options(loss_type="huber", huber_c=c, huber_scale=scale)
+    assert huber_threshold(chosen, torch.tensor([10.0, 900.0])).tolist() == pytest.approx([c * scale] * 2)
+    errors = torch.tensor([1e-3 * c * scale, 1e3 * c * scale])
+    small, large = elementwise_loss(errors, torch.zeros(2), chosen, timesteps=torch.tensor([10.0, 900.0]))
+    assert small == pytest.approx(float(errors[0]) ** 2, rel=1e-3)
+    assert large == pytest.approx(2 * c * scale * float(errors[1]), rel=1e-2)
+
+
 def test_exponential_threshold_goes_from_one_to_c():
     threshold = huber_threshold(options(huber_schedule="exponential", huber_scale=2.0), torch.tensor([0.0, 500.0, 1000.0]))
     assert threshold.tolist() == pytest.approx([2.0, 2 * 0.1**0.5, 0.2], rel=1e-5)
