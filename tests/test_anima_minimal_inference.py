@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from library.options.command_line import read_options
 from library.sampling.inference_checks import check_pictures
 from library.sampling.prompts import SamplePrompt
 from networks import lora_anima
+from tools.tiny_anima import SIZES, make_anima
 
 NAME = re.compile(r"\d{8}-\d{6}-\d{3}_(\w+?)(-\d+)?(_latent)?\.(png|safetensors)")
 
@@ -230,6 +232,14 @@ def test_savers_of_memory_change_nothing(draw):
     chunked, whole = (draw("--prompt=a cat", *flags) for flags in (["--vae_chunk_size=4", "--vae_disable_cache"], []))
     difference = pixels(*chunked.values()).int() - pixels(*whole.values()).int()
     assert difference.abs().max() <= 1
+
+
+def test_block_swap_draws_the_same(draw, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "deep", replace(SIZES["tiny"], blocks=5))
+    flags = ["--prompt=a cat", f"--dit={make_anima(tmp_path / 'deep', size='deep')['dit']}"]
+    for more in ([], ["--fp8_scaled"]):
+        plain = latent(draw, *flags, *more)
+        assert torch.equal(latent(draw, *flags, *more, "--blocks_to_swap=3"), plain)
 
 
 @pytest.mark.parametrize("flag", ["--fp8", "--fp8_scaled"])
