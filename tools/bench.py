@@ -2,10 +2,11 @@
 
     python tools/bench.py [startup step lora attention load vae cache memory gpu data] [--repeats 5] [--threads 1]
 
-Everything runs on the CPU, on tiny or random models made on the spot; ``gpu`` alone, named alone, on the GPU. Where two things
-are compared, both are measured in turn in one run, and the median of the ratios is shown. With one thread (the default) work
-inside this process counts in seconds of CPU, which other programs on the machine hardly change; with more it counts by the clock,
-and the machine should be idle. The exit status is 0 whatever the figures are, and 1 when something could not be measured.
+Everything runs on the CPU, on tiny or random models made on the spot; ``gpu``, if it is the only one named, on the GPU. Where
+two things are compared, both are measured in turn in one run, and the median of the ratios is shown. With one thread (the
+default) work inside this process counts in seconds of CPU, which other programs on the machine hardly change; with more it
+counts by the clock, and the machine should be idle. The exit status is 0 whatever the figures are, and 1 when something could
+not be measured.
 """
 
 from __future__ import annotations

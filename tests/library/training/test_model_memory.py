@@ -41,9 +41,7 @@ def test_weights_are_loaded_to_where_they_will_be():
     place = denoiser_place(options(blocks_to_swap=2), denoiser, META)
     load_into(denoiser, tiny_weights(DEEP).items(), device=place, dtype=torch.float32)
     on_host = {name for name, tensor in denoiser.state_dict().items() if not tensor.is_meta}
-    assert on_host == {
-        f"blocks.{number}.{name}" for number in (0, 1, 3, 4) for name, _ in big_weights(denoiser.blocks[number])
-    }
+    assert on_host == {f"blocks.{number}.{name}" for number in (0, 1, 3, 4) for name, _ in big_weights(denoiser.blocks[number])}
     assert len(on_host) == 4 * 16
 
 
