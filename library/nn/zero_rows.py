@@ -70,7 +70,8 @@ class _CutAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, held = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out only once
+        tensors, held = saved[:5], saved[5:]
         if not held:
             backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             return *backward(grads[0], *tensors, *ctx.rest), None

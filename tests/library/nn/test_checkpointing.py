@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from library.nn.blocks import run_plainly
 from library.nn.checkpointing import run_checkpointed
+from library.nn.zero_rows import attend_cut
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -29,3 +31,12 @@ def test_block_runs_again_only_where_gradients_are_recorded():
     with torch.no_grad():
         run_checkpointed(0, block, x)
     assert len(runs) == 3
+
+
+def test_attention_that_leaves_zero_rows_out_can_be_computed_again():
+    inputs = tuple(torch.randn(2, rows, 3, 16, requires_grad=True) for rows in (12, 64, 64))
+    found = []
+    for run_block in (run_plainly, run_checkpointed):
+        out = run_block(0, attend_cut, *inputs, torch.tensor(2.0))
+        found.append(torch.autograd.grad(out.square().sum(), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
