@@ -83,7 +83,7 @@ from library.anima.text import AnimaConditioning, build_text_encoder, load_text_
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.attention import set_attention
 from library.nn.attention_kernels import AttentionKernel, check_kernel
-from library.nn.fp8 import keep_unquantised, quantise, use_fp8
+from library.nn.fp8 import quantise, use_fp8
 from library.nn.fp8_speed import choose_fp8_products
 from library.sampling.flow_samplers import FlowSettings, draw_flow
 from library.sampling.inference import PictureMaker, Tick, run_inference
@@ -105,9 +105,8 @@ class AnimaPictureMaker(PictureMaker):
         options, layouts = self.options, self.run.layouts
         self.denoiser = build_denoiser(layouts.denoiser.config)
         self.check_attention()
-        if options.compute.quantises:
+        if options.compute.quantises and not options.loras.files:  # else what is merged is rounded too, afterwards
             use_fp8(self.denoiser, DENOISER_FP8_LAYERS)
-            keep_unquantised(self.denoiser)
         self.text_encoder = build_text_encoder(layouts.text, layouts.tokenizers)
         loras = options.loras
         self.merges = planned_merges(
@@ -155,7 +154,9 @@ class AnimaPictureMaker(PictureMaker):
         load_denoiser(self.denoiser, self.run.layouts.denoiser, device=place, dtype=self.dtype)
         self.tell_merged("denoiser", self.merges.into([self.denoiser], self.device))
         if self.options.compute.quantises:
-            quantise(self.denoiser)
+            if self.options.loras.files:
+                use_fp8(self.denoiser, DENOISER_FP8_LAYERS)
+                quantise(self.denoiser)
             logger.info("8-bit layers: %s", choose_fp8_products(self.denoiser, self.device, dtype=self.dtype))
         arrange_denoiser(as_in_training, self.denoiser, self.device)
 

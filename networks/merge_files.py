@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -120,13 +121,13 @@ class LycorisFile:
     def __init__(self, package: ModuleType, file: str, multiplier: float, *, text_encoder: nn.Module, denoiser: nn.Module):
         """Raises NetworkError where no module of the file has a place in the models."""
         self.package, self.file, self.multiplier = package, file, multiplier
-        self.weights = _by_name(read_lora_file_of(file))
+        self.weights = _by_name(read_lora_file(Path(file)))
         prefixes = {package.LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER: text_encoder,
                     package.LycorisNetworkKohya.LORA_PREFIX_UNET: denoiser}  # fmt: skip
         places = {f"{prefix}_{path.replace('.', '_')}": (prefix, path)
                   for prefix, model in prefixes.items() for path, _ in model.named_modules()}  # fmt: skip
         self.places = {name: places[name] for name in self.weights if name in places}
-        self.models = {prefix: model for prefix, model in prefixes.items()}
+        self.models = prefixes
         if not self.places:
             raise NetworkError(f"{file} has no module for this model (it has {', '.join(list(self.weights)[:3])}): give a file "
                                "that was made for it")  # fmt: skip
@@ -155,7 +156,7 @@ class LycorisFile:
         )  # fmt: skip
         loras = [*network.text_encoder_loras, *network.unet_loras]
         for lora in loras:  # one by one: the package's own merge_to() leaves the strength out
-            lora.to(next(model.parameters()).device)
+            lora.to(model.get_submodule(self.places[lora.lora_name][1]).weight.device)
             lora.merge_to(self.multiplier)
         return len(loras)
 
@@ -165,12 +166,6 @@ def _by_name(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for key, tensor in weights.items():
         found.setdefault(key.partition(".")[0], {})[key] = tensor
     return found
-
-
-def read_lora_file_of(file: str) -> dict[str, Tensor]:
-    from pathlib import Path
-
-    return read_lora_file(Path(file))
 
 
 def lycoris_package() -> ModuleType:

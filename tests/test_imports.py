@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_network", "anima_train_network")
+SCRIPTS = ("train_network", "anima_train_network", "anima_minimal_inference")
 FORBIDDEN = {
     "library/**/*.py": (*SCRIPTS, "networks"),
     "networks/*.py": SCRIPTS,

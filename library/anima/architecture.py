@@ -38,8 +38,9 @@ class AnimaArchitecture:
     name: ClassVar[str] = "anima"
     bucket_step: ClassVar[int] = 16  # pixels: 8 of the VAE times patches of 2
     prompt_settings: ClassVar[frozenset[str]] = frozenset(
-        {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift"}
-    )
+        {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift",
+         "sample_sampler=euler", "sample_sampler=er_sde"}
+    )  # fmt: skip
 
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> AnimaLayouts:
         model, anima = options.model, options.anima
@@ -110,7 +111,7 @@ def tokenizer_files(options: Any) -> TokenizerFiles:
 
 
 def check_block_swap(options: Any, denoiser: DenoiserLayout) -> None:
-    """Raises OptionError where the model has too few blocks for --blocks_to_swap. Scripts without that flag have none to check."""
+    """Raises OptionError where the model has too few blocks for --blocks_to_swap, in scripts that have that flag."""
     if problem := swap_problem(getattr(getattr(options, "memory", None), "blocks_to_swap", None), denoiser.config.blocks):
         raise OptionError(problem)
 

@@ -103,6 +103,7 @@ class PictureMaker(ABC):
             self.decode_files()
         elif self.options.prompts.interactive:
             self.prepare(keep_text_encoder=True)
+            self.rest(self.denoiser_model, self.device)
             self.ask()
         else:
             self.draw_given()

@@ -60,9 +60,10 @@ class SamplePrompt:
         return {name: value for name, value in named if value is not None and name not in ("prompt", "index")}
 
     def unused(self, for_supported: Iterable[str]) -> list[str]:
-        """The settings of this prompt that are not among ``for_supported`` keys, each as its flag and key."""
+        """The settings of this prompt that are not among ``for_supported``, each as its flag and key. What is supported is a key,
+        or where only some values are, each of them as ``key=value``."""
         supported = set(for_supported)
-        return [_shown(key) for key in self.settings() if key not in supported]
+        return [_shown(key) for key, value in self.settings().items() if not supported & {key, f"{key}={value}"}]
 
 
 def read_prompts(path: Path, *, flag: str = "--sample_prompts") -> list[SamplePrompt]:

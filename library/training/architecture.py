@@ -17,7 +17,7 @@ class Architecture(Protocol):
 
     name: ClassVar[str]  # in cache file names and messages
     bucket_step: ClassVar[int]  # bucket sides are multiples of it, in pixels
-    prompt_settings: ClassVar[frozenset[str]]  # fields of SamplePrompt that its sampler uses
+    prompt_settings: ClassVar[frozenset[str]]  # fields of SamplePrompt that its sampler uses, or field=value
 
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> Any:
         """Reads the headers of the model files of ``parts`` and checks them against the architecture.

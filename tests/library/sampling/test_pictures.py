@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from library.errors import OutputError
-from library.sampling.pictures import is_due, picture_name, sample_parameters, save_picture
+from library.sampling.picture_plan import Picture
+from library.sampling.pictures import (
+    dated_stem,
+    free_stem,
+    is_due,
+    picture_name,
+    picture_parameters,
+    sample_parameters,
+    save_picture,
+)
 from library.sampling.prompts import SamplePrompt
 
 NOW = time.struct_time((2026, 1, 31, 9, 5, 7, 5, 31, 0))
@@ -85,3 +94,24 @@ def test_a_name_that_is_taken_by_a_folder_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="a.png"):
         save_picture(torch.zeros(3, 2, 2), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_values_with_commas_are_quoted_and_a_negative_without_guidance_is_left_out():
+    picture = Picture(
+        prompt="a cat", negative_prompt="rain", width=64, height=96, seed=5, steps=8, scale=1.0, shift=2.5, sampler="er_sde"
+    )
+    text = picture_parameters(picture, {"Model": "my, model: 2.safetensors"})
+    assert text == (
+        'a cat\nSteps: 8, Sampler: er_sde, CFG scale: 1, Seed: 5, Shift: 2.5, Size: 64x96, Model: "my, model: 2.safetensors"'
+    )
+
+
+def test_names_have_milliseconds_and_are_not_taken(tmp_path):
+    moment = time.mktime((2026, 1, 31, 9, 5, 7, 5, 31, -1)) + 0.042
+    stem = dated_stem(7, moment)
+    assert stem == "20260131-090507-042_7"
+    assert free_stem(tmp_path, stem, [".png"]) == stem
+    (tmp_path / f"{stem}_latent.safetensors").touch()
+    (tmp_path / f"{stem}-2.png").touch()
+    assert free_stem(tmp_path, stem, [".png"]) == stem
+    assert free_stem(tmp_path, stem, [".png", "_latent.safetensors"]) == f"{stem}-3"

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from library.errors import OptionError
-from library.sampling.prompts import SamplePrompt, read_prompts
+from library.sampling.prompts import SamplePrompt, read_prompt_line, read_prompts
 
 
 @pytest.fixture
@@ -171,3 +171,16 @@ def test_unused_names_what_an_architecture_would_ignore(read):
 def test_reading_prompts_needs_no_torch():
     code = "import sys, library.sampling.prompts; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_some_values_of_a_setting_may_be_of_use(read):
+    prompts = read("a cat --ss er_sde\na cat --ss ddim --ctr 0.5\n")
+    supported = {"sample_sampler=euler", "sample_sampler=er_sde"}
+    assert [prompt.unused(supported) for prompt in prompts] == [[], ["--ss (sample_sampler)", "--ctr (cfg_trunc_ratio)"]]
+
+
+def test_a_line_that_someone_types():
+    assert read_prompt_line("  a cat --d 5 --n rain\n") == SamplePrompt(prompt="a cat", index=0, seed=5, negative_prompt="rain")
+    with pytest.raises(OptionError) as caught:
+        read_prompt_line("a cat --d x --u 3")
+    assert len(caught.value.problems) == 2 and "--u is not a flag" in caught.value.problems[0]
