@@ -89,8 +89,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
 
     def predict(self, denoiser: Any, noisy: NoisyLatents, text: AnimaConditioning) -> Tensor:
-        context = denoiser.encode_context(text.prompt_embeds, text.qwen_mask, text.t5_ids, text.t5_mask)  # (B, 512, C)
-        return denoiser(noisy.latents, noisy.sigmas, context)
+        context = denoiser.encode_context(*text.adapter_inputs)  # (B, 512, C)
+        return denoiser(noisy.latents, noisy.sigmas, context, used_rows=text.used_rows)
 
     def draw_sample(self, prompt: SamplePrompt, positive: Any, negative: Any, seed: int) -> Tensor:
         denoiser: Any = self.denoiser
