@@ -81,8 +81,8 @@ from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.sampling import TextContext, encode_context, initial_noises, velocity_of
 from library.anima.text import AnimaConditioning, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
-from library.nn.attention import set_attention
-from library.nn.attention_kernels import AttentionKernel, check_kernel
+from library.nn.attention import use_attention
+from library.nn.attention_kernels import AttentionKernel
 from library.nn.fp8 import quantise, use_fp8
 from library.nn.fp8_speed import choose_fp8_products
 from library.sampling.flow_samplers import FlowSettings, draw_flow
@@ -104,7 +104,9 @@ class AnimaPictureMaker(PictureMaker):
     def build(self) -> None:
         options, layouts = self.options, self.run.layouts
         self.denoiser = build_denoiser(layouts.denoiser.config)
-        self.check_attention()
+        attention = options.attention
+        kernel = AttentionKernel(attention.mode, attention.split_attn)
+        use_attention(self.denoiser, kernel, device=self.device, dtype=self.dtype, trains=False)
         if options.compute.quantises and not options.loras.files:  # else what is merged is rounded too, afterwards
             use_fp8(self.denoiser, DENOISER_FP8_LAYERS)
         self.text_encoder = build_text_encoder(layouts.text, layouts.tokenizers)
@@ -117,14 +119,6 @@ class AnimaPictureMaker(PictureMaker):
             patterns=ModulePatterns.of(loras.include_patterns, loras.exclude_patterns),
             lycoris=loras.lycoris,
         )
-
-    def check_attention(self) -> None:
-        """Raises OptionError for a kernel that does not work here."""
-        attention = self.options.attention
-        kernel = AttentionKernel(attention.mode, attention.split_attn)
-        head_dim = self.run.layouts.denoiser.config.head_dim
-        check_kernel(kernel, self.device, self.dtype, trains=False, head_dim=head_dim)
-        set_attention(self.denoiser, kernel)
 
     @property
     def text_model(self) -> nn.Module:

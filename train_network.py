@@ -24,6 +24,9 @@ from library.dataset.clock import Clock
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource, ValidationBatches
 from library.errors import CheckpointError, DatasetError, OptionError, TrainingError, user_errors_end_the_script
+from library.nn.attention import use_attention
+from library.nn.attention_kernels import AttentionKernel
+from library.nn.compiling import CompilerError, check_backend, compile_blocks, compile_errors_are_told
 from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
 from library.training.caching import CacheFilling
@@ -79,12 +82,12 @@ class NetworkTrainer(CacheFilling):
 
     @contextmanager
     def nothing_is_lost(self) -> Iterator[None]:
-        """An image or a cache file that turns out bad in mid-training ends the run, in this process or in another one, but the
-        main process saves the steps done before."""
+        """An image or a cache file that turns out bad in mid-training ends the run, in this process or in another one, as does a
+        size of image that cannot be compiled for, but the main process saves the steps done before."""
         try:
-            with ends_of_others_are_told():
+            with ends_of_others_are_told(), compile_errors_are_told():
                 yield
-        except (DatasetError, CheckpointError, OtherProcessEnded):
+        except (DatasetError, CheckpointError, CompilerError, OtherProcessEnded):
             if self.accelerator.is_main_process and self.progress.step > self.run.start.step:
                 self.save_alone()
             raise
@@ -124,6 +127,7 @@ class NetworkTrainer(CacheFilling):
     def create_network(self) -> None:
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
         self.denoiser: Any = self.build_denoiser()
+        self.choose_kernels()
         prepare_fp8(self.options, self.denoiser, self.fp8_layers())
         if self.options.trains_text_encoder:
             self.text_encoder = self.build_text_encoder()
@@ -141,6 +145,14 @@ class NetworkTrainer(CacheFilling):
         check_save_format(self.network, self.options.saving.save_format)
         if self.options.network.network_weights:
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
+
+    def choose_kernels(self) -> None:
+        """Tries what depends on this machine's packages and device, before anything is loaded."""
+        attention, compiling = self.options.attention, self.options.compile
+        kernel = AttentionKernel(attention.mode, attention.split_attn)
+        use_attention(self.denoiser, kernel, device=self.device, dtype=self.weight_dtype, trains=True)
+        if compiling.torch_compile:
+            check_backend(compiling.dynamo_backend, self.device)
 
     def print_plan(self) -> None:
         parameters = sum(p.numel() for p in self.network.parameters())
@@ -182,6 +194,8 @@ class NetworkTrainer(CacheFilling):
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)
         arrange_denoiser(self.options, self.denoiser, self.device)
+        if self.options.compile.torch_compile:
+            compile_blocks(self.denoiser, self.options.compile.dynamo_backend)
         arrange_text_encoders(self.options, self.trained_encoders)
         self.network.prepare_grad_etc(self.trained_encoders, self.denoiser)
         self.network.train()

@@ -41,6 +41,14 @@ def loggers_as_they_were() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def accelerate_as_new() -> Iterator[None]:
+    """It keeps the number format of a process's first run."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny checkpoints in the real layout: paths under ``dit``, ``qwen3``, ``qwen3_folder`` and ``vae``. Read only."""

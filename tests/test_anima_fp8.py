@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from library.nn.fp8 import FP8, fp8_layers
 from tests.anima_runs import CACHED_IN_MEMORY, AnimaRuns
@@ -16,10 +13,8 @@ BF16 = "--mixed_precision=bf16"
 
 
 @pytest.fixture
-def runs(tiny_anima, picture_folder, tmp_path) -> Iterator[AnimaRuns]:
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests of this process run without mixed precision
-    yield AnimaRuns(tmp_path, tiny_anima, picture_folder(4))
-    AcceleratorState._reset_state(reset_partial_state=True)
+def runs(tiny_anima, picture_folder, tmp_path) -> AnimaRuns:
+    return AnimaRuns(tmp_path, tiny_anima, picture_folder(4))
 
 
 def trained(lora: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from anima_train_network import AnimaNetworkTrainer
 from library.errors import OptionError
+from library.nn.attention import attentions
+from library.nn.attention_kernels import AttentionKernel
 from tests.anima_runs import CACHED_IN_MEMORY, AnimaRuns
 from tests.tiny_runs import same_tensors
 
@@ -110,3 +114,40 @@ def test_samples_are_drawn_with_the_trained_text_encoder(runs, tmp_path):
     first, last = sorted((tmp_path / "out" / "sample").iterdir(), key=lambda path: "e000000" not in path.name)
     assert first.read_bytes() != last.read_bytes()
     assert same_tensors(runs.lora(), runs.lora("plain"))
+
+
+@pytest.mark.parametrize("flags", [("--split_attn",), ("--sdpa",), ("--attn_mode=torch",), ("--attn_mode=sdpa", "--split_attn")])
+def test_attention_kernels_that_need_no_package(runs, flags):
+    trainer = runs.train("--cache_latents", "--max_train_steps=2", *flags, output="other")
+    kernels = {module.kernel for module in attentions(trainer.denoiser)}
+    assert kernels == {AttentionKernel("torch", "--split_attn" in flags)}
+    runs.train("--cache_latents", "--max_train_steps=2", output="plain")
+    plain, other = runs.lora("plain"), runs.lora("other")
+    assert all(torch.allclose(plain[key], other[key], atol=1e-5) for key in plain)
+
+
+def test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_loaded(runs):
+    run = runs.checked("--max_train_steps=2", "--dry_run")
+    attention = replace(run.options.attention, attn_mode="flash")  # as if the package were there
+    trainer = AnimaNetworkTrainer(replace(run, options=replace(run.options, attention=attention)))
+    with pytest.raises(OptionError, match="--attn_mode=flash.*--attn_mode=torch"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("further", [(), ("--gradient_checkpointing", "--fp8_base_unet", "--mixed_precision=bf16")])
+def test_compiled_blocks_train_alike(runs, further):
+    flags = ("--cache_latents", "--max_train_steps=3", *further)
+    runs.train(*flags, output="plain")
+    compiled = ("--torch_compile", "--dynamo_backend=aot_eager")
+    trainer = runs.train(*flags, *compiled, output="compiled")
+    assert all("forward" in vars(block) for block in trainer.denoiser.blocks)
+    runs.train(*flags, *compiled, output="again")
+    plain, first, again = runs.lora("plain"), runs.lora("compiled"), runs.lora("again")
+    assert same_tensors(first, again)
+    tolerance = 2e-3 if further else 1e-5  # steps of Adam on numbers that are rounded to bf16
+    assert all(torch.allclose(plain[key].float(), first[key].float(), atol=tolerance) for key in plain)
+
+
+def test_a_backend_that_is_not_there_is_told_before_anything_is_loaded(runs):
+    with pytest.raises(OptionError, match="--dynamo_backend tensort"):
+        runs.train("--max_train_steps=2", "--torch_compile", "--dynamo_backend=tensort")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
-from library.nn.attention_kernels import AttentionKernel
+from library.nn.attention_kernels import AttentionKernel, check_kernel
 from library.nn.norms import RmsNorm
 from library.nn.rope import RopeTable, apply_rope
 
@@ -47,6 +50,20 @@ class NormedAttention(nn.Module):
 
 def set_attention(model: nn.Module, kernel: AttentionKernel) -> None:
     """Gives every attention in ``model`` this kernel. What is compiled afterwards is compiled with it."""
-    for module in model.modules():
-        if isinstance(module, NormedAttention):
-            module.kernel = kernel
+    for module in attentions(model):
+        module.kernel = kernel
+
+
+def use_attention(model: nn.Module, kernel: AttentionKernel, *, device: torch.device, dtype: torch.dtype, trains: bool) -> None:
+    """``set_attention`` of a kernel that has been tried with this model's heads. Raises OptionError where it cannot work.
+
+    ``dtype``: what attention computes in (autocast's, where that is on); ``trains``: gradients are wanted.
+    """
+    widest = max((module.q_norm.weight.shape[0] for module in attentions(model)), default=0)
+    if widest:
+        check_kernel(kernel, device, dtype, trains=trains, head_dim=widest)
+        set_attention(model, kernel)
+
+
+def attentions(model: nn.Module) -> Iterator[NormedAttention]:
+    return (module for module in model.modules() if isinstance(module, NormedAttention))

@@ -33,6 +33,10 @@ TRITON_ADVICE = "install triton (pip install triton; on Windows triton-windows)"
 GIVE_UP = "drop --torch_compile"
 
 
+class CompilerError(TrainingError):
+    """A block could not be compiled."""
+
+
 def compile_blocks(model: nn.Module, backend: str, *, fullgraph: bool = False) -> None:
     """Compiles the forward of each of ``model.blocks``, when it is first called. Call it when the network is in its layers.
 
@@ -132,7 +136,7 @@ def _inductor_problem(device: torch.device) -> str | None:
 def compile_errors_are_told() -> Iterator[None]:
     """Around everything that may call a compiled block or go backward through one: both are when code is generated.
 
-    An error of the compiler becomes one TrainingError that says what is missing. Others pass, being out of memory among them.
+    An error of the compiler becomes one CompilerError that says what is missing. Others pass, being out of memory among them.
     """
     try:
         yield
@@ -145,7 +149,7 @@ def compile_errors_are_told() -> Iterator[None]:
                 raise cause from error
         if isinstance(error, torch.OutOfMemoryError) or not any(type(e).__module__.startswith(MACHINERY) for e in chain):
             raise
-        raise TrainingError(_told(chain)) from error
+        raise CompilerError(_told(chain)) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

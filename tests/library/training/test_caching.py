@@ -204,9 +204,6 @@ def test_ddp_timeout_is_how_long_processes_wait(filled, monkeypatch, flags, minu
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate would set it, for good
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        with pytest.raises(Reached):
-            trainer.start_accelerator()
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(Reached):
+        trainer.start_accelerator()
     assert joined.get("timeout") == (minutes and timedelta(minutes=minutes))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from library.files.safetensors_file import read_header, read_tensors
 from library.training.precision import allow_fp16_gradients
@@ -17,14 +15,6 @@ from tests.tiny_runs import TinyRuns
 @pytest.fixture
 def runs(picture_folder, tmp_path) -> TinyRuns:
     return TinyRuns(tmp_path, picture_folder(2))
-
-
-@pytest.fixture(autouse=True)
-def accelerate_is_new() -> Iterator[None]:
-    """It keeps the number format of a process's first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
