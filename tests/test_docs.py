@@ -17,6 +17,7 @@ from library.dataset.dataset_file import read_dataset_file
 from library.dataset.items import DatasetSettings
 from library.dataset.toml_config import read_datasets
 from library.options.anima import AnimaTrainOptions
+from library.options.anima_inference import AnimaInferenceOptions
 from library.options.cache_tool import CacheToolOptions
 from library.options.command_line import read_options
 from library.options.config_file import ConfigFileOptions, read_config
@@ -69,13 +70,14 @@ def flags_in_source(path: Path) -> set[str]:
 
 @cache
 def other_flags() -> set[str]:
-    """Flags of our tools, of accelerate's launcher, of prompt lines, and the few of other programs."""
+    """Flags of our other scripts and tools, of accelerate's launcher, of prompt lines, and the few of other programs."""
     accelerate = importlib.util.find_spec("accelerate")
     assert accelerate is not None and accelerate.origin is not None
     tools = [*(ROOT / "tools").glob("*.py"), *(ROOT / "networks").glob("convert_*.py"), ROOT / "quickstart.py"]
     sources = [*tools, Path(accelerate.origin).parent / "commands" / "launch.py"]
     found = set().union(*(flags_in_source(path) for path in sources if path.is_file()))
-    return {*found, *FLAGS, *FOREIGN_FLAGS, "help"}
+    drawing = {option.name for group in groups_of(AnimaInferenceOptions).values() for option in options_of(group)}
+    return {*found, *drawing, *FLAGS, *FOREIGN_FLAGS, "help"}
 
 
 @pytest.mark.parametrize("name", TABLES)

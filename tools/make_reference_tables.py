@@ -1,4 +1,4 @@
-"""Makes the tables in docs/ that must not drift from the code: all options of a script, and all keys of a dataset file.
+"""Makes the tables in docs/ that must not drift from the code: all options of the scripts, and all keys of a dataset file.
 
 python tools/make_reference_tables.py            prints them
 python tools/make_reference_tables.py --write    replaces what stands between the two markers of each page
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -18,6 +19,7 @@ if __name__ == "__main__":
 
 from library.dataset import schema
 from library.options.anima import AnimaTrainOptions
+from library.options.anima_inference import AnimaInferenceOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.reference_table import markdown
 
@@ -35,9 +37,9 @@ class ConfigFile:
     config: ConfigFileOptions = field(default_factory=ConfigFileOptions)
 
 
-def option_tables() -> str:
+def option_tables(option_set: type) -> str:
     """A heading and a table for each group of options, the config file's first."""
-    return f"{markdown(ConfigFile)}\n{markdown(AnimaTrainOptions)}"
+    return f"{markdown(ConfigFile)}\n{markdown(option_set)}"
 
 
 def key_tables() -> str:
@@ -56,7 +58,11 @@ def key_tables() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"anima_train_network.md": option_tables, "dataset_config.md": key_tables}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "anima_train_network.md": partial(option_tables, AnimaTrainOptions),
+    "making_pictures.md": partial(option_tables, AnimaInferenceOptions),
+    "dataset_config.md": key_tables,
+}
 
 
 def with_tables(page: str, tables: str) -> str:
