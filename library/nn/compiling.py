@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError, TrainingError, UserError, did_you_mean
+from library.nn.fp8 import FP8
 
 GRAPHS = 64  # one runs per batch of one and larger batches, with and without gradients, for each strength of the network, ...
 GRAPHS_PER_BLOCK = 8  # where a foreign network's layers are not alike to the compiler, so that each block has its own
@@ -37,24 +38,26 @@ class CompilerError(TrainingError):
     """A block could not be compiled."""
 
 
-def compile_blocks(model: nn.Module, backend: str, *, fullgraph: bool = False) -> None:
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any], *, fullgraph: bool = False) -> None:
     """Compiles the forward of each of ``model.blocks``, when it is first called. Call it when the network is in its layers.
 
     The modules, their names and their state dict stay what they are. ``fullgraph``: what cannot be compiled whole is an error
     instead of running in parts, uncompiled ones between; tests ask for it.
+    ``backend`` may also be a function, as for torch.compile.
     """
     blocks = list(model.blocks.children())  # type: ignore[union-attr,operator]
     _allow_graphs(max(GRAPHS, GRAPHS_PER_BLOCK * len(blocks)))
+    compiler = _keeping_less(backend) if any(weight.dtype == FP8 for weight in model.blocks.parameters()) else backend  # type: ignore[union-attr]
     compiled: dict[type[nn.Module], Any] = {}
     for block in blocks:
         own = vars(block).get("forward")
         assert not isinstance(own, CompiledForward), "the blocks are compiled already"
         if own is not None:  # a network has patched the block itself
-            block.forward = CompiledForward(torch.compile(own, backend=backend, fullgraph=fullgraph))
+            block.forward = CompiledForward(torch.compile(own, backend=compiler, fullgraph=fullgraph))
             continue
         kind = type(block)
         if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, backend=backend, fullgraph=fullgraph)
+            compiled[kind] = torch.compile(kind.forward, backend=compiler, fullgraph=fullgraph)
         block.forward = CompiledForward(MethodType(compiled[kind], block))
 
 
@@ -84,6 +87,22 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple):
             yield from tensors_in(value)
+
+
+def _keeping_less(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The backend, free to compute again what a matrix product of the backward pass reads.
+
+    As it is, it keeps such values from the forward pass: weights in 8 bits would stay in memory dequantised, those of all blocks.
+    """
+    from torch._functorch import config
+
+    compiler: Any = torch._dynamo.lookup_backend(backend)
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        with config.patch(ban_recompute_materialized_backward=False):
+            return compiler(graph, inputs)
+
+    return compile_graph
 
 
 def _allow_graphs(count: int) -> None:

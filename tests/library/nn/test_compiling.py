@@ -191,6 +191,36 @@ def test_frozen_weights_in_8_bits():
     assert backend.graphs == 1
 
 
+def kept_mib(model: Model) -> float:
+    """What forward keeps for backward, besides the weights."""
+    weights = {weight.untyped_storage().data_ptr() for part in (model.denoiser, model.network) for weight in part.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        velocity = model.denoiser(*batch(size=1))
+    assert velocity.requires_grad
+    return sum(kept.values()) / 2**20
+
+
+@pytest.mark.slow
+def test_weights_in_8_bits_are_not_kept_in_more():
+    wide = replace(BLOCKS, width=128, mlp_hidden=512)
+    with torch.device("meta"):
+        denoiser = AnimaDenoiser(wide)
+    use_fp8(denoiser, BLOCK_LINEARS)
+    load_into(denoiser, tiny_weights(wide).items(), device="cpu", dtype=torch.float32)
+    model = model_with_lora(denoiser)
+    plain = kept_mib(model)
+    compile_blocks(model.denoiser, "aot_eager_decomp_partition", fullgraph=True)  # divides graphs as inductor does
+    assert kept_mib(model) <= plain
+
+
 @pytest.mark.slow
 def test_autocast_and_bf16_weights():
     model, backend = model_with_lora(tiny_denoiser(BLOCKS, dtype=torch.bfloat16)), Counting()
