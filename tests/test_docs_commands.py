@@ -1,0 +1,76 @@
+"""Commands in the documents are taken as they stand, and the figures of memory beside them are those that a plan computes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from library.anima.architecture import AnimaLayouts
+from library.anima.checkpoint import build_denoiser
+from library.anima.fp8_layers import DENOISER_FP8_LAYERS
+from library.anima.layout import DenoiserConfig
+from library.anima.memory_use import memory_use
+from library.nn.fp8 import use_fp8
+from library.options.anima import AnimaTrainOptions
+from library.options.anima_inference import AnimaInferenceOptions
+from library.options.command_line import read_options
+from library.training.memory_estimate import estimate_memory
+from tests.test_docs import PAGES, ROOT, fences, table_rows
+
+COMMAND = re.compile(r"^(?:accelerate launch .*|python )(anima_\w+\.py) (.*)$", re.MULTILINE)
+OPTION_SETS = {"anima_train_network.py": AnimaTrainOptions, "anima_minimal_inference.py": AnimaInferenceOptions}
+SHORTEST_CONFIG = """
+pretrained_model_name_or_path = "anima.safetensors"
+qwen3 = "qwen3.safetensors"
+vae = "vae.safetensors"
+dataset_config = "set.toml"
+network_module = "networks.lora_anima"
+output_dir = "output"
+"""
+MEMORY_PAGE = ROOT / "docs" / "memory.md"
+RANK_16_PARAMETERS = 16 * 1_433_600
+PUBLISHED = DenoiserConfig()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_docs_are_taken(page, tmp_path, monkeypatch):
+    for name in ("my.toml", "my_training.toml"):
+        (tmp_path / name).write_text(SHORTEST_CONFIG, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for script, arguments in COMMAND.findall("\n".join(fences(page, ""))):
+        if "..." not in arguments:
+            assert read_options(OPTION_SETS[script], shlex.split(arguments))
+
+
+def test_the_table_of_memory_is_what_the_plan_computes(tmp_path, monkeypatch):
+    (tmp_path / "my.toml").write_text(SHORTEST_CONFIG, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    rows = table_rows(MEMORY_PAGE, "Memory flags")
+    assert len(rows) >= 9
+    for flags, *written in rows:
+        given = shlex.split(flags.strip("`")) if flags != "none" else []
+        options = read_options(AnimaTrainOptions, ["--config_file=my.toml", "--mixed_precision=bf16", *given])
+        computed = [estimated_gib(options, side) for side in (1024, 768, 512)]
+        assert [f"{gib:.1f}" for gib in computed] == written, flags
+
+
+def estimated_gib(options: AnimaTrainOptions, side: int) -> float:
+    """Of the published model, with a batch of one image of ``side`` x ``side`` pixels."""
+    denoiser = published_denoiser(eight_bits=options.memory.fp8_base_unet)
+    use = memory_use(AnimaLayouts(denoiser=SimpleNamespace(config=PUBLISHED)), (side, side), 1, text=False, vae=False)
+    dtypes = (torch.bfloat16, torch.float32)
+    estimate = estimate_memory(options, denoiser, parameters=RANK_16_PARAMETERS, dtypes=dtypes, use=use, batch=((side, side), 1))
+    return estimate.total / 2**30
+
+
+@cache
+def published_denoiser(*, eight_bits: bool) -> torch.nn.Module:
+    denoiser = build_denoiser(PUBLISHED)
+    if eight_bits:
+        use_fp8(denoiser, DENOISER_FP8_LAYERS)
+    return denoiser
