@@ -33,7 +33,11 @@ network_module = "networks.lora_anima"
 output_dir = "output"
 """
 MEMORY_PAGE = ROOT / "docs" / "memory.md"
-RANK_16_PARAMETERS = 16 * 1_433_600
+PARAMETERS_PER_RANK = 1_433_600  # of a LoRA for the published denoiser
+RECIPE = re.compile(
+    r"^### (\d+) GB.*\n\n```\naccelerate .*?anima_train_network\.py (.*)\n```\n\n([\d.]+) GiB with `batch_size = (\d+)`",
+    re.MULTILINE,
+)
 PUBLISHED = DenoiserConfig()
 
 
@@ -59,12 +63,21 @@ def test_the_table_of_memory_is_what_the_plan_computes(tmp_path, monkeypatch):
         assert [f"{gib:.1f}" for gib in computed] == written, flags
 
 
-def estimated_gib(options: AnimaTrainOptions, side: int) -> float:
-    """Of the published model, with a batch of one image of ``side`` x ``side`` pixels."""
+def test_the_figures_of_the_recipes_are_what_the_plan_computes():
+    found = RECIPE.findall((ROOT / "docs" / "anima_train_network.md").read_text(encoding="utf-8"))
+    assert [title for title, *_ in found] == ["24", "16", "12", "8", "6"]
+    for title, arguments, written, images in found:
+        options = read_options(AnimaTrainOptions, shlex.split(arguments))
+        assert f"{estimated_gib(options, 1024, images=int(images)):.1f}" == written, title
+
+
+def estimated_gib(options: AnimaTrainOptions, side: int, *, images: int = 1) -> float:
+    """Of the published model, with a batch of ``images`` of ``side`` x ``side`` pixels, and everything else cached."""
     denoiser = published_denoiser(eight_bits=options.memory.fp8_base_unet)
-    use = memory_use(AnimaLayouts(denoiser=SimpleNamespace(config=PUBLISHED)), (side, side), 1, text=False, vae=False)
+    use = memory_use(AnimaLayouts(denoiser=SimpleNamespace(config=PUBLISHED)), (side, side), images, text=False, vae=False)
+    parameters = PARAMETERS_PER_RANK * (options.network.network_dim or 16)
     dtypes = (torch.bfloat16, torch.float32)
-    estimate = estimate_memory(options, denoiser, parameters=RANK_16_PARAMETERS, dtypes=dtypes, use=use, batch=((side, side), 1))
+    estimate = estimate_memory(options, denoiser, parameters=parameters, dtypes=dtypes, use=use, batch=((side, side), images))
     return estimate.total / 2**30
 
 
