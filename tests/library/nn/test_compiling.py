@@ -113,6 +113,7 @@ def test_one_graph_serves_all_lengths_of_cut_contexts():
     assert backend.graphs == 2
 
 
+@pytest.mark.slow
 def test_strengths_share_a_graph_and_none_has_its_own():
     model, plain, backend = model_with_lora(), model_with_lora(), Counting()
     compile_blocks(model.denoiser, backend, fullgraph=True)
@@ -179,6 +180,7 @@ def test_checkpointed_steps_with_dropout_equal_plain_ones():
     assert (model.step(seed=4)[0] - plain[0]).norm() > 1e-3 * plain[0].norm()
 
 
+@pytest.mark.slow
 def test_frozen_weights_in_8_bits():
     with torch.device("meta"):
         denoiser = AnimaDenoiser(BLOCKS)
