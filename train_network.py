@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -334,8 +334,11 @@ class NetworkTrainer(CacheFilling):
         return replace(batch, latents=latents, text=self.encoded_text(batch.captions))
 
     def encoded_text(self, captions: Sequence[str]) -> Conditioning:
-        """With gradients for a LoRA on the text encoder, where there is one."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.trained_encoders)):
+        """With gradients for a network on the text encoder, where there is one, and in autocast: a network of somebody else's may
+        be float32 throughout."""
+        trained = bool(self.trained_encoders)
+        precision = self.accelerator.autocast() if trained else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained), precision:
             return self.encode_text(self.text_encoder, captions)
 
     def compute_loss(self, batch: Batch, noisy: NoisyLatents) -> Tensor:
@@ -507,7 +510,7 @@ class NetworkTrainer(CacheFilling):
     def prompt_conditioning(self, text: str) -> Conditioning:
         if self.run.text_cache is not None:
             return self.run.text_cache.load_text(text)
-        return self.encode_text(self.text_encoder, [text])
+        return self.encoded_text([text])
 
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:

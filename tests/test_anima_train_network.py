@@ -116,6 +116,18 @@ def test_samples_are_drawn_with_the_trained_text_encoder(runs, tmp_path):
     assert same_tensors(runs.lora(), runs.lora("plain"))
 
 
+@pytest.mark.parametrize("flags", [(), ("--gradient_checkpointing",)])
+def test_a_network_of_somebody_elses_on_the_text_encoder_in_half_precision(runs, tmp_path, flags):
+    """Its layers are float32 and get the encoder's bfloat16, in training, in validation and for sample pictures."""
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1 --d 3\n")
+    trainer = runs.train(*LIVE, "--network_module=tests.networks.third_party_lora", "--mixed_precision=bf16", *flags,
+                         "--validation_split=0.5", "--validate_every_n_steps=3", f"--sample_prompts={tmp_path / 'prompts.txt'}",
+                         "--sample_every_n_steps=3")  # fmt: skip
+    of_text = len([path for path, _ in trainer.text_encoder.model.named_modules() if path.endswith("q_proj")])
+    ups = [up.weight for up in trainer.network.ups]
+    assert 0 < of_text < len(ups) and all(up.any() for up in ups)
+
+
 @pytest.mark.parametrize("flags", [("--split_attn",), ("--sdpa",), ("--attn_mode=torch",), ("--attn_mode=sdpa", "--split_attn")])
 def test_attention_kernels_that_need_no_package(runs, flags):
     trainer = runs.train("--cache_latents", "--max_train_steps=2", *flags, output="other")
