@@ -152,21 +152,36 @@ class AnimaTextEncoder(nn.Module):
         tokens = [self.tokenizers.ids(caption) for caption in captions]
         qwen_ids, qwen_mask = (torch.tensor(rows) for rows in padded([t.qwen for t in tokens], self.tokenizers.qwen_pad_id))
         t5_ids, t5_mask = (torch.tensor(rows) for rows in padded([t.t5 for t in tokens], pad_id=0))
-        embeds = self.states(qwen_ids.to(own_device), qwen_mask.to(own_device), nothing=not bool(qwen_mask.any()))
+        embeds = self.states(sent(qwen_ids, own_device), sent(qwen_mask, own_device), nothing=not bool(qwen_mask.any()))
+        place = own_device if device is None else torch.device(device)
         lengths = tuple((len(t.qwen), len(t.t5)) for t in tokens)
-        return AnimaConditioning(embeds, qwen_mask, t5_ids, t5_mask, lengths=lengths).to(own_device if device is None else device)
+        return AnimaConditioning(embeds.to(place), *(sent(t, place) for t in (qwen_mask, t5_ids, t5_mask)), lengths=lengths)
 
     def states(self, ids: Tensor, mask: Tensor, *, nothing: bool = False) -> Tensor:
         """ids (B, N) int64, mask (B, N) with True at tokens, padded on the right -> (B, N, D), zeros where masked.
 
         ``nothing``: no token in the whole batch, so the model need not run. Attention is causal, so tokens never see the padding
-        behind them and no mask is passed: that allows the fastest attention kernel.
+        behind them and no mask is passed: that allows the fastest attention kernel. Nothing waits for the device.
         """
         if nothing:
             parameter = next(self.model.parameters())
             return parameter.new_zeros(*ids.shape, self.width)
-        states = self.model(input_ids=ids, use_cache=False).last_hidden_state
+        states = self.model(input_ids=ids, attention_mask=no_masks(self.model), use_cache=False).last_hidden_state
         return states.masked_fill(~mask.bool()[:, :, None], 0)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On ``device``. The host does not wait, as it would for a copy from memory that is not pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def no_masks(model: Any) -> dict[str, None] | None:
+    """The ``attention_mask`` of a Qwen3Model whose attention is causal and no more.
+
+    Given None, transformers 4.53 and later make the masks; to see whether there is need of one they wait for the device.
+    """
+    kinds = getattr(model.config, "layer_types", None)  # which those versions have
+    return dict.fromkeys(kinds) if kinds else None
 
 
 def build_text_encoder(
@@ -215,6 +230,7 @@ def build_qwen3(config: TextEncoderConfig) -> nn.Module:
         vocab_size=config.vocabulary,
         rope_theta=config.rope_theta,  # transformers 5 moves it into rope_parameters by itself
         rms_norm_eps=config.norm_eps,
+        sliding_window=None,  # there is none; transformers 4.51 warns of its default
         attn_implementation="sdpa",
     )
     settings = Qwen3Config(**arguments)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.text_layout import read_text_encoder_layout
@@ -82,6 +84,41 @@ def test_padding_behind_a_caption_does_not_reach_it(encoder):
     ids, mask = torch.tensor([[64, 8251, 5, 7]]), torch.tensor([[1, 1, 0, 0]])
     other = torch.tensor([[64, 8251, 900, 12]])
     assert torch.equal(encoder.states(ids, mask), encoder.states(other, mask))
+
+
+class Looks(TorchDispatchMode):
+    """Notes what brings a number to the host, for which a host would wait if it were on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(func):
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_model_never_looks_at_a_number(encoder):
+    with Looks() as looks:
+        encoder.states(torch.tensor([[64, 8251, 5, 7], [64, 5, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    assert not looks.seen
+    with Looks() as looks:
+        bool(torch.ones(()))
+    assert looks.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_does_not_wait_for_the_gpu(encoder):
+    there = copy.deepcopy(encoder).to("cuda")
+    there.encode(CAPTIONS)  # what is done once, such as choosing kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        text = there.encode(CAPTIONS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(text.prompt_embeds.cpu(), encoder.encode(CAPTIONS).prompt_embeds) < 1e-3
 
 
 def test_equals_transformers_with_an_attention_mask(encoder):
