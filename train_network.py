@@ -108,6 +108,7 @@ class NetworkTrainer(CacheFilling):
         self.progress: Progress = self.run.start
         self.start_accelerator()
         self.create_network()
+        groups = networks.optimizer_groups(self.network, self.options.optimizer)  # now, for what it shows and refuses
         self.optimizer_name = try_optimizer(self.options, self.run.length.total_steps)
         self.print_plan()
         if self.options.run.dry_run:
@@ -118,7 +119,8 @@ class NetworkTrainer(CacheFilling):
         if self.run.text_cache is not None:
             self.run.text_cache.conditioning_type = self.conditioning_type()
         self.load_models()
-        self.learner = Learner(self.network, self.accelerator, self.options, total_steps=self.run.length.total_steps)
+        total = self.run.length.total_steps
+        self.learner = Learner(self.network, self.accelerator, self.options, groups=groups, total_steps=total)
         self.resume()
         self.start_logging()
         self.start_data()

@@ -34,6 +34,19 @@ def test_parts_train_at_their_rates(runs, caplog):
     assert len(rows) == len(trainer.network.unet_loras) and heading.split()[:3] == ["module", "rank", "alpha"]
 
 
+def test_a_dry_run_shows_the_table_and_loads_nothing(runs, caplog):
+    caplog.set_level(logging.INFO)
+    trainer = runs.train(*STEPS, "--dry_run", "--mod_lr=1e-5", "--network_args", "verbose=true")
+    assert not hasattr(trainer, "learner") and next(trainer.denoiser.parameters()).device.type == "meta"
+    (row,) = [line.split() for line in caplog.messages if line.startswith("blocks.1.adaln_modulation_mlp.2 ")]
+    assert row[1:4] == ["4", "1", "1e-05"] and row[-1] == "lora_unet_blocks_1_adaln_modulation_mlp_2"
+
+
+def test_rates_that_train_nothing_end_the_run_before_loading(runs):
+    with pytest.raises(NetworkError, match="every learning rate is 0"):
+        runs.train(*STEPS, "--dry_run", "--learning_rate=0")
+
+
 def test_rates_that_a_module_does_not_know_end_the_run_before_loading(runs):
     with pytest.raises(NetworkError, match="--mlp_lr: the network module tests.networks.third_party knows no learning rates"):
         runs.train(*STEPS, "--mlp_lr=1e-4", "--network_module=tests.networks.third_party")

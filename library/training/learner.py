@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.training import networks
 from library.training.fused_backward import FusedBackward
 from library.training.gradients import Gradients
 from library.training.optimizers import create_optimizer, evaluation_weights, load_optimizer_state, optimizer_state
@@ -39,14 +38,22 @@ def try_optimizer(options: TrainOptions, total_steps: int) -> str:
 
 
 class Learner:
-    """One network's training machinery. ``network`` is applied and on its device."""
+    """One network's training machinery. ``network`` is applied and on its device; ``groups`` are networks.optimizer_groups()."""
 
-    def __init__(self, network: Any, accelerator: Accelerator, options: TrainOptions, *, total_steps: int):
+    def __init__(
+        self,
+        network: Any,
+        accelerator: Accelerator,
+        options: TrainOptions,
+        *,
+        groups: tuple[list[dict[str, Any]], list[str]],
+        total_steps: int,
+    ):
         self.network, self._accelerator = network, accelerator
         self.strength = NetworkStrength(network)
         self._max_weight_norm = options.network.scale_weight_norms
-        groups, self._group_names = networks.optimizer_groups(network, options.optimizer)
-        self._optimizer = create_optimizer(groups, options.optimizer).optimizer
+        parameters, self._group_names = groups
+        self._optimizer = create_optimizer(parameters, options.optimizer).optimizer
         self._schedule = create_schedule(self._optimizer, options.schedule, total_steps=total_steps, optimizer=options.optimizer)
         # accelerate's wrapper does the loss scaling of fp16; without it, the optimizer itself takes less time
         scaled = accelerator.scaler is not None

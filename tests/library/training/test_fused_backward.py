@@ -14,6 +14,7 @@ from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.training.fused_backward import BUCKETS, FusedBackward
 from library.training.learner import Learner
+from library.training.networks import optimizer_groups
 
 BASE = ["--pretrained_model_name_or_path=x", "--qwen3=x", "--vae=x", "--dataset_config=x", "--output_dir=x"]
 BASE += ["--output_name=x", "--network_module=networks.lora_anima", "--max_grad_norm=0", "--learning_rate=1e-2"]
@@ -83,7 +84,8 @@ def learner_of(network: nn.Module, *arguments: str, fused: bool, optimizer: tupl
     name, *given = optimizer
     flags = [*BASE, f"--optimizer_type={name}", *(["--optimizer_args", *given] if given else []), *arguments]
     options = read_options(AnimaTrainOptions, flags + (["--fused_backward_pass"] if fused else []))
-    return Learner(network, PlainAccelerator(), options, total_steps=8)
+    groups = optimizer_groups(network, options.optimizer)
+    return Learner(network, PlainAccelerator(), options, groups=groups, total_steps=8)
 
 
 def data(step: int) -> Tensor:
