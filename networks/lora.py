@@ -21,7 +21,7 @@ from networks.layer import Dropouts, LoRAModule
 from networks.lora_formats import in_our_layout, layout_problems, read_in_our_layout, save_network_as
 from networks.module_table import Row, table_lines
 from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
-from networks.weights_file import LoadReport, by_module, check_shapes, no_module_fits, write_lora_file
+from networks.weights_file import LoadReport, by_module, check_pairs, check_shapes, no_module_fits, write_lora_file
 
 __all__ = ["LoRAModule", "LoRANetwork", "build_network", "build_network_from_weights"]
 
@@ -167,7 +167,7 @@ class LoRANetwork(nn.Module):
         place = self._targets[lora.lora_name].candidate
         part = " ".join(filter(None, (place.rules.label, place.component)))
         parameters = sum(parameter.numel() for parameter in lora.parameters())
-        alpha = lora.scale * lora.lora_dim  # the buffer is on the device by now: reading it there would wait for it
+        alpha = lora.scale * lora.lora_dim  # the buffer may be on the device: reading it there would wait for it
         return Row(path=place.path, part=part, rank=lora.lora_dim, alpha=alpha, rates=tuple(rates), parameters=parameters,
                    name=place.name)  # fmt: skip
 
@@ -238,9 +238,11 @@ class LoRANetwork(nn.Module):
     def load_weights(self, file: str | Path) -> LoadReport:
         """Copies what the file has for this network's modules, whatever its dtype and layout. Needs every shape to fit.
 
-        Raises CheckpointError for an unreadable file, NetworkError when shapes differ or nothing fits.
+        Raises CheckpointError for an unreadable or torn file, NetworkError when shapes differ or nothing fits.
         """
-        weights = by_module(read_in_our_layout(Path(file), self.arguments.NAMES))
+        tensors = read_in_our_layout(Path(file), self.arguments.NAMES)
+        check_pairs(file, tensors)
+        weights = by_module(tensors)
         own = {lora.lora_name: lora for lora in self.loras}
         fitting = [name for name in own if name in weights]
         if not fitting:
@@ -322,27 +324,30 @@ def build_network(models: Models, arguments: NetworkArguments, *, multiplier: fl
     return _network(targets, arguments, multiplier, _dropouts(arguments, neuron_dropout))
 
 
-def build_network_from_weights(models: Models, arguments: NetworkArguments, *, multiplier: float, file: str | Path,
-                               weights_sd: dict[str, Tensor] | None) -> tuple[LoRANetwork, dict[str, Tensor]]:  # fmt: skip
+def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function gets, and the models it did not get
+    models: Models, arguments: NetworkArguments, *, multiplier: float, file: str | Path, weights_sd: dict[str, Tensor] | None,
+    absent: tuple[str, ...] = (),
+) -> tuple[LoRANetwork, dict[str, Tensor]]:  # fmt: skip
     """A network with the modules, ranks and alphas of a LoRA file; -> (network, the file's tensors under our names).
 
-    It is not loaded yet.
+    It is not loaded yet. ``absent``: prefixes of the models that are not given; that their modules are left out is no news.
 
     Dropouts, LoRA+ and learning rates by pattern act as given; arguments that select modules do not, which is logged.
-    Raises NetworkError for a file of another architecture.
+    Raises NetworkError for a file of another architecture, CheckpointError for a torn one.
     """
     names = arguments.NAMES
     if weights_sd is None:
         weights = read_in_our_layout(Path(file), names)
     else:
         weights = weights_sd if names is None else in_our_layout(file, weights_sd, names)
+    check_pairs(file, weights)
     modules, candidates = by_module(weights), candidates_of(models)
     targets = targets_of_file([place for place in candidates if place.name in modules], weights, arguments)
     if not targets:
         raise no_module_fits(file, modules or weights, [place.name for place in candidates])
     check_shapes(file, [(target.candidate, target.rank) for target in targets], modules)
     used = {target.candidate.name for target in targets}
-    warn_of_homeless(file, [name for name in modules if name not in used])
+    warn_of_homeless(file, [name for name in modules if name not in used and not name.startswith(absent)])
     if idle := [name for name in SELECTING if getattr(arguments, name)]:
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
     return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights

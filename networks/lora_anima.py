@@ -47,8 +47,9 @@ COMPONENTS = (
     ("mlp", r"blocks\.\d+\.mlp\..*"),
     ("mod", r"blocks\.\d+\.[^.]*modulation.*"),
 )
+PREFIXES = DENOISER_PREFIX, TEXT_PREFIX = "lora_unet", "lora_te"  # of names in a file
 TEXT_ENCODER = ModelRules(
-    prefix="lora_te",
+    prefix=TEXT_PREFIX,
     label="textencoder 1",
     candidates=r"(?:.*\.)?(layers\.\d+\..+)",  # whatever wraps the decoder: a causal-LM head, our own encoder class
     excludes=DENOISER_EXCLUDES,
@@ -72,7 +73,7 @@ COMPONENT_RATES = component_flags(AnimaArguments)  # what the trainer may pass b
 
 def denoiser_rules(*, with_adapter: bool) -> ModelRules:
     parts = f"{DENOISER_PARTS}|{ADAPTER_PARTS}" if with_adapter else DENOISER_PARTS
-    return ModelRules(prefix="lora_unet", label="unet", candidates=rf"(?:module\.)?((?:{parts})\..+)",
+    return ModelRules(prefix=DENOISER_PREFIX, label="unet", candidates=rf"(?:module\.)?((?:{parts})\..+)",
                       excludes=DENOISER_EXCLUDES, components=COMPONENTS)  # fmt: skip
 
 
@@ -111,7 +112,9 @@ def create_network_from_weights(  # noqa: PLR0913  # the protocol of network mod
     """
     arguments = parse_arguments(AnimaArguments, kwargs)
     models = _models(text_encoders, unet, with_adapter=True)
-    return build_network_from_weights(models, arguments, multiplier=multiplier, file=file, weights_sd=weights_sd)
+    given = {rules.prefix for _, rules in models}
+    absent = tuple(f"{prefix}_" for prefix in PREFIXES if prefix not in given)
+    return build_network_from_weights(models, arguments, multiplier=multiplier, file=file, weights_sd=weights_sd, absent=absent)
 
 
 def _models(text_encoders: nn.Module | Sequence[nn.Module] | None, unet: nn.Module | None, *,

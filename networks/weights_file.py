@@ -91,6 +91,21 @@ def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {name: parts for name, parts in found.items() if DOWN in parts and UP in parts}
 
 
+def check_pairs(file: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for a file under our names that has one half of a module's LoRA without the other."""
+    halves: dict[str, set[str]] = {}
+    for key in weights:
+        name, _, part = key.partition(".")
+        if part in (DOWN, UP):
+            halves.setdefault(name, set()).add(part)
+    torn = [name for name, parts in halves.items() if len(parts) == 1]
+    if torn:
+        raise CheckpointError(
+            f"{file}: {len(torn)} modules have only one of lora_down and lora_up ({examples(torn)}): the file is damaged; copy "
+            "or download it again"
+        )
+
+
 def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable[str]) -> NetworkError:
     """``weights`` by module or by key: names of the file; ``known``: names that this network has or could have."""
     if not weights:

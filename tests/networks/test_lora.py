@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import NetworkError, OutputError
-from library.files.safetensors_file import read_header, read_tensors
+from library.errors import CheckpointError, NetworkError, OutputError
+from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from networks import lora_anima
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -264,6 +264,17 @@ def test_a_dropped_part_does_not_keep_its_model(tiny_denoiser):
     del encoder
     gc.collect()
     assert layer() is None
+
+
+def test_half_a_pair_is_a_damaged_file(tiny_denoiser, tmp_path):
+    network = applied(tiny_denoiser)
+    halves = {key: value for key, value in network.state_dict().items() if key != "lora_unet_blocks_0_mlp_layer1.lora_up.weight"}
+    save_safetensors(tmp_path / "torn.safetensors", halves)
+    for read in (network.load_weights, lambda file: lora_anima.create_network_from_weights(1.0, file, None, [], tiny_denoiser)):
+        with pytest.raises(
+            CheckpointError, match=r"only one of lora_down and lora_up \(lora_unet_blocks_0_mlp_layer1\).*damaged"
+        ):
+            read(tmp_path / "torn.safetensors")
 
 
 def test_another_rank_is_refused_once(tiny_denoiser, tmp_path):

@@ -372,6 +372,17 @@ def test_modules_without_a_place_are_named(saved, tiny_denoiser, caplog):
     assert re.search(r"10 modules have no place in this network: left out \(lora_unet_llm_adapter_blocks_0", caplog.text)
 
 
+def test_parts_of_models_that_are_not_given_are_no_news(tiny_denoiser, tiny_text_encoder, tmp_path, caplog):
+    """Base weights are merged model by model: what the other one got is not left out."""
+    both = create(tiny_denoiser, [tiny_text_encoder])
+    both.apply_to([tiny_text_encoder], tiny_denoiser)
+    file = tmp_path / "both.safetensors"
+    both.save_weights(file, None, {})
+    for encoders, denoiser in (([], tiny_denoiser), ([tiny_text_encoder], None)):
+        lora_anima.create_network_from_weights(1.0, file, None, encoders, denoiser)
+    assert "left out" not in caplog.text
+
+
 def test_a_file_of_another_architecture(tiny_denoiser, tmp_path):
     torch.save({"lora_unet_down_blocks_0_x.lora_down.weight": torch.zeros(2, 3), "lora_unet_down_blocks_0_x.lora_up.weight": torch.zeros(3, 2)},
                tmp_path / "sd.pt")  # fmt: skip
