@@ -127,12 +127,22 @@ class AnimaTrainOptions(TrainOptions):
     @property
     def trains_text_encoder(self) -> bool:
         """Whether Qwen3 gets a LoRA that is trained: unless it is switched off, has the rate 0, or its outputs are cached."""
+        return self.network.trains_text_encoder and not self.caches.text_cached and self._text_rate != 0
+
+    @property
+    def _text_rate(self) -> float | None:
+        """What --text_encoder_lr says of the only text encoder; None = nothing."""
         rates = self.optimizer.text_encoder_lr
-        return self.network.trains_text_encoder and not self.caches.text_cached and (not rates or any(rates))
+        return rates[0] if rates else None
+
+    def warnings(self) -> Iterator[str]:
+        yield from TrainOptions.warnings(self)
+        if len(self.optimizer.text_encoder_lr or ()) > 1:
+            yield f"--text_encoder_lr: Anima has one text encoder: only the first rate counts, {self._text_rate:g}"
 
     def _text_encoder_problems(self) -> Iterator[str]:
-        network, rates = self.network, self.optimizer.text_encoder_lr
-        wanted = [f"--text_encoder_lr {' '.join(map(str, rates))}"] if rates and any(rates) else []
+        network, rate = self.network, self._text_rate
+        wanted = [f"--text_encoder_lr {rate:g}"] if rate else []
         wanted += ["--network_train_text_encoder_only"] if network.network_train_text_encoder_only else []
         if self.caches.text_cached and network.trains_text_encoder and wanted:
             disk = "_to_disk" if self.caches.cache_text_encoder_outputs_to_disk else ""
@@ -142,7 +152,7 @@ class AnimaTrainOptions(TrainOptions):
             )
         if not network.network_train_text_encoder_only:
             return
-        if rates and not any(rates):
+        if rate == 0:
             yield "--network_train_text_encoder_only with --text_encoder_lr 0 leaves nothing to train: raise the rate"
         given = [field.name for field in fields(self.rates) if getattr(self.rates, field.name) is not None]
         if given:

@@ -61,3 +61,7 @@ class NetworkOptions:
         files, multipliers = len(self.base_weights or ()), len(self.base_weights_multiplier or ())
         if multipliers > files:
             yield f"--base_weights_multiplier has {multipliers} numbers, but --base_weights has {files}: give at most one each"
+
+    def warnings(self) -> Iterator[str]:
+        if self.dim_from_weights and self.network_dim is not None:
+            yield f"--network_dim={self.network_dim} does nothing with --dim_from_weights: the file decides ranks and alphas"

@@ -128,6 +128,8 @@ TRAINS_TEXT_ENCODER = [
     ("", True),
     ("--text_encoder_lr 1e-5", True),
     ("--text_encoder_lr 0", False),
+    ("--text_encoder_lr 0 1e-4", False),  # there is one text encoder
+    ("--text_encoder_lr 0 1e-4 --cache_text_encoder_outputs", False),
     ("--text_encoder_lr 0 --cache_text_encoder_outputs", False),
     ("--network_train_text_encoder_only", True),
     ("--network_train_unet_only", False),
@@ -386,6 +388,8 @@ WARNED = [
     ("--huggingface_path_in_repo=x", "--huggingface_path_in_repo does nothing without --huggingface_repo_id"),
     ("--huggingface_repo_visibility=public", "--huggingface_repo_visibility does nothing without --huggingface_repo_id"),
     ("--async_upload", "--async_upload does nothing without --huggingface_repo_id"),
+    ("--text_encoder_lr 0 1e-4", "--text_encoder_lr: Anima has one text encoder: only the first rate counts, 0"),
+    ("--network_weights=a --dim_from_weights --network_dim=8", "--network_dim=8 does nothing with --dim_from_weights"),
     ("--huggingface_repo_type=dataset", "--huggingface_repo_type does nothing without --huggingface_repo_id"),
     ("--huggingface_token=hf_x", "--huggingface_token does nothing without --huggingface_repo_id or --resume_from_huggingface"),
     (
