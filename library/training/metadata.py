@@ -22,6 +22,7 @@ from typing import Any
 from library.dataset.buckets import Buckets
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.files.model_hash import MISSING, new_hash, old_hash
+from library.options.declare import groups_of, options_of
 from library.options.reference_table import as_dict
 from library.training.networks import network_arguments
 from library.training.preflight import CheckedRun
@@ -45,6 +46,14 @@ OPTION_KEYS: dict[str, Any] = {
     "validation_split": 0.0, "max_validation_steps": None, "validate_every_n_epochs": None, "validate_every_n_steps": None,
     "resize_interpolation": None,
 }  # fmt: skip
+# ss_<name> = the option of that name, of files the base name: written only where it is given, for whoever repeats the run
+GIVEN_KEYS = (
+    "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr", "llm_adapter_lr", "network_train_unet_only",
+    "network_train_text_encoder_only", "network_weights", "dim_from_weights", "lr_scheduler_type", "lr_scheduler_args",
+    "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio", "lr_decay_steps",
+    "full_bf16", "attn_mode", "xformers", "split_attn", "torch_compile", "caption_variants", "llm_adapter_path",
+    "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length",
+)  # fmt: skip
 # written only where the dataset is described by flags instead of a file
 FLAG_DATASET_KEYS = (
     "shuffle_caption",
@@ -84,6 +93,7 @@ class LoraMetadata:
             **_text_encoder_lr(self._values),
             **_model_names(self._values),
             **_network_args(self._values),
+            **_given_keys(run.options),
             **_dataset_keys(run, self._values),
         }
         is_main = os.environ.get("RANK", "0") == "0"  # the one process that saves
@@ -149,6 +159,17 @@ def _network_args(values: dict[str, Any]) -> dict[str, str]:
     if values["network_dropout"] is not None:
         arguments["dropout"] = values["network_dropout"]
     return {"ss_network_args": json.dumps(arguments)}
+
+
+def _given_keys(options: Any) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for name, group in groups_of(type(options)).items():
+        for option in options_of(group):
+            value = getattr(getattr(options, name), option.name)
+            if option.name in GIVEN_KEYS and value != option.default:
+                keys[f"ss_{option.name}"] = Path(value).name if option.path else str(value)
+    merged = [[Path(file).name, strength] for file, strength in options.network.weights_to_merge]
+    return {**keys, "ss_base_weights": json.dumps(merged)} if merged else keys
 
 
 # ---------------------------------------------------------------------- the dataset

@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
+from library.options.declare import groups_of, options_of
 from library.training import metadata
-from library.training.metadata import MINIMUM_KEYS, LoraMetadata
+from library.training.metadata import GIVEN_KEYS, MINIMUM_KEYS, OPTION_KEYS, LoraMetadata
 from library.training.preflight import check_run
 from tests.tiny_arch import TinyArchitecture
 
@@ -129,6 +132,29 @@ def test_all_keys_with_a_dataset_file(with_file, pictures):
     assert (own["ss_steps"], own["ss_epoch"], own["ss_num_epochs"]) == ("4", "2", "3")
     assert 0 <= int(own["ss_session_id"]) < 2**32
     assert float(own["ss_training_started_at"]) <= float(own["ss_training_finished_at"]) <= time.time()
+
+
+def test_what_else_it_takes_to_repeat_a_run(with_file, pictures, tmp_path):
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file in files:
+        save_file({"lora_unet_x.alpha": torch.ones(1)}, file)
+    flags = ("--self_attn_lr=1e-5", "--mlp_lr=0", "--attn_mode=sdpa", "--split_attn", "--lr_scheduler_args", "a=1", "b=2",
+             f"--network_weights={files[0]}", "--base_weights", *map(str, files), "--base_weights_multiplier", "0.5",
+             "--t5_max_token_length=256", "--huggingface_token=hf_secret")  # fmt: skip
+    keys = with_file(general(), dataset(folder(pictures("cats", "a"))), flags=flags).at(step=4, epoch=2)
+    given = {
+        "ss_self_attn_lr": "1e-05", "ss_mlp_lr": "0.0", "ss_attn_mode": "sdpa", "ss_split_attn": "True",
+        "ss_lr_scheduler_args": "['a=1', 'b=2']", "ss_network_weights": "one.safetensors", "ss_t5_max_token_length": "256",
+        "ss_base_weights": '[["one.safetensors", 0.5], ["two.safetensors", 1.0]]',
+    }  # fmt: skip
+    assert {key: keys[key] for key in given} == given
+    assert {key for key in keys if key.startswith("ss_")} == {*CONSTANT, *COUNTS, *TIMES, *FILE_KEYS, *given}
+    assert str(tmp_path) not in str(keys) and "hf_secret" not in str(keys)
+
+
+def test_every_option_that_is_recorded_is_there():
+    names = {option.name for group in groups_of(AnimaTrainOptions).values() for option in options_of(group)}
+    assert set(GIVEN_KEYS) <= names and not set(GIVEN_KEYS) & set(OPTION_KEYS)
 
 
 def test_datasets_are_described(with_file, pictures):
