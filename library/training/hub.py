@@ -135,16 +135,20 @@ def _reason(error: Exception, options: HubOptions) -> str:
         return "there is no such repository, or this access token may not see it: check the name and --huggingface_token"
     if status == 401:
         return "the access token is not valid: give another --huggingface_token, or log in again with hf auth login"
-    if status == 403:
-        return "the access token may not write there: give one that may, or a repository of your own"
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    token = options.huggingface_token
-    text = text.replace(token, "***") if token else text
+    text = _told(error, options.huggingface_token)
+    if status == 403:  # also when the owner's storage is full
+        return f"the hub forbids it ({text}): give a token that may write there, a repository of your own, or make room in it"
     if status is None and _is_of_the_network(error):
         return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}): check the network, or drop the flag"
     if status is None:
         return f"{type(error).__name__}: {text}"
     return f"the Hugging Face hub answers {status} ({text}): try again later, or drop the flag"
+
+
+def _told(error: Exception, token: str | None) -> str:
+    """What the hub, or else the library, says, on one line and without the token."""
+    lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0].replace(token, "***") if token else lines[0]
 
 
 def _is_of_the_network(error: Exception) -> bool:

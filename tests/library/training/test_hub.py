@@ -121,7 +121,7 @@ def test_a_repository_that_is_there_stays_as_it_is(hub, repository):
 
 
 def test_a_repository_of_others_cannot_be_made(hub):
-    assert "--huggingface_repo_id them/lora: the access token may not write there" in problem_of(
+    assert "--huggingface_repo_id them/lora: the hub forbids it (" in problem_of(
         make_repository, hub_options(huggingface_repo_id="them/lora")
     )
 
@@ -209,7 +209,8 @@ def test_a_failed_upload_is_a_warning_that_names_file_and_reason(hub, repository
     uploads.add(tmp_path / "gone.safetensors")
     uploads.wait()
     first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "x.safetensors was not uploaded to me/lora: the access token may not write there" in first
+    assert "x.safetensors was not uploaded to me/lora: the hub forbids it (" in first and "you cannot write" in first
+    assert "give a token that may write there" in first and "make room" in first  # a full storage is forbidden, too
     assert str(tmp_path / "x.safetensors") in first and TOKEN not in caplog.text
     assert "gone.safetensors was not uploaded to me/lora: " in second and "cannot be reached" not in second
 
