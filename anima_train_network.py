@@ -33,12 +33,13 @@ from library.anima.vae import QwenImageVae, load_vae
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
+from library.sampling.picture_plan import rounded_side
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
 
 # defaults of sample prompts: specs of the reference's sampler
-SAMPLE_SIZE_PX, SAMPLE_SIZE_STEP_PX, SAMPLE_STEPS, SAMPLE_SCALE, SAMPLE_SHIFT = 512, 16, 30, 7.5, 3.0
+SAMPLE_SIZE_PX, SAMPLE_STEPS, SAMPLE_SCALE, SAMPLE_SHIFT = 512, 30, 7.5, 3.0
 
 
 class AnimaNetworkTrainer(NetworkTrainer):
@@ -95,10 +96,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def draw_sample(self, prompt: SamplePrompt, positive: Any, negative: Any, seed: int) -> Tensor:
         denoiser: Any = self.denoiser
         scale = SAMPLE_SCALE if prompt.scale is None else prompt.scale
-        size_wh = tuple(
-            max(64, side - side % SAMPLE_SIZE_STEP_PX)
-            for side in (prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX)
-        )
+        sides_wh = prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX
+        size_wh = tuple(rounded_side(side, ANIMA.bucket_step) for side in sides_wh)
         noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
         return draw_flow(
             velocity_of(denoiser),

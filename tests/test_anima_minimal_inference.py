@@ -111,21 +111,23 @@ def test_latents_are_those_of_training_samples(maker, draw, sampler, precision):
 
 @torch.no_grad()
 def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
-    """By the trainer's own hooks, in the way of library/training/sample_pictures.py."""
+    """By the trainer's own hooks, in the way of library/training/sample_pictures.py. The sampler is named by the prompt in
+    float32, by the flag in bfloat16."""
     from library.training.precision import WEIGHT_DTYPES
 
     dtype, device = WEIGHT_DTYPES[precision], torch.device("cpu")
     trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)
     trainer.run, trainer.device = SimpleNamespace(layouts=layouts), device
     trainer.options = SimpleNamespace(
-        samples=SimpleNamespace(sample_sampler=None), memory=SimpleNamespace(fp8_base=False, fp8_base_unet=False)
+        samples=SimpleNamespace(sample_sampler=sampler if precision == "bf16" else None),
+        memory=SimpleNamespace(fp8_base=False, fp8_base_unet=False),
     )
     trainer.denoiser = trainer.build_denoiser()
     trainer.load_denoiser(trainer.denoiser, device=device, dtype=dtype)
     encoder = trainer.build_text_encoder()
     trainer.load_text_encoder(encoder, device=device, dtype=dtype)
     positive, negative = (trainer.encode_text(encoder, [text]) for text in ("a cat on a wall", "rain"))
-    named = None if sampler == "euler" else sampler  # in the prompt or by --sample_sampler
+    named = None if precision == "bf16" else sampler
     prompt = SamplePrompt(
         prompt="", index=0, sample_sampler=named, width=64, height=96, sample_steps=4, scale=4.0, flow_shift=3.0
     )
@@ -207,6 +209,13 @@ def test_saved_latents_become_the_same_picture_later(draw, tmp_path):
     save_safetensors(foreign, {"latent": tensor[None, :, None]})  # as others save them: (1, C, 1, h, w), without metadata
     ((name, again),) = draw("--latent_path", foreign).items()
     assert name.endswith("_foreign.png") and torch.equal(pixels(again), pixels(picture))
+
+
+@pytest.mark.parametrize("seed", ["../../elsewhere/x", "9" * 300, ""])
+def test_a_seed_in_a_file_is_no_path(draw, tmp_path, seed):
+    save_safetensors(tmp_path / "odd.safetensors", {"latent": torch.zeros(16, 2, 2)}, {"seed": seed})
+    ((name, path),) = draw("--latent_path", tmp_path / "odd.safetensors").items()
+    assert name.endswith("_odd.png") and path.parent == tmp_path / "out"
 
 
 def test_no_metadata(draw):

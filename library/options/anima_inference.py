@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from library.options.attention import AttentionOptions
 from library.options.console import ConsoleOptions
@@ -46,7 +47,7 @@ class MergeOptions:
     """LoRA: files that are merged into the model before it draws, one after the other."""
 
     lora_weight: list[str] | None = opt(None, "LoRA files for the denoiser, the text encoder or both; any layout", path=True)
-    lora_multiplier: list[float] | None = opt(None, "strength of each LoRA file, in their order (not set = 1.0 each)")
+    lora_multiplier: list[float] | None = opt(None, "strength of each LoRA file, in their order; 1.0 where there is none")
     include_patterns: list[str] | None = opt(
         None, "regexes, found anywhere in a module's name: of each LoRA file only modules that one of them fits are merged"
     )
@@ -57,17 +58,14 @@ class MergeOptions:
     def files(self) -> list[tuple[str, float]]:
         """(path, multiplier) of each file."""
         paths = self.lora_weight or []
-        return list(zip(paths, self.lora_multiplier or [1.0] * len(paths), strict=True))
+        return list(zip(paths, [*(self.lora_multiplier or []), *[1.0] * len(paths)], strict=False))
 
     def problems(self) -> Iterator[str]:
         files, strengths = len(self.lora_weight or ()), len(self.lora_multiplier or ())
         if strengths and not files:
             yield "--lora_multiplier needs --lora_weight: name the LoRA files, or drop it"
-        elif strengths and strengths != files:
-            yield (
-                f"--lora_multiplier has {strengths} number{'s' if strengths > 1 else ''} for {files} LoRA file"
-                f"{'s' if files > 1 else ''}: give one for each of --lora_weight"
-            )
+        elif strengths > files:
+            yield f"--lora_multiplier has {strengths} numbers, but --lora_weight has {files}: give at most one each"
         for name in ("include_patterns", "exclude_patterns"):
             if getattr(self, name) and not files:
                 yield f"--{name} needs --lora_weight: name the LoRA files, or drop it"
@@ -78,6 +76,12 @@ class MergeOptions:
                     yield f"--{name}: the regular expression {pattern!r} is not valid: {error}"
         if self.lycoris and not files:
             yield "--lycoris needs --lora_weight: name the LyCORIS files, or drop it"
+
+    def warnings(self) -> Iterator[str]:
+        strengths = len(self.lora_multiplier or ())
+        if 0 < strengths < len(self.lora_weight or ()):
+            others = ", ".join(Path(file).name for file, _ in self.files[strengths:])
+            yield f"--lora_multiplier says nothing of {others}: merged with strength 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

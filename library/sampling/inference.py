@@ -222,7 +222,8 @@ class PictureMaker(ABC):
                 shape = picture_shape(header.tensors[LATENT].shape)
                 assert shape is not None  # checked
                 pixels = self.decode(latent.reshape(1, *shape).to(self.device))
-                name = header.metadata.get("seed") or path.name.removesuffix(".safetensors")
+                seed = header.metadata.get("seed", "")  # of a file from anywhere: no seed may lead into another folder
+                name = seed if seed.isdecimal() and len(seed) < 20 else path.name.removesuffix(".safetensors")
                 stem = free_stem(self.folder, dated_stem(name, time.time()), [PICTURE_END])
                 text = None if self.options.output.no_metadata else header.metadata.get("parameters")
                 save_picture(pixels[0], self.folder / f"{stem}{PICTURE_END}", text)

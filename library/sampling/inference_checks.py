@@ -16,6 +16,7 @@ from library.sampling.prompts import SamplePrompt
 from library.training.console import set_up_console
 from library.training.networks import check_weights_file
 from library.training.preflight import check_writable
+from library.training.run_rules import attention_problems
 
 LATENT = "latent"  # the tensor's name in a file of latents
 
@@ -56,6 +57,7 @@ def checked_pictures(read: Callable[[], Any], checks: InferenceChecks) -> Checke
 def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     """Raises one UserError with all that was found."""
     problems = ProblemList()
+    problems.add(*attention_problems(options.attention.mode))
     prompts: tuple[SamplePrompt, ...] = ()
     layouts = None
     with problems.collect():

@@ -16,7 +16,8 @@ from library.training.optimizer_names import FINDS_STEP_SIZE, optimizer_kind, op
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
 
-# --attn_mode -> the package that has the kernel, as it is imported and as pip names it
+# --attn_mode -> the package that has the kernel, as it is imported and as pip names it: those of library/nn/attention_kernels.py,
+# which imports torch
 ATTENTION_PACKAGES = {
     "xformers": ("xformers", "xformers"),
     "flash": ("flash_attn", "flash-attn"),

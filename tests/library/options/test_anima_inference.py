@@ -64,8 +64,7 @@ def test_the_samplers_are_those_that_exist():
         (["--sampler=er_sd"], "--sampler is 'er_sd', but must be one of euler, er_sde (did you mean er_sde?)"),
         (["--vae_chunk_size=3"], "--vae_chunk_size is 3"),
         (["--lora_multiplier=1"], "--lora_multiplier needs --lora_weight"),
-        (["--lora_weight", "a", "b", "--lora_multiplier", 1], "--lora_multiplier has 1 number for 2 LoRA files"),
-        (["--lora_weight", "a", "--lora_multiplier", 1, 2], "--lora_multiplier has 2 numbers for 1 LoRA file:"),
+        (["--lora_weight", "a", "--lora_multiplier", 1, 2], "--lora_multiplier has 2 numbers, but --lora_weight has 1"),
         (["--include_patterns", "a"], "--include_patterns needs --lora_weight"),
         (["--lora_weight", "a", "--exclude_patterns", "("], "--exclude_patterns: the regular expression '(' is not valid"),
         (["--lycoris"], "--lycoris needs --lora_weight"),
@@ -95,6 +94,13 @@ def test_what_is_needed_depends_on_what_is_done():
 def test_negative_strengths_and_lists():
     options = read("--lora_weight", "a", "b", "--lora_multiplier", "-0.5", "1", "--image_size", 832, 1216)
     assert options.loras.files == [("a", -0.5), ("b", 1.0)] and options.prompts.image_size == [832, 1216]
+
+
+def test_fewer_strengths_than_files():
+    options = read("--lora_weight", "a", "x/b.safetensors", "--lora_multiplier", 0.5)
+    assert options.loras.files == [("a", 0.5), ("x/b.safetensors", 1.0)]
+    assert list(warnings_of(options)) == ["--lora_multiplier says nothing of b.safetensors: merged with strength 1"]
+    assert not list(warnings_of(read("--lora_weight", "a", "b")))
 
 
 def test_fp8_says_that_it_is_the_scaled_kind():

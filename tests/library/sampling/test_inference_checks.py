@@ -46,6 +46,12 @@ def test_what_is_right_is_taken(check):
     assert run.layouts.denoiser.config.width == 64 and run.prompts[0].prompt == "a cat" and run.warnings == ()
 
 
+def test_an_attention_package_that_is_missing_is_told_with_all_else(refusal, monkeypatch):
+    monkeypatch.setattr("library.training.run_rules.find_spec", lambda name: None)
+    message = refusal("--attn_mode=sageattn", vae=None)
+    assert "pip install sageattention" in message and "--vae is missing" in message
+
+
 def test_model_files_are_told_by_this_scripts_flags(refusal, tmp_path):
     message = refusal(dit=tmp_path / "nowhere" / "dit.safetensors", text_encoder=None, vae=None)
     assert "--dit " in message and "--text_encoder is missing" in message and "--vae is missing" in message

@@ -4,6 +4,7 @@ import importlib.machinery
 
 import pytest
 
+from library.nn import attention_kernels
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.training import run_rules
@@ -43,6 +44,11 @@ def test_missing_attention_package(arguments, expected, nothing_installed):
 def test_sageattention_is_named_as_pip_names_it(nothing_installed):
     (problem,) = run_rules.attention_problems("sageattn")
     assert "pip install sageattention" in problem
+
+
+def test_packages_are_those_of_the_kernels():
+    kernels = {mode: (package.module.partition(".")[0], package.name) for mode, package in attention_kernels.PACKAGES.items()}
+    assert kernels == run_rules.ATTENTION_PACKAGES
 
 
 def test_installed_attention_package(monkeypatch):
