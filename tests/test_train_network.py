@@ -113,6 +113,43 @@ def test_resume_latest_begins_anew_where_there_is_no_state_and_goes_on_where_the
     assert trainer.run.start.step == 3 and trainer.progress.step == 5
 
 
+def test_another_seed_is_another_run(train, tmp_path):
+    for output, seed in (("one", 5), ("again", 5), ("other", 6)):
+        train("--max_train_steps=2", f"--seed={seed}", output=output)
+    one, again, other = (tmp_path / output / "t.safetensors" for output in ("one", "again", "other"))
+    assert same(one, again) and not same(one, other)
+
+
+class CountingBatches(TinyTrainer):
+    """Remembers the micro-batches of each step."""
+
+    def train(self):
+        self.counted: list[int] = []
+        super().train()
+
+    def backward(self, batch, micro_step, *, parts):
+        self.counted.append(micro_step)
+        return super().backward(batch, micro_step, parts=parts)
+
+
+def test_accumulated_batches_make_one_step(train):
+    trainer = train("--max_train_epochs=1", "--gradient_accumulation_steps=2", trainer_class=CountingBatches)
+    assert trainer.counted == [0, 1, 2] and trainer.progress.step == 2  # of three batches
+
+
+def test_gradients_are_cut_at_their_norm(train, tmp_path):
+    """SGD moves a weight by its gradient: by all weights together at most rate x norm in a step."""
+    sgd = ("--max_train_steps=1", "--optimizer_type=torch.optim.SGD", "--learning_rate=1")
+    for output, norm in (("cut", 0.125), ("whole", 0)):
+        train(*sgd, f"--max_grad_norm={norm}", output=output)
+    ups = [
+        torch.cat([w.flatten() for key, w in weights(tmp_path / output / "t.safetensors").items() if "lora_up" in key])
+        for output in ("cut", "whole")
+    ]
+    assert ups[0].norm() == pytest.approx(0.125, rel=1e-3) and ups[1].norm() > 0.126
+    assert torch.allclose(ups[0] / ups[0].norm(), ups[1] / ups[1].norm(), atol=1e-5)
+
+
 def test_the_seed_of_a_state_is_kept(train, tmp_path):
     train("--max_train_steps=2", "--save_state_on_train_end", "--seed=77")
     description = json.loads((tmp_path / "out" / "t-state" / "train_state.json").read_text())

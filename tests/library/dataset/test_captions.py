@@ -41,6 +41,11 @@ def test_shuffling_moves_every_tag_but_the_kept_ones():
     assert len(texts) == 6 and all(text.startswith("k1, k2, ") for text in texts)
 
 
+def test_another_separator_cuts():
+    texts = renderings("a, b; c", shuffle_caption=True, caption_separator=";")
+    assert set(texts) == {"a, b, c", "c, a, b"}  # joined by commas, as the reference does
+
+
 def test_marker_keeps_head_and_tail():
     texts = renderings("h ||| a, b ||| t1, t2", shuffle_caption=True, keep_tokens_separator="|||", keep_tokens=5)
     assert set(texts) == {"h, a, b, t1, t2", "h, b, a, t1, t2"}
