@@ -35,6 +35,7 @@ from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
 from library.sampling.picture_plan import rounded_side
 from library.sampling.prompts import SamplePrompt
+from library.training.networks import keeps_zeros
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
 
@@ -46,7 +47,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
     """Anima: a Cosmos-Predict2 DiT with an LLM adapter, Qwen3-0.6B text states, the Qwen-Image VAE, rectified flow."""
 
     def build_denoiser(self) -> AnimaDenoiser:
-        return build_denoiser(self.run.layouts.denoiser.config)
+        denoiser = build_denoiser(self.run.layouts.denoiser.config)
+        denoiser.cuts_zero_rows = keeps_zeros(self.options.network.network_module)
+        return denoiser
 
     def fp8_layers(self) -> str:
         return DENOISER_FP8_LAYERS

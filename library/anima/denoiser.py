@@ -37,6 +37,7 @@ class AnimaDenoiser(nn.Module):
         super().__init__()
         self.config = config
         self.run_block: BlockRunner = run_plainly
+        self.cuts_zero_rows = True  # right wherever the layers on the context make zeros of zeros
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = nn.Sequential(TimeSinusoid(config.width), TimestepEmbedding(config.width))
         self.t_embedding_norm = RmsNorm(config.width)
@@ -62,7 +63,7 @@ class AnimaDenoiser(nn.Module):
 
         padding_mask (B, 1, any height, any width), 1 = not part of the picture; None = all of it is. h and w are even.
         used_rows: the caller knows that the context is zero from there on, as it is behind the longest caption; faster, and equal
-        to rounding, wherever a layer makes zeros of zeros, as a LoRA's do. None = every row is computed with.
+        to rounding, with ``cuts_zero_rows``. None = every row is computed with.
         Returns the velocity, shaped and typed as ``latents``.
         """
         x = self.x_embedder(latents.to(self.dtype), padding_mask)  # (B, N, D)
@@ -78,7 +79,7 @@ class AnimaDenoiser(nn.Module):
         """context (B, T, C) -> the rows to compute with, and the logarithm of how many zero rows follow them (None = no more)."""
         kind = context.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else context.dtype
-        if used_rows is None or not can_cut(context.device, dtype, self.config.head_dim):
+        if used_rows is None or not self.cuts_zero_rows or not can_cut(context.device, dtype, self.config.head_dim):
             return context, None
         return cut_zero_rows(context, used_rows)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
 
 PIP_NAMES = {"lycoris": "lycoris-lora"}
+KEEPS_ZEROS = ("networks", "lycoris")  # packages whose layers give zeros for zeros: what they add is a product, without a bias
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -50,6 +51,11 @@ def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
     if wrong:
         raise NetworkError(*(f"--network_args {pair}: write it as key=value" for pair in wrong))
     return {key.strip(): value.strip() for key, value in (pair.split("=", 1) for pair in pairs or ())}
+
+
+def keeps_zeros(network_module: str | None) -> bool:
+    """Whether adapted layers without a bias still give zeros for zeros. Of other people's modules that is not known."""
+    return (network_module or "").split(".")[0] in KEEPS_ZEROS
 
 
 def prepare_network(network: Any, options: Any) -> None:

@@ -94,6 +94,16 @@ def test_zero_rows_that_are_left_out_change_nothing():
         assert (cut - plain).abs().max() < 3e-5 * plain.abs().max() and plain.any()
 
 
+def test_layers_that_make_something_of_zeros_get_every_row():
+    denoiser = tiny_denoiser().requires_grad_()
+    for block in denoiser.blocks:
+        block.cross_attn.v_proj.forward = lambda x, frozen=block.cross_attn.v_proj.forward: frozen(x) + 1
+    plain = velocity_and_gradients(denoiser, None)[0]
+    assert (velocity_and_gradients(denoiser, 70)[0] - plain).abs().max() > 1e-3 * plain.abs().max()
+    denoiser.cuts_zero_rows = False
+    assert torch.equal(velocity_and_gradients(denoiser, 70)[0], plain)
+
+
 def test_zero_rows_that_are_left_out_change_nothing_under_a_lora():
     results = []
     for used_rows in (None, 70):

@@ -120,3 +120,10 @@ def test_what_of_a_file_has_no_place_is_warned_of(tmp_path, caplog):
         line = networks.load_network_weights(network, file)
     assert line == f"network weights loaded from {file}: 1 LoRA modules loaded"
     assert caplog.messages == [f"{file}: 1 modules have no place in this network: left out (lora_unet_blocks_0_mlp_layer1)"]
+
+
+@pytest.mark.parametrize(
+    "module,known", [("networks.lora_anima", True), ("lycoris.kohya", True), ("networks_of_mine", False), (None, False)]
+)
+def test_modules_of_which_it_is_known_that_zeros_stay_zeros(module, known):
+    assert networks.keeps_zeros(module) is known
