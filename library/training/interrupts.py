@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -71,20 +72,30 @@ START_FLAGS = ("--resume", "--initial_step", "--initial_epoch")  # where a run b
 START_SWITCHES = ("--skip_until_initial_step", "--resume_from_huggingface")
 
 
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """``words`` of a command line without the flags of keys and tokens, and without their values."""
+    return _without(words, SECRET_FLAGS)
+
+
+def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word.split("=", 1)[0] in flags:
+            skip = "=" not in word  # its value follows
+        else:
+            kept.append(word)
+    return kept
+
+
 def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
     """The command line of this run with --resume, quoted for the system's shell.
 
     Secrets are left out, and so is what said where this run began: it would count again.
     """
-    kept, skip = [], False
-    for word in sys.argv:
-        flag = word.split("=", 1)[0]
-        if skip:
-            skip = False
-        elif flag in (*SECRET_FLAGS, *START_FLAGS):
-            skip = "=" not in word
-        elif flag not in START_SWITCHES:
-            kept.append(word)
+    words = _without(sys.argv, (*SECRET_FLAGS, *START_FLAGS))
+    kept = [word for word in words if word.split("=", 1)[0] not in START_SWITCHES]
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = [Path(sys.executable).name]
     if processes != "1":

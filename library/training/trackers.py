@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from library.training.interrupts import without_secrets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +54,10 @@ def run_log_dir(options: LoggingOptions) -> Path | None:
 
 
 def start_trackers(accelerator: Accelerator, options: LoggingOptions, config: dict[str, Any]) -> None:
-    """Starts the trackers that the Accelerator was made with; the main process only."""
+    """Starts the trackers that the Accelerator was made with; the main process only.
+
+    From here on ``sys.argv`` is without keys and tokens: wandb sends it along, and may look at it at any time.
+    """
     import toml
 
     if not tracker_names(options) or not accelerator.is_main_process:
@@ -65,6 +71,7 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, config: di
         settings.setdefault("wandb", {})["name"] = options.wandb_run_name
     if options.wandb_api_key:
         os.environ.setdefault("WANDB_API_KEY", options.wandb_api_key)
+    sys.argv[:] = without_secrets(sys.argv)
     plain = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
     accelerator.init_trackers(options.log_tracker_name or DEFAULT_TRACKER_NAME, config=plain, init_kwargs=settings)
 

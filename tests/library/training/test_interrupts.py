@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from library.training.interrupts import LAUNCHER_MARK, StopRequest, resume_command
+from library.options.anima import AnimaTrainOptions
+from library.options.declare import groups_of, options_of
+from library.training.interrupts import LAUNCHER_MARK, SECRET_FLAGS, StopRequest, resume_command
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -53,6 +55,11 @@ def test_the_command_to_go_on_says_once_where_to_begin(started_with, flags):
     started_with(*flags)
     words = shlex.split(resume_command(Path("out/my state"), windows=False))
     assert words[1:] == ["train.py", "--seed=1", "--vae", "my vae.safetensors", "--resume", str(Path("out/my state"))]
+
+
+def test_every_secret_flag_is_known_here():
+    groups = groups_of(AnimaTrainOptions).values()
+    assert {option.flag for group in groups for option in options_of(group) if option.secret} == set(SECRET_FLAGS)
 
 
 def test_the_command_to_go_on_is_quoted_as_windows_wants_it(started_with):

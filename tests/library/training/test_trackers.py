@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def started(
     start_trackers(accelerator, options, config or {})  # type: ignore[arg-type]
     (one,) = accelerator.started
     return one
+
+
+def test_keys_on_the_command_line_are_hidden_from_trackers(monkeypatch):
+    words = ["train.py", "--seed=1", "--wandb_api_key", "hush", "--huggingface_token=hush", "--vae=x"]
+    monkeypatch.setattr(sys, "argv", words)
+    started(LoggingOptions(log_with="wandb", wandb_api_key="hush"))
+    assert words == ["train.py", "--seed=1", "--vae=x"]  # the same list, which others may hold
 
 
 @pytest.mark.parametrize(
