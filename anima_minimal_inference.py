@@ -83,7 +83,7 @@ from library.anima.text import AnimaConditioning, build_text_encoder, load_text_
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.attention import use_attention
 from library.nn.attention_kernels import AttentionKernel
-from library.nn.fp8 import quantise, use_fp8
+from library.nn.fp8 import check_fp8, quantise, use_fp8
 from library.nn.fp8_speed import choose_fp8_products
 from library.sampling.flow_samplers import FlowSettings, draw_flow
 from library.sampling.inference import PictureMaker, Tick, run_inference
@@ -107,8 +107,10 @@ class AnimaPictureMaker(PictureMaker):
         attention = options.attention
         kernel = AttentionKernel(attention.mode, attention.split_attn)
         use_attention(self.denoiser, kernel, device=self.device, dtype=self.dtype, trains=False)
-        if options.compute.quantises and not options.loras.files:  # else what is merged is rounded too, afterwards
-            use_fp8(self.denoiser, DENOISER_FP8_LAYERS)
+        if options.compute.quantises:
+            check_fp8(self.device, "--fp8" if options.compute.fp8 else "--fp8_scaled")
+            if not options.loras.files:  # else what is merged is rounded too, afterwards
+                use_fp8(self.denoiser, DENOISER_FP8_LAYERS)
         self.text_encoder = build_text_encoder(layouts.text, layouts.tokenizers)
         loras = options.loras
         self.merges = planned_merges(

@@ -130,7 +130,7 @@ class NetworkTrainer(CacheFilling):
         """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
         self.denoiser: Any = self.build_denoiser()
         self.choose_kernels()
-        prepare_fp8(self.options, self.denoiser, self.fp8_layers())
+        prepare_fp8(self.options, self.denoiser, self.fp8_layers(), device=self.device)
         if self.options.trains_text_encoder:
             self.text_encoder = self.build_text_encoder()
             self.trained_encoders = list(self.text_models(self.text_encoder))
@@ -191,7 +191,7 @@ class NetworkTrainer(CacheFilling):
         if self.text_encoder is not None:
             self.load_text_encoder(self.text_encoder, device=self.device, dtype=self.weight_dtype)
         networks.merge_base_weights(self.options.network, self.denoiser, encoders, self.weight_dtype)
-        self.say(*arrange_fp8(self.options, self.denoiser, self.device, dtype=self.weight_dtype))
+        self.say(*arrange_fp8(self.options, self.denoiser, self.device, dtype=self.weight_dtype, gather=self.group.gather))
         if self.options.memory.checkpointing is not None:
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.errors import CheckpointError
+from library.errors import CheckpointError, OptionError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # torch.finfo(FP8).max
@@ -84,6 +84,15 @@ class _Fp8Product(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- a model's layers
+
+
+def check_fp8(device: torch.device, flag: str) -> None:
+    """Raises OptionError where ``device`` has no numbers of 8 bits, as Apple's GPUs."""
+    try:
+        torch.ones(1, device=device).to(FP8).float()
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"{flag}: this {device.type} device cannot keep weights in 8 bits ({reason}); drop the flag") from error
 
 
 def use_fp8(model: nn.Module, layers: str) -> list[Fp8Linear]:

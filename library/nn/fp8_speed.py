@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,28 @@ WRONG = 0.1  # relative error; rounding the input makes 0.026
 CAPABILITY = (8, 9)  # of CUDA devices: the first with 8 bit floating point products (Ada)
 
 Shape = tuple[int, int]  # (M, K)
+Gather = Callable[[Any], Sequence[Any]]  # the value of each process, as HostGroup.gather
 
 
-def choose_fp8_products(model: nn.Module, device: torch.device, *, dtype: torch.dtype, tokens: int = TOKENS) -> str:
+def alone(value: Any) -> Sequence[Any]:
+    return [value]
+
+
+def choose_fp8_products(
+    model: nn.Module, device: torch.device, *, dtype: torch.dtype, tokens: int = TOKENS, gather: Gather = alone
+) -> str:
     """Sets ``fast`` of the model's layers in 8 bits by the clock, shape by shape; returns how they multiply, for the log.
 
     Measures on ``device``, with ``tokens`` rows of ``dtype``, on weights of its own: the layers may lie anywhere. What the device
-    or this torch cannot do stays dequantised.
+    or this torch cannot do stays dequantised. ``gather``: where several processes compute together, all multiply in the way that
+    pays for each of them.
     """
-    if reason := why_not(device, dtype):
-        return f"dequantised for their products ({reason})"
+    if reasons := [reason for reason in gather(why_not(device, dtype)) if reason]:
+        return f"dequantised for their products ({reasons[0]})"
     layers = list(fp8_layers(model))
     shapes = sorted({(layer.out_features, layer.in_features) for layer in layers}, reverse=True)
-    gains = {shape: gain(shape, device, dtype=dtype, tokens=tokens) for shape in shapes}
+    measured_by = gather({shape: gain(shape, device, dtype=dtype, tokens=tokens) for shape in shapes})
+    gains = {shape: min(found[shape] for found in measured_by) for shape in shapes}
     for layer in layers:
         layer.fast = gains[layer.out_features, layer.in_features] >= CLEARLY_FASTER
     measured = ", ".join(f"{out}x{into}: {gains[out, into]:.2f}x" for out, into in shapes)

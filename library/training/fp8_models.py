@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from library.errors import OptionError
-from library.nn.fp8 import fp8_layers, keep_unquantised, use_fp8
-from library.nn.fp8_speed import choose_fp8_products
+from library.nn.fp8 import check_fp8, fp8_layers, keep_unquantised, use_fp8
+from library.nn.fp8_speed import Gather, alone, choose_fp8_products
 
 OWN_NETWORKS = "networks."  # modules that know layers in 8 bits; others may read ``weight`` as if it were the weight
 
 
-def prepare_fp8(options: Any, denoiser: nn.Module, layers: str) -> None:
+def prepare_fp8(options: Any, denoiser: nn.Module, layers: str, *, device: torch.device) -> None:
     """Has the denoiser take the weights of ``layers`` in 8 bits when it loads, if the options say so.
 
-    ``layers``: a regular expression of whole paths. Call it while the model is on the meta device, before the network is created.
+    ``layers``: a regular expression of whole paths; ``device``: where the model is going to compute. Call it while the model is
+    on the meta device, before the network is created. Raises OptionError.
     """
     if not (options.memory.fp8_base or options.memory.fp8_base_unet):
         return
@@ -26,6 +27,7 @@ def prepare_fp8(options: Any, denoiser: nn.Module, layers: str) -> None:
     if not module.startswith(OWN_NETWORKS):
         raise OptionError(f"--fp8_base and --fp8_base_unet need a network module of this project, such as networks.lora_anima: "
                           f"{module or 'none'} may take the 8 bit weights for the weights themselves; drop the flag")  # fmt: skip
+    check_fp8(device, "--fp8_base" if options.memory.fp8_base else "--fp8_base_unet")
     use_fp8(denoiser, layers)
 
 
@@ -36,8 +38,12 @@ def wait_for_merging(options: Any, *models: nn.Module) -> None:
             keep_unquantised(model)
 
 
-def arrange_fp8(options: Any, denoiser: nn.Module, device: torch.device, *, dtype: torch.dtype) -> Iterator[str]:
+def arrange_fp8(
+    options: Any, denoiser: nn.Module, device: torch.device, *, dtype: torch.dtype, gather: Gather = alone
+) -> Iterator[str]:
     """Once the denoiser is loaded and merged: chooses how it multiplies on ``device``. Gives a line about it; none without fp8.
+
+    ``gather``: of the processes that train together, which all multiply alike.
 
     With --deterministic nothing is left to the clock. Text encoders always dequantise, so that texts encoded at every step are
     those that would have been cached.
@@ -47,5 +53,5 @@ def arrange_fp8(options: Any, denoiser: nn.Module, device: torch.device, *, dtyp
         return
     how = "dequantised for their products (--deterministic)"
     if not options.run.deterministic:
-        how = choose_fp8_products(denoiser, device, dtype=dtype)
+        how = choose_fp8_products(denoiser, device, dtype=dtype, gather=gather)
     yield f"{type(denoiser).__name__}: {count} layers in 8 bits, {how}"

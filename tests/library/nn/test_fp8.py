@@ -317,6 +317,23 @@ def test_what_is_clearly_faster_is_chosen_shape_by_shape(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("others", "expected", "told"),
+    [
+        ((None, {(12, 8): 3.0, (4, 12): 1.0}), (True, False), "12x8: 2.00x, 4x12: 1.00x"),
+        (("this needs a newer GPU",), (False, False), "this needs a newer GPU"),
+    ],
+)
+def test_processes_that_train_together_multiply_alike(monkeypatch, others, expected, told):
+    """``others``: what the second process answers to what the first one asks."""
+    monkeypatch.setattr("library.nn.fp8_speed.why_not", lambda device, dtype: None)
+    monkeypatch.setattr("library.nn.fp8_speed.gain", lambda shape, device, **_: 2.0)
+    answers = iter(others)
+    model = small_in_fp8()
+    line = choose_fp8_products(model, torch.device("cuda"), dtype=torch.bfloat16, gather=lambda own: [own, next(answers)])
+    assert (model.first.fast, model.second.fast) == expected and told in line
+
+
+@pytest.mark.parametrize(
     ("product", "clock", "found"),
     [
         ("right", {False: 3.0, True: 2.0}, 1.5),

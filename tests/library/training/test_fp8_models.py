@@ -16,6 +16,7 @@ from library.training.networks import merge_base_weights
 from networks.lora_anima import create_network
 from tests.library.anima.tiny_dit import TINY, tiny_denoiser, tiny_weights
 
+CPU = torch.device("cpu")
 LAYERS = r"blocks\.\d+\.mlp\.layer[12]"
 
 
@@ -41,14 +42,25 @@ def load(denoiser) -> None:
 @pytest.mark.parametrize(("flag", "layers"), [("fp8_base", 4), ("fp8_base_unet", 4), ("gradient_checkpointing", 0)])
 def test_both_flags_concern_the_denoiser(flag, layers):
     denoiser = on_meta()
-    prepare_fp8(options_with({flag: True}), denoiser, LAYERS)
+    prepare_fp8(options_with({flag: True}), denoiser, LAYERS, device=CPU)
     assert len(list(fp8_layers(denoiser))) == layers
 
 
 def test_modules_that_may_read_the_weights_themselves_are_refused():
     with pytest.raises(OptionError, match=r"--fp8_base.*lycoris\.kohya may take the 8 bit weights"):
-        prepare_fp8(options_with({"fp8_base": True}, "lycoris.kohya"), on_meta(), LAYERS)
-    prepare_fp8(options_with({}, "lycoris.kohya"), on_meta(), LAYERS)
+        prepare_fp8(options_with({"fp8_base": True}, "lycoris.kohya"), on_meta(), LAYERS, device=CPU)
+    prepare_fp8(options_with({}, "lycoris.kohya"), on_meta(), LAYERS, device=CPU)
+
+
+def test_a_device_without_numbers_of_8_bits_is_told(monkeypatch):
+    """As Apple's GPUs say it."""
+
+    def refuse(tensor, *args, **kwargs):
+        raise TypeError("Trying to convert Float8_e4m3fn to the MPS backend but it does not have support for that dtype.")
+
+    monkeypatch.setattr(torch.Tensor, "to", refuse)
+    with pytest.raises(OptionError, match=r"--fp8_base_unet: this cpu device .*Float8_e4m3fn to the MPS .*drop the flag"):
+        prepare_fp8(options_with({"fp8_base_unet": True}), on_meta(), LAYERS, device=CPU)
 
 
 @pytest.fixture
@@ -70,7 +82,7 @@ def base_weights(tmp_path):
 def test_base_weights_are_merged_before_the_one_rounding(base_weights):
     options = options_with({"fp8_base_unet": True}, base_weights=base_weights, base_weights_multiplier=(0.5,))
     denoiser, plain = on_meta(), on_meta()
-    prepare_fp8(options, denoiser, LAYERS)
+    prepare_fp8(options, denoiser, LAYERS, device=CPU)
     wait_for_merging(options, denoiser)
     for model in (denoiser, plain):
         load(model)
@@ -86,7 +98,7 @@ def test_base_weights_are_merged_before_the_one_rounding(base_weights):
 def test_without_base_weights_nothing_waits():
     options = options_with({"fp8_base_unet": True})
     denoiser = on_meta()
-    prepare_fp8(options, denoiser, LAYERS)
+    prepare_fp8(options, denoiser, LAYERS, device=CPU)
     wait_for_merging(options, denoiser)
     load(denoiser)
     assert all(layer.weight.dtype == FP8 for layer in fp8_layers(denoiser))
@@ -96,7 +108,7 @@ def test_the_choice_of_products_is_told():
     options = options_with({"fp8_base": True})
     denoiser = on_meta()
     assert list(arrange_fp8(options, denoiser, torch.device("cpu"), dtype=torch.bfloat16)) == []
-    prepare_fp8(options, denoiser, LAYERS)
+    prepare_fp8(options, denoiser, LAYERS, device=CPU)
     (line,) = arrange_fp8(options, denoiser, torch.device("cpu"), dtype=torch.bfloat16)
     assert line == "AnimaDenoiser: 4 layers in 8 bits, dequantised for their products (this needs an NVIDIA GPU)"
     options = replace(options, run=RunOptions(deterministic=True))
