@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from library.memory.block_swap import streamed_weights
+from library.memory.block_swap import RINGS, streamed_weights
 from library.nn.fp8 import fp8_layers
 from library.nn.memory_use import MemoryUse
 from library.training.model_memory import blocks_to_swap
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from library.dataset.items import TrainingSet
 
 GIB = 2**30
-RING_BUFFERS = 2  # of block swap, each as large as the streamed weights of a block
 # bytes of an optimizer's state per weight in float32, by a part of its class's name; other classes: two moments
 STATE_BYTES = {"8bit": 2, "adafactor": 0, "lion": 4, "sgd": 4}
 MOMENTS = 8
@@ -62,7 +61,7 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, *, swapped: int = 0) -> i
     streamed = {f"blocks.{name}" for name in streamed_weights(model.blocks, swapped)}  # type: ignore[arg-type]
     blocks = len({name.split(".")[1] for name in streamed})
     on_host = sum(size for name, size in sizes.items() if name in streamed)
-    return sum(sizes.values()) - on_host + RING_BUFFERS * on_host // blocks
+    return sum(sizes.values()) - on_host + RINGS * on_host // blocks
 
 
 def network_bytes(parameters: int, dtype: torch.dtype, optimizer: Any, *, fused: bool) -> int:
@@ -75,9 +74,9 @@ def network_bytes(parameters: int, dtype: torch.dtype, optimizer: Any, *, fused:
 def activation_bytes(use: MemoryUse, dtype: torch.dtype, *, checkpointing: str | None) -> int:
     """``checkpointing`` as in library/options/memory.py: on the device, or with what it keeps in host memory."""
     if checkpointing is None:
-        return (use.blocks * use.kept + use.working) * dtype.itemsize
+        return (use.blocks * use.kept + use.working + use.encoder_kept) * dtype.itemsize
     waiting = use.blocks if checkpointing == "device" else 2  # the block's own, and the one on its way
-    return (waiting * use.carried + use.kept + use.working) * dtype.itemsize
+    return (waiting * use.carried + use.kept + use.working + use.encoder_carried) * dtype.itemsize
 
 
 def estimate_memory(options: Any, denoiser: nn.Module, *, parameters: int, dtypes: tuple[torch.dtype, torch.dtype],
