@@ -111,6 +111,16 @@ def os_error_text(error: OSError) -> str:
 
 
 @contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Around printing: ``| head`` has read enough, which ends it without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
+@contextmanager
 def user_errors_end_the_script(*, all_processes: bool = False) -> Iterator[None]:
     """Wraps ``main()``: a :class:`UserError` becomes its block on stderr and exit status 2, Ctrl-C exit status 130.
 

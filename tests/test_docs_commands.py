@@ -14,7 +14,7 @@ from library.anima.architecture import AnimaLayouts
 from library.anima.checkpoint import build_denoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.layout import DenoiserConfig
-from library.anima.memory_use import memory_use
+from library.anima.memory_use import LiveEncoders, memory_use
 from library.nn.fp8 import use_fp8
 from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
@@ -74,7 +74,7 @@ def test_the_figures_of_the_recipes_are_what_the_plan_computes():
 def estimated_gib(options: AnimaTrainOptions, side: int, *, images: int = 1) -> float:
     """Of the published model, with a batch of ``images`` of ``side`` x ``side`` pixels, and everything else cached."""
     denoiser = published_denoiser(eight_bits=options.memory.fp8_base_unet)
-    use = memory_use(AnimaLayouts(denoiser=SimpleNamespace(config=PUBLISHED)), (side, side), images, text=False, vae=False)
+    use = memory_use(AnimaLayouts(denoiser=SimpleNamespace(config=PUBLISHED)), (side, side), images, LiveEncoders())
     parameters = PARAMETERS_PER_RANK * (options.network.network_dim or 16)
     dtypes = (torch.bfloat16, torch.float32)
     estimate = estimate_memory(options, denoiser, parameters=parameters, dtypes=dtypes, use=use, batch=((side, side), images))

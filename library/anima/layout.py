@@ -167,7 +167,7 @@ def scaled_float8_problem(names: Iterable[str]) -> str:
         return ""
     return (
         f"its weights are float8 with scales of their own ({len(scales):,} of them, such as {scales[0]}), which is not read; "
-        "give the bfloat16 or float16 file: --fp8_base keeps its weights in 8 bits, too"
+        "give the bfloat16 or float16 file, whose weights can be kept in 8 bits, too (--fp8_base; for pictures --fp8_scaled)"
     )
 
 

@@ -135,8 +135,15 @@ class AnimaTrainOptions(TrainOptions):
         rates = self.optimizer.text_encoder_lr
         return rates[0] if rates else None
 
+    @property
+    def needs_dataset(self) -> bool:
+        """flux_shift depends on the sizes of the pictures."""
+        return TrainOptions.needs_dataset.fget(self) or self.flow.timestep_sampling == "flux_shift"  # type: ignore[attr-defined]
+
     def warnings(self) -> Iterator[str]:
         yield from TrainOptions.warnings(self)
+        if self.network.network_train_unet_only and any(self.optimizer.text_encoder_lr or ()):
+            yield "--text_encoder_lr does nothing with --network_train_unet_only, which leaves the text encoder as it is"
         if len(self.optimizer.text_encoder_lr or ()) > 1:
             yield f"--text_encoder_lr: Anima has one text encoder: only the first rate counts, {self._text_rate:g}"
 

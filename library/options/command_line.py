@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from library.errors import OptionError, OutputError, os_error_text
+from library.errors import OptionError, OutputError, os_error_text, reader_may_leave
 from library.files.atomic import write_text_atomically
 from library.options.arguments import read_arguments, wants_help
 from library.options.config_file import ConfigFileOptions, config_path, config_text, read_config
@@ -29,7 +29,8 @@ def read_options(option_set: type[OptionSet], argv: Sequence[str] | None = None)
     arguments = list(sys.argv[1:] if argv is None else argv)
     groups = _declared(option_set)
     if wants_help(arguments):
-        print(_help(option_set, groups))
+        with reader_may_leave():
+            print(_help(option_set, groups))
         sys.exit(0)
     known = known_options(groups.values())
     line = read_arguments(arguments, known)

@@ -86,12 +86,15 @@ class DatasetOptions:
         if self.dataset_config and ignored:
             yield f"--dataset_config describes the dataset; ignored: {', '.join(f'--{name}' for name in ignored)}"
 
+    def missing(self) -> Iterator[str]:
+        """For whoever needs a dataset."""
+        if not (self.dataset_config or self.train_data_dir or self.in_json):
+            yield "there is nothing to train on: give --dataset_config (a dataset file), --train_data_dir or --in_json"
+
     def _source_problems(self) -> Iterator[str]:
         if self.dataset_config:
             return
-        if not self.train_data_dir and not self.in_json:
-            yield "there is nothing to train on: give --dataset_config (a dataset file), --train_data_dir or --in_json"
-        elif self.resolution is None:
+        if self.resolution is None and (self.train_data_dir or self.in_json):
             yield "--resolution is missing: without --dataset_config give the training size in pixels, such as --resolution=1024"
         if self.conditioning_data_dir and not self.masked_loss:
             yield "--conditioning_data_dir needs --masked_loss: give it too, or drop --conditioning_data_dir"

@@ -31,7 +31,7 @@ class HubOptions:
     huggingface_repo_type: str | None = opt(None, "kind of repository: model, dataset or space (not set = model)")
     huggingface_path_in_repo: str | None = opt(None, "folder in the repository (not set = its root)")
     huggingface_token: str | None = opt(
-        None, "access token (not set = as logged in with huggingface-cli, or the variable HF_TOKEN)", secret=True
+        None, "access token (not set = as logged in with hf auth login, or the variable HF_TOKEN)", secret=True
     )
     huggingface_repo_visibility: str | None = opt(
         None, "public makes a new repository public (not set = private, as any other value)"

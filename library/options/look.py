@@ -26,7 +26,11 @@ class LookOptions:
     @property
     def only(self) -> bool:
         """Nothing is trained."""
-        return self.debug_dataset or self.show_timesteps or self.show_captions is not None
+        return self.shows_dataset or self.show_timesteps
+
+    @property
+    def shows_dataset(self) -> bool:
+        return self.debug_dataset or self.show_captions is not None
 
     def problems(self) -> Iterator[str]:
         yield from at_least(self, 1, "show_captions")

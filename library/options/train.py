@@ -74,8 +74,15 @@ class TrainOptions:
         """Whether the text encoders get a LoRA that is trained."""
         return self.network.trains_text_encoder
 
+    @property
+    def needs_dataset(self) -> bool:
+        """Whoever only draws noise levels needs none."""
+        return not self.look.show_timesteps or self.look.shows_dataset
+
     def problems(self) -> Iterator[str]:
         """Problems between groups and flags that a run cannot do without; each group tells its own."""
+        if self.needs_dataset:
+            yield from self.dataset.missing()
         if "denoiser" not in self.parts:
             return
         if not self.saving.output_dir:

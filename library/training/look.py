@@ -4,9 +4,7 @@ only the last one torch."""
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from library.dataset.page.showings import Showings
 from library.dataset.page.text import caption_lines, fact_lines, visible
 from library.dataset.prefetch import thread_pool
 from library.dataset.token_use import TokenCounter
-from library.errors import ProblemList
+from library.errors import ProblemList, reader_may_leave
 from library.training.architecture import Architecture
 from library.training.console import progress_bar
 from library.training.preflight import check_writable, option_warnings, read_training_set, worker_count
@@ -42,7 +40,7 @@ def look(options: Any, architecture: Architecture) -> None:
         return
     if options.look.show_timesteps:
         look_at_timesteps(options, architecture)
-    if options.look.debug_dataset or options.look.show_captions is not None:
+    if options.look.shows_dataset:
         look_at_dataset(options, architecture)
 
 
@@ -86,7 +84,7 @@ def look_at_dataset(options: Any, architecture: Architecture) -> None:
     assert count_tokens is not None and training_set is not None
     showings = showings_of(options, training_set)
     warnings = (*option_warnings(options), *training_set.warnings)
-    with _ended_reader():
+    with reader_may_leave():
         if options.look.show_captions is not None:
             _say(caption_lines(training_set, showings, count_tokens, images=options.look.show_captions))
         if options.look.debug_dataset:
@@ -210,13 +208,3 @@ def _processes() -> int:
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
         print(line)
-
-
-@contextmanager
-def _ended_reader() -> Iterator[None]:
-    """``| head`` has read enough: that ends the printing, without a word."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends

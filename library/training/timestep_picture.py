@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from library.training.losses import flow_loss_weights
-from library.training.timesteps import resolution_mu, sample_sigmas, sigma_sampler
+from library.training.timesteps import TABLE_STEPS, resolution_mu, sample_sigmas, sigma_sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 QUANTILES = 100_000
 BINS = 100
+TABLE_STEP = 1 / TABLE_STEPS
 TOLD_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PICTURE_WH, PLOT = (1200, 640), (90, 110, 1160, 540)  # pixels; the plot's left, top, right and bottom
 LINE_CHARACTERS = 110
@@ -53,7 +54,7 @@ def timestep_shares(flow: FlowOptions, sizes: Sizes) -> TimestepShares:
     sigmas = torch.cat([part for part, _ in parts])
     chances = torch.cat([torch.full_like(part, chance) for part, chance in parts])
     weights = chances * flow_loss_weights(flow.weighting_scheme, sigmas.float()).double()
-    places = (sigmas.float() * BINS).long().clamp(0, BINS - 1)
+    places = ((sigmas - TABLE_STEP / 2) * BINS).long().clamp(0, BINS - 1)  # the table's levels lie on the bins' borders
     drawn, weighed = (torch.zeros(BINS, dtype=torch.float64).index_add_(0, places, part) for part in (chances, weights))
     return TimestepShares(drawn, weighed / weighed.sum(), _quantiles(sigmas, chances))
 

@@ -360,6 +360,7 @@ def test_allowed(arguments):
 
 
 WARNED = [
+    ("--network_train_unet_only --text_encoder_lr 1e-5", "--text_encoder_lr does nothing with --network_train_unet_only"),
     ("--train_data_dir=x", "--dataset_config describes the dataset; ignored: --train_data_dir"),
     ("--in_json=x --conditioning_data_dir=y", "ignored: --in_json, --conditioning_data_dir"),
     ("--cache_dir=c", "--cache_dir does nothing without"),

@@ -214,3 +214,13 @@ def test_good_flags_in_a_process(tmp_path):
     process = run(*REQUIRED, f"--config_file={tmp_path / 'x'}")
     assert process.returncode == 0 and process.stderr == ""
     assert_light(process)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end differently there")
+def test_help_ends_quietly_where_its_reader_leaves(tmp_path):
+    script = "import sys; from library.options.anima import AnimaTrainOptions as A; from library.options.command_line import read_options as r; r(A)"
+    read, write = os.pipe()
+    os.close(read)  # nobody reads any more
+    done = subprocess.run([sys.executable, "-c", script, "--help"], stdout=write, stderr=subprocess.PIPE, cwd=REPOSITORY)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

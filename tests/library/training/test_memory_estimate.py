@@ -9,7 +9,7 @@ from library.anima.architecture import AnimaLayouts
 from library.anima.checkpoint import build_denoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.layout import DenoiserConfig, DenoiserLayout
-from library.anima.memory_use import memory_use
+from library.anima.memory_use import LiveEncoders, memory_use
 from library.memory.block_swap import BlockSwap
 from library.memory.transfer import PlainTransfer
 from library.nn.fp8 import use_fp8
@@ -72,7 +72,7 @@ def published(**memory: object):
     if options.memory.fp8_base_unet:
         use_fp8(denoiser, DENOISER_FP8_LAYERS)
     layouts = AnimaLayouts(denoiser=DenoiserLayout(config=DenoiserConfig(), sources=()))
-    use = memory_use(layouts, (1024, 1024), 1, text=False, vae=False)
+    use = memory_use(layouts, (1024, 1024), 1, LiveEncoders())
     batch = ((1024, 1024), 1)
     return options, estimate_memory(options, denoiser, parameters=22_937_600, dtypes=(BF16, FP32), use=use, batch=batch)
 
