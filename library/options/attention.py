@@ -24,19 +24,16 @@ class AttentionOptions:
 
     @property
     def mode(self) -> str:
-        """The kernel in use: torch, xformers, flash or sageattn."""
-        named = "xformers" if self.xformers else self.attn_mode
-        return "torch" if named in (None, "sdpa") else str(named)
+        """The kernel in use: torch, xformers, flash or sageattn. --attn_mode wins over the older flags, --xformers over --sdpa."""
+        named = self.attn_mode or ("xformers" if self.xformers else "torch")
+        return "torch" if named == "sdpa" else named
 
     def problems(self) -> Iterator[str]:
-        modes = {"torch" if mode == "sdpa" else mode for mode in (self.attn_mode, *self._old_flags()) if mode}
-        if len(modes) > 1:
-            named = [f"--attn_mode={self.attn_mode}"] if self.attn_mode else []
-            yield f"{' and '.join([*named, *(f'--{flag}' for flag in self._old_flags())])} name different kernels: keep one"
+        return iter(())
 
     def warnings(self) -> Iterator[str]:
+        for flag, kernel in (("xformers", "xformers"), ("sdpa", "torch")):
+            if getattr(self, flag) and self.mode != kernel:
+                yield f"--{flag} does nothing: attention is computed by {self.mode}, which another flag names"
         if self.mem_eff_attn:
             yield "--mem_eff_attn does nothing: PyTorch's own attention, which is in use, keeps no attention matrix either"
-
-    def _old_flags(self) -> list[str]:
-        return [name for name in ("xformers", "sdpa") if getattr(self, name)]

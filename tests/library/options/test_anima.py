@@ -300,8 +300,6 @@ REFUSED = [
         "--fused_backward_pass cannot be combined with --mixed_precision=fp16",
     ),
     ("--attn_mode=sageattn", "--attn_mode=sageattn cannot train: the kernel has no backward pass; give --attn_mode=torch"),
-    ("--xformers --sdpa", "--xformers and --sdpa name different kernels: keep one"),
-    ("--attn_mode=flash --xformers", "--attn_mode=flash and --xformers name different kernels"),
     ("--self_attn_lr=-1", "--self_attn_lr is -1.0: give 0 or more"),
     ("--cross_attn_lr=-1", "--cross_attn_lr is -1.0: give 0 or more"),
     ("--mlp_lr=-1", "--mlp_lr is -1.0: give 0 or more"),
@@ -360,6 +358,8 @@ def test_allowed(arguments):
 
 
 WARNED = [
+    ("--xformers --sdpa", "--sdpa does nothing: attention is computed by xformers"),
+    ("--attn_mode=flash --xformers", "--xformers does nothing: attention is computed by flash"),
     ("--network_train_unet_only --text_encoder_lr 1e-5", "--text_encoder_lr does nothing with --network_train_unet_only"),
     ("--train_data_dir=x", "--dataset_config describes the dataset; ignored: --train_data_dir"),
     ("--in_json=x --conditioning_data_dir=y", "ignored: --in_json, --conditioning_data_dir"),
