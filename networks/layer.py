@@ -169,9 +169,7 @@ class LoRAModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         before = self.alpha.clone()
         super()._load_from_state_dict(*args, **kwargs)
-        if not torch.equal(
-            before, self.alpha
-        ):  # else a resumed run with a rounded (bfloat16) alpha would act a little differently
+        if not torch.equal(before, self.alpha):  # else a rounded (bfloat16) alpha would change how a resumed run acts
             self.scale = float(self.alpha) / self.lora_dim
             self._settle_strength()
 
