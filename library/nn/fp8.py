@@ -142,8 +142,9 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     A row of zeros has scale 1.
     """
     largest = torch.linalg.vector_norm(weight, ord=float("inf"), dim=1, keepdim=True).float()  # (M, 1)
-    exponent = torch.frexp(largest / FP8_MAX).exponent  # largest / 448 = m * 2^exponent, 0.5 <= m < 1
-    scale = torch.ldexp(torch.ones_like(largest), exponent).clamp_min(SMALLEST_SCALE)
+    mantissa, exponent = torch.frexp(largest / FP8_MAX)  # largest / 448 = mantissa * 2^exponent, 0.5 <= mantissa < 1
+    smallest = exponent - (mantissa == 0.5).int()  # a power of two is large enough itself
+    scale = torch.ldexp(torch.ones_like(largest), smallest).clamp_min(SMALLEST_SCALE)
     scale = torch.where(largest == 0, 1.0, scale)
     wide = weight.float() if weight.dtype == torch.float16 else weight  # whose range is too small for a scale
     return (wide / scale.to(wide.dtype)).to(FP8), scale

@@ -94,6 +94,13 @@ def test_what_was_float8_already_stays_bit_by_bit():
     assert torch.equal(again.view(torch.uint8), weight8.view(torch.uint8)) and torch.equal(scale, same_scale)
 
 
+def test_the_whole_range_of_the_format_stays_bit_by_bit():
+    stored = torch.arange(256, dtype=torch.uint8).view(FP8)
+    stored = stored[stored.float().isfinite()][None]  # 448 is among them, and so is the smallest
+    weight8, scale = quantised(stored.bfloat16())
+    assert scale.item() == 1 and torch.equal(weight8.float(), stored.float())
+
+
 def test_bfloat16_holds_exactly_what_is_stored():
     weight8, scale = quantised(torch.randn(32, 64) * torch.logspace(-6, 3, 32)[:, None])
     assert torch.equal(in_dtype(weight8, scale, torch.bfloat16).double(), in_dtype(weight8, scale, torch.float64))
