@@ -24,7 +24,7 @@ class AttentionOptions:
 
     @property
     def mode(self) -> str:
-        """The kernel in use: torch, xformers, flash or sageattn. --attn_mode wins over the older flags, --xformers over --sdpa."""
+        """torch, xformers, flash or sageattn: --attn_mode wins over the older flags, --xformers over --sdpa."""
         named = self.attn_mode or ("xformers" if self.xformers else "torch")
         return "torch" if named == "sdpa" else named
 
