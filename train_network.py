@@ -107,7 +107,8 @@ class NetworkTrainer(CacheFilling):
     def set_up(self) -> None:
         self.progress: Progress = self.run.start
         self.start_accelerator()
-        self.create_network()
+        with networks.before_weights(self.options.network.network_module):
+            self.create_network()
         groups = networks.optimizer_groups(self.network, self.options.optimizer)  # now, for what it shows and refuses
         self.optimizer_name = try_optimizer(self.options, self.run.length.total_steps)
         self.print_plan()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anima_train_network import AnimaNetworkTrainer
-from library.errors import OptionError
+from library.errors import NetworkError, OptionError
 from library.nn.attention import attentions
 from library.nn.attention_kernels import AttentionKernel
 from tests.anima_runs import CACHED_IN_MEMORY, AnimaRuns
@@ -127,6 +127,12 @@ def test_a_network_of_somebody_elses_on_the_text_encoder_in_half_precision(runs,
     of_text = len([path for path, _ in trainer.text_encoder.model.named_modules() if path.endswith("q_proj")])
     ups = [up.weight for up in trainer.network.ups]
     assert 0 < of_text < len(ups) and all(up.any() for up in ups)
+
+
+def test_a_network_that_reads_the_weights_before_they_are_there_is_told(runs):
+    flags = ("--network_module=tests.networks.third_party_lora", "--network_args", "remember_weights=yes")
+    with pytest.raises(NetworkError, match="third_party_lora: what --network_args asks for reads the model's weights"):
+        runs.train(*LIVE, *flags)
 
 
 @pytest.mark.parametrize("flags", [("--split_attn",), ("--sdpa",), ("--attn_mode=torch",), ("--attn_mode=sdpa", "--split_attn")])

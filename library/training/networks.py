@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -62,6 +63,21 @@ def prepare_network(network: Any, options: Any) -> None:
     """The protocol's optional call with all options as plain attributes, as third-party modules expect them."""
     if hasattr(network, "prepare_network"):
         network.prepare_network(SimpleNamespace(**as_dict(options)))
+
+
+@contextmanager
+def before_weights(network_module: str | None) -> Iterator[None]:
+    """Around what is done with a network before the model's weights are loaded. Raises NetworkError for one that reads them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise NetworkError(
+            f"--network_module {network_module}: what --network_args asks for reads the model's weights when the network is "
+            "made, which is before they are loaded: choose another kind of network (of lycoris.kohya: lora, loha, lokr or ia3, "
+            "without dora_wd)"
+        ) from error
 
 
 def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], *, rates: Any = None) -> Any:

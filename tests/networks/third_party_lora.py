@@ -10,6 +10,8 @@ from torch import nn
 def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=None, **kwargs):
     models = [*text_encoder, unet]
     layers = [layer for model in models for path, layer in model.named_modules() if path.endswith("q_proj")]
+    if "remember_weights" in kwargs:
+        kwargs["weights"] = [layer.weight.cpu() for layer in layers]  # as LyCORIS does for DoRA
     return Network(layers, network_dim or 4)
 
 
