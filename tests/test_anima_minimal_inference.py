@@ -121,6 +121,7 @@ def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
     trainer.options = SimpleNamespace(
         samples=SimpleNamespace(sample_sampler=sampler if precision == "bf16" else None),
         memory=SimpleNamespace(fp8_base=False, fp8_base_unet=False),
+        network=SimpleNamespace(network_module="networks.lora_anima"),
     )
     trainer.denoiser = trainer.build_denoiser()
     trainer.load_denoiser(trainer.denoiser, device=device, dtype=dtype)
