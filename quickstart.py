@@ -28,6 +28,7 @@ STAMP_NAME = "quickstart_stamp.json"
 LOG_TAIL_LINES = 25
 LORA_NAME = "my_anima_lora"
 PICTURES = 20
+MOST_TEST_PROCESSES = 4  # each takes a GiB or two
 
 
 class QuickstartError(Exception):
@@ -252,7 +253,9 @@ def copy_output(stream, file, show: bool) -> None:
 
 
 def run_tests(python: Path, pytest_arguments: Sequence[str]) -> int:
-    process = subprocess.Popen([str(python), "-m", "pytest", *pytest_arguments], cwd=ROOT)
+    """In a few processes at once; a ``-n`` of one's own, which comes later, counts instead."""
+    processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
+    process = subprocess.Popen([str(python), "-m", "pytest", "-n", str(processes), *pytest_arguments], cwd=ROOT)
     try:
         return process.wait()
     except KeyboardInterrupt:
