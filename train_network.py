@@ -83,12 +83,14 @@ class NetworkTrainer(CacheFilling):
     @contextmanager
     def nothing_is_lost(self) -> Iterator[None]:
         """An image or a cache file that turns out bad in mid-training ends the run, in this process or in another one, as does a
-        size of image that cannot be compiled for, but the main process saves the steps done before."""
+        size of image that memory is too small for or that cannot be compiled for, but the main process saves the steps done
+        before."""
         try:
             with ends_of_others_are_told(), compile_errors_are_told():
                 yield
-        except (DatasetError, CheckpointError, CompilerError, OtherProcessEnded):
-            if self.accelerator.is_main_process and self.progress.step > self.run.start.step:
+        except (DatasetError, CheckpointError, CompilerError, OtherProcessEnded, torch.OutOfMemoryError) as error:
+            half_updated = self.options.memory.fused_backward_pass and isinstance(error, (CompilerError, torch.OutOfMemoryError))
+            if self.accelerator.is_main_process and self.progress.step > self.run.start.step and not half_updated:
                 self.save_alone()
             raise
         finally:

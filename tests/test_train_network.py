@@ -415,3 +415,25 @@ def test_a_full_gpu_is_told_with_what_would_help(train, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert ended.value.code == 2 and trained
     assert "Tried to allocate 2.00 GiB" in told and "--fp8_base_unet" in told and "--gradient_checkpointing" not in told
+
+
+class FullAtTheThird(TinyTrainer):
+    def predict(self, denoiser, noisy, text):
+        if self.progress.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().predict(denoiser, noisy, text)
+
+
+def test_the_steps_before_the_gpu_was_full_are_saved_and_gone_on_from(train, tmp_path):
+    with pytest.raises(torch.OutOfMemoryError):
+        train("--max_train_steps=5", trainer_class=FullAtTheThird)
+    state = tmp_path / "out" / "t-step00000002-state"
+    train("--max_train_steps=5", f"--resume={state}")
+    train("--max_train_steps=5", output="whole")
+    assert same(tmp_path / "out" / "t.safetensors", tmp_path / "whole" / "t.safetensors")
+
+
+def test_weights_that_are_changed_in_part_are_not_saved(train, tmp_path):
+    with pytest.raises(torch.OutOfMemoryError):
+        train("--max_train_steps=5", "--fused_backward_pass", "--max_grad_norm=0", trainer_class=FullAtTheThird)
+    assert not list((tmp_path / "out").glob("*-state"))
