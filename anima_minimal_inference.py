@@ -17,7 +17,9 @@ from library.files.safetensors_file import SafetensorsHeader
 from library.options.anima_inference import SAMPLERS, AnimaInferenceOptions
 from library.options.command_line import read_options
 from library.sampling.inference_checks import InferenceChecks, checked_pictures
-from networks.layout_names import other_adapter
+from networks.anima_layouts import ANIMA_NAMES
+from networks.layout_names import model_of_lora, other_adapter
+from networks.lora_names import names_problem
 
 TEXT_TOKENS = 512  # of a prompt that count, as in training by default
 FLAG_NAMES = {"--pretrained_model_name_or_path": "--dit", "--qwen3": "--text_encoder"}  # training's -> this script's
@@ -50,9 +52,14 @@ def own_flag_names(text: str) -> str:
 
 
 def lora_problem(options: AnimaInferenceOptions, header: SafetensorsHeader) -> str | None:
-    if options.loras.lycoris or not other_adapter(header.path, header.tensors):
-        return None
-    return f"--lora_weight {header.path} is no plain LoRA but of a kind that the LyCORIS package reads: add --lycoris"
+    """By the names in the file; whether the sizes fit shows when the model is built."""
+    file, keys = f"--lora_weight {header.path}", list(header.tensors)
+    if options.loras.lycoris:
+        other = model_of_lora(keys)
+        return f"{file} is a file for {other}, not for Anima: give one that was made for Anima" if other else None
+    if other_adapter(header.path, keys):
+        return f"{file} is no plain LoRA but of a kind that the LyCORIS package reads: add --lycoris"
+    return names_problem(file, keys, ANIMA_NAMES)
 
 
 def latent_channels(layouts: AnimaLayouts) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     """Raises one UserError with all that was found."""
     problems = ProblemList()
     problems.add(*attention_problems(options.attention.mode))
+    if options.loras.lycoris and find_spec("lycoris") is None:
+        problems.add("--lycoris needs the package lycoris-lora: pip install lycoris-lora")
     prompts: tuple[SamplePrompt, ...] = ()
     layouts = None
     with problems.collect():

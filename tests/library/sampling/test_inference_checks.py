@@ -83,6 +83,42 @@ def test_lora_files_that_are_missing_or_something_else(refusal, tiny_anima, tmp_
     assert "kron.safetensors is no plain LoRA" in message and "add --lycoris" in message
 
 
+def pairs(*names: str, down=".lora_down.weight", up=".lora_up.weight") -> dict[str, torch.Tensor]:
+    return {f"{name}{part}": torch.zeros(2, 2) for name in names for part in (down, up)}
+
+
+def test_lora_files_of_other_models_and_torn_ones(refusal, check, tmp_path):
+    """By their names, before torch is imported."""
+    good, comfy = pairs("lora_unet_blocks_0_mlp_layer1"), pairs("diffusion_model.blocks.0.mlp.layer1", down=".lora_A.weight",
+                                                                up=".lora_B.weight")  # fmt: skip
+    files = {
+        "sdxl": pairs("lora_unet_input_blocks_4_1_proj_in"),
+        "unknown": pairs("lora_unet_thing_0_proj"),
+        "torn": {**good, "lora_unet_blocks_1_mlp_layer1.lora_down.weight": torch.zeros(2, 2)},
+        "torn_comfy": {**comfy, "diffusion_model.blocks.1.mlp.layer1.lora_A.weight": torch.zeros(2, 2)},
+        "mixed": {**comfy, **pairs("diffusion_model.thing", down=".lora_A.weight", up=".lora_B.weight")},
+        "homeless": {**good, **pairs("lora_unet_thing_0_proj")},
+        "comfy": comfy,
+    }
+    for name, tensors in files.items():
+        save_safetensors(tmp_path / f"{name}.safetensors", tensors)
+    wrong = [tmp_path / f"{name}.safetensors" for name in ("sdxl", "unknown", "torn", "torn_comfy", "mixed")]
+    with_flags = refusal("--lora_weight", *wrong).splitlines()
+    assert [line.split(".safetensors", 1)[0] for line in with_flags] == [f"--lora_weight {str(path)[:-12]}" for path in wrong]
+    sdxl, unknown, torn, torn_comfy, mixed = with_flags
+    assert "LoRA for SDXL, not for Anima" in sdxl and "not for Anima" in unknown
+    assert "only one of lora_down and lora_up (lora_unet_blocks_1_mlp_layer1)" in torn and "(lora_unet_blocks_1" in torn_comfy
+    assert "2 of 4 tensors have names that no LoRA for Anima has: diffusion_model.thing" in mixed
+    check("--lora_weight", tmp_path / "homeless.safetensors", tmp_path / "comfy.safetensors")
+
+
+def test_lycoris_needs_its_package_and_files_for_this_model(refusal, tmp_path, monkeypatch):
+    save_safetensors(tmp_path / "kron.safetensors", {"lora_unet_input_blocks_4_1_proj_in.lokr_w1": torch.zeros(2, 2)})
+    monkeypatch.setattr("library.sampling.inference_checks.find_spec", lambda name: None)
+    message = refusal("--lycoris", "--lora_weight", tmp_path / "kron.safetensors")
+    assert "pip install lycoris-lora" in message and "is a file for SDXL, not for Anima" in message
+
+
 def test_latents_that_are_none(refusal, check, tiny_anima, tmp_path):
     for name, tensors in (("other", {"weight": torch.zeros(2)}), ("four", {"latent": torch.zeros(4, 8, 8)})):
         save_safetensors(tmp_path / f"{name}.safetensors", tensors)
@@ -142,7 +178,7 @@ def test_everything_is_told_at_once(refusal, tmp_path):
 
 def test_the_checks_need_no_torch():
     code = (
-        "import sys, library.sampling.inference_checks, library.options.anima_inference, networks.layout_names;"
+        "import sys, library.sampling.inference_checks, library.options.anima_inference, networks.lora_names, networks.anima_layouts;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'diffusers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3]).returncode == 0
