@@ -25,6 +25,7 @@ DESCRIPTION_FILE = "train_state.json"  # what makes a folder a state; library/tr
 DOWNLOADS = "huggingface"  # in the output folder: states that were fetched
 POLL_S = 0.2  # on Windows a wait without an end would hold back Ctrl-C
 TIMEOUT_S = 30.0
+UPLOAD = "--huggingface_repo_id"
 MIB = 2**20
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def check_upload(options: HubOptions) -> None:
     try:
         user = hub_api(options).whoami()
     except Exception as error:  # of the library, its HTTP client or the system: which ones depends on versions
-        raise OptionError(f"--huggingface_repo_id {options.huggingface_repo_id}: {_reason(error, options)}") from error
+        raise OptionError(f"--huggingface_repo_id {options.huggingface_repo_id}: {_reason(error, options, UPLOAD)}") from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise OptionError(
             f"--huggingface_repo_id {options.huggingface_repo_id}: the access token of {user.get('name')} may only read; give "
@@ -80,7 +81,7 @@ def make_repository(options: HubOptions) -> None:
         kind = {"space_sdk": "static"} if repo_type == "space" else {}
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **kind)  # type: ignore[arg-type]
     except Exception as error:  # as above
-        raise OptionError(f"--huggingface_repo_id {repo_id}: {_reason(error, options)}") from error
+        raise OptionError(f"--huggingface_repo_id {repo_id}: {_reason(error, options, UPLOAD)}") from error
     logger.info("made the %s %s repository %s", "private" if private else "public", repo_type, repo_id)
 
 
@@ -102,7 +103,7 @@ def fetch_state(options: HubOptions, resume: str, output_dir: Path) -> Path:
     except OptionError:
         raise
     except Exception as error:  # as above
-        raise OptionError(f"--resume {resume}: {_reason(error, options)}") from error
+        raise OptionError(f"--resume {resume}: {_reason(error, options, '--resume_from_huggingface')}") from error
     folder = target / place.folder
     size = sum((target / name).stat().st_size for name in wanted) / MIB
     if _is_main():
@@ -126,8 +127,8 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _reason(error: Exception, options: HubOptions) -> str:
-    """Why the hub could not do it, on one line, and what to do."""
+def _reason(error: Exception, options: HubOptions, flag: str) -> str:
+    """Why the hub could not do what ``flag`` asks of it, on one line, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if type(error).__name__ == "RevisionNotFoundError":
         return "the repository has no such branch, tag or commit: look for its name in the repository"
@@ -139,10 +140,10 @@ def _reason(error: Exception, options: HubOptions) -> str:
     if status == 403:  # also when the owner's storage is full
         return f"the hub forbids it ({text}): give a token that may write there, a repository of your own, or make room in it"
     if status is None and _is_of_the_network(error):
-        return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}): check the network, or drop the flag"
+        return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}): check the network, or drop {flag}"
     if status is None:
         return f"{type(error).__name__}: {text}"
-    return f"the Hugging Face hub answers {status} ({text}): try again later, or drop the flag"
+    return f"the Hugging Face hub answers {status} ({text}): try again later, or drop {flag}"
 
 
 def _told(error: Exception, token: str | None) -> str:
@@ -238,7 +239,7 @@ class HubUploads:
             else:
                 api.upload_file(path_or_fileobj=path, commit_message=f"Upload {path.name}", **where)
         except Exception as error:  # whatever it is, it must not end a run
-            reason = _reason(error, self._options)
+            reason = _reason(error, self._options, UPLOAD)
             logger.warning("warning: %s was not uploaded to %s: %s; it is in %s", path.name, repo_id, reason, path)
         else:
             logger.info("uploaded %s to %s in %.0f s", name, repo_id, time.monotonic() - started)

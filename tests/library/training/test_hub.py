@@ -89,10 +89,12 @@ def test_without_a_network_the_error_says_so(hub, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{probe.getsockname()[1]}")
-    assert "the Hugging Face hub cannot be reached (" in problem_of(check_upload, hub_options())
-    assert "--resume me/lora/x: the Hugging Face hub cannot be reached" in problem_of(
-        fetch_state, hub_options(), "me/lora/x", Path("out")
-    )
+    told = problem_of(check_upload, hub_options())
+    assert "the Hugging Face hub cannot be reached (" in told
+    assert told.endswith("check the network, or drop --huggingface_repo_id")
+    told = problem_of(fetch_state, hub_options(), "me/lora/x", Path("out"))
+    assert "--resume me/lora/x: the Hugging Face hub cannot be reached" in told
+    assert told.endswith("check the network, or drop --resume_from_huggingface")
 
 
 def test_offline_mode_is_no_network(hub, monkeypatch):
@@ -216,7 +218,7 @@ def test_a_failed_upload_is_a_warning_that_names_file_and_reason(hub, repository
 
 
 def test_a_reason_never_shows_the_token():
-    assert hub_module._reason(OSError(f"bad header: Bearer {TOKEN}"), hub_options()) == "OSError: bad header: Bearer ***"
+    assert hub_module._reason(OSError(f"bad header: Bearer {TOKEN}"), hub_options(), "--x") == "OSError: bad header: Bearer ***"
 
 
 class Held(HubUploads):
