@@ -27,4 +27,5 @@ def swap_problem(blocks_to_swap: int | None, blocks: int) -> str | None:
     limit = max(blocks - PLACES_NEEDED, 0)
     if not blocks_to_swap or blocks_to_swap <= limit:
         return None
-    return f"--blocks_to_swap is {blocks_to_swap}, but this model has {blocks} blocks: give at most {limit}"
+    cure = f"give at most {limit}" if limit else "these are too few to swap any; drop the flag"
+    return f"--blocks_to_swap is {blocks_to_swap}, but this model has {blocks} blocks: {cure}"

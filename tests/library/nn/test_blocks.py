@@ -13,10 +13,17 @@ def test_what_fits(swapped, blocks):
     assert swap_problem(swapped, blocks) is None
 
 
-@pytest.mark.parametrize(("swapped", "blocks", "limit"), [(27, 28, 26), (28, 28, 26), (1, 2, 0), (1, 1, 0)])
+@pytest.mark.parametrize(("swapped", "blocks", "limit"), [(27, 28, 26), (28, 28, 26), (2, 3, 1)])
 def test_what_does_not(swapped, blocks, limit):
     assert swap_problem(swapped, blocks) == (
         f"--blocks_to_swap is {swapped}, but this model has {blocks} blocks: give at most {limit}"
+    )
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_model_too_small_to_swap(blocks):
+    assert swap_problem(1, blocks) == (
+        f"--blocks_to_swap is 1, but this model has {blocks} blocks: these are too few to swap any; drop the flag"
     )
 
 
