@@ -51,11 +51,11 @@ def choose_fp8_products(
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why products in 8 bits are out of the question; None when they may be tried."""
     if device.type != "cuda":
-        return "this needs an NVIDIA GPU"
+        return "products in 8 bits need an NVIDIA GPU"
     if dtype != torch.bfloat16:
-        return "this needs bfloat16"
+        return "products in 8 bits need bfloat16"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return "this needs a GPU of compute capability 8.9 or later"
+        return "products in 8 bits need a GPU of compute capability 8.9 or later"
     return None
 
 

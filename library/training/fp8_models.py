@@ -41,7 +41,7 @@ def wait_for_merging(options: Any, *models: nn.Module) -> None:
 def arrange_fp8(
     options: Any, denoiser: nn.Module, device: torch.device, *, dtype: torch.dtype, gather: Gather = alone
 ) -> Iterator[str]:
-    """Once the denoiser is loaded and merged: chooses how it multiplies on ``device``. Gives a line about it; none without fp8.
+    """Once the denoiser is loaded and merged: chooses how it multiplies on ``device``. Gives a line about each model in 8 bits.
 
     ``gather``: of the processes that train together, which all multiply alike.
 
@@ -55,3 +55,5 @@ def arrange_fp8(
     if not options.run.deterministic:
         how = choose_fp8_products(denoiser, device, dtype=dtype, gather=gather)
     yield f"{type(denoiser).__name__}: {count} layers in 8 bits, {how}"
+    if options.memory.fp8_base:
+        yield "text encoder: in 8 bits as well, dequantised for its products (--fp8_base_unet leaves it as it is)"

@@ -309,7 +309,7 @@ def test_fast_layer_has_the_gradient_of_the_dequantised_weight():
 def test_without_a_gpu_layers_dequantise():
     model = small_in_fp8()
     line = choose_fp8_products(model, torch.device("cpu"), dtype=torch.bfloat16)
-    assert line == "dequantised for their products (this needs an NVIDIA GPU)"
+    assert line == "dequantised for their products (products in 8 bits need an NVIDIA GPU)"
     assert not any(layer.fast for layer in fp8_layers(model))
 
 

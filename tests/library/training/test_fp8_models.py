@@ -109,8 +109,11 @@ def test_the_choice_of_products_is_told():
     denoiser = on_meta()
     assert list(arrange_fp8(options, denoiser, torch.device("cpu"), dtype=torch.bfloat16)) == []
     prepare_fp8(options, denoiser, LAYERS, device=CPU)
-    (line,) = arrange_fp8(options, denoiser, torch.device("cpu"), dtype=torch.bfloat16)
-    assert line == "AnimaDenoiser: 4 layers in 8 bits, dequantised for their products (this needs an NVIDIA GPU)"
-    options = replace(options, run=RunOptions(deterministic=True))
+    lines = list(arrange_fp8(options, denoiser, torch.device("cpu"), dtype=torch.bfloat16))
+    assert lines == [
+        "AnimaDenoiser: 4 layers in 8 bits, dequantised for their products (products in 8 bits need an NVIDIA GPU)",
+        "text encoder: in 8 bits as well, dequantised for its products (--fp8_base_unet leaves it as it is)",
+    ]
+    options = replace(options_with({"fp8_base_unet": True}), run=RunOptions(deterministic=True))
     (line,) = arrange_fp8(options, denoiser, torch.device("cuda"), dtype=torch.bfloat16)
     assert line.endswith("dequantised for their products (--deterministic)")
