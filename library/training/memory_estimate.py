@@ -23,7 +23,7 @@ from library.training.optimizer_names import optimizer_source
 if TYPE_CHECKING:
     from library.dataset.items import TrainingSet
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 # bytes of an optimizer's state per weight in float32, by a part of its class's name; other classes: two moments
 STATE_BYTES = {"8bit": 2, "adafactor": 0, "lion": 4, "sgd": 4}
 MOMENTS = 8
@@ -99,11 +99,20 @@ def estimate_lines(estimate: MemoryEstimate, device_bytes: int | None, options: 
     width, height = estimate.size_wh
     parts = {"model": estimate.model, "text encoder and VAE": estimate.encoders, "network and optimizer": estimate.network,
              "activations": estimate.activations}  # fmt: skip
-    told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+    unit = size_unit(estimate.total)
+    told = ", ".join(f"{name} {size_text(size, unit)}" for name, size in parts.items() if size)
     images = f"{estimate.images} of {width}x{height}"
-    yield f"  memory of the device: about {estimate.total / GIB:.1f} GiB for {images} ({told}), besides its programs"
+    yield f"  memory of the device: about {size_text(estimate.total, unit)} {unit} for {images} ({told}), besides its programs"
     if device_bytes is not None and estimate.total > device_bytes:
-        yield f"    it has {device_bytes / GIB:.1f} GiB: {advice(options)}"
+        yield f"    it has {size_text(device_bytes, unit)} {unit}: {advice(options)}"
+
+
+def size_unit(size: int) -> str:
+    return "GiB" if size >= GIB else "MiB"
+
+
+def size_text(size: int, unit: str) -> str:
+    return f"{size / (GIB if unit == 'GiB' else MIB):.1f}"
 
 
 def advice(options: Any) -> str:

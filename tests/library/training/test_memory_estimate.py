@@ -93,3 +93,10 @@ def test_a_device_that_is_too_small_is_told_with_what_helps():
     assert "for 1 of 1024x1024" in line and "text encoder" not in line
     _, warning = estimate_lines(estimate, 4 * 2**30, options)
     assert "it has 4.0 GiB" in warning and "--fp8_base_unet" in warning and "--gradient_checkpointing" not in warning
+
+
+def test_small_models_are_told_in_mib():
+    options, estimate = published()
+    sizes = {"model": 3 * 2**20, "encoders": 0, "network": 2**19, "activations": 2**20}
+    (line,) = estimate_lines(replace(estimate, **sizes), None, options)
+    assert "about 4.5 MiB for 1 of 1024x1024 (model 3.0, network and optimizer 0.5, activations 1.0)" in line
