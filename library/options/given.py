@@ -9,7 +9,7 @@ from typing import Any
 
 from library.files.user_path import PathProblem
 from library.options.declare import Option
-from library.options.kinds import PATH, TEXT
+from library.options.kinds import PATH, TEXT, Unfit
 
 
 @dataclass(slots=True)
@@ -28,10 +28,11 @@ class Given:
             self.places[option.name] = place
         except PathProblem as problem:
             self.refuse(option, f"{_named(option, place)} {problem}")
-        except ValueError:
+        except ValueError as error:
+            allowed = str(error) if isinstance(error, Unfit) and not option.is_list else option.allowed
             shown = "***" if option.secret else _shown(value)
             hint = _near_choice(value, tuple(map(str, option.choices))) or (_quotes_hint(option, value, shown) if place else "")
-            self.refuse(option, f"{_named(option, place)} is {shown}, but must be {option.allowed}{hint}")
+            self.refuse(option, f"{_named(option, place)} is {shown}, but must be {allowed}{hint}")
 
     def refuse(self, option: Option, problem: str) -> None:
         self.problems.append(problem)
@@ -80,7 +81,15 @@ def _quotes_hint(option: Option, value: object, shown: str) -> str:
         return ""
     if isinstance(value, str):
         return ": take the quotes away" if value.lower() in ("true", "false") and option.is_switch else ""
-    return f': write "{shown}"' if option.kind in (TEXT, PATH) else ""
+    return f': write "{shown}"' if option.kind in (TEXT, PATH) and _takes(option, shown) else ""
+
+
+def _takes(option: Option, text: str) -> bool:
+    try:
+        option.read(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _shown(value: object) -> str:

@@ -23,6 +23,10 @@ class Kind:
     read: Callable[[object], object]
 
 
+class Unfit(ValueError):
+    """A value that an option cannot take, with ``str(self)`` = what it must be, where more is known than the kind's words."""
+
+
 def _read_switch(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError
@@ -38,9 +42,11 @@ def _read_whole(value: object) -> int:
 def _read_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
+    if isinstance(value, str) and "," in value:
+        raise Unfit("one number")
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError
+        raise Unfit("a finite number")
     return number
 
 
@@ -89,7 +95,10 @@ def number_range(value: object) -> tuple[float, float]:
 
 def _read_number_range(value: object) -> str:
     """The flag's text; a list, as people write it in TOML, becomes one."""
-    low, high = number_range(value)
+    try:
+        low, high = number_range(value)
+    except Unfit as error:
+        raise ValueError from error  # what it says is of one of the two
     return value if isinstance(value, str) else f"{low},{high}"
 
 

@@ -64,6 +64,9 @@ def test_read(arguments, expected):
         (["--mixed_precision=bf61"], ["--mixed_precision is 'bf61', but must be one of no, fp16, bf16 (did you mean bf16?)"]),
         (["--mixed_precision=FP16"], ["--mixed_precision is 'FP16', but must be one of no, fp16, bf16 (did you mean fp16?)"]),
         (["--text_encoder_lr", "1", "a"], ["--text_encoder_lr is ['1', 'a'], but must be a list, each a number"]),
+        (["--learning_rate=1e-4,1e-5"], ["--learning_rate is '1e-4,1e-5', but must be one number"]),
+        (["--learning_rate=inf"], ["--learning_rate is 'inf', but must be a finite number"]),
+        (["--huber_c=1,2"], ["--huber_c is '1,2', but must be one number"]),
         (["--network_alpha="], ["--network_alpha is '', but must be a number"]),
     ],
 )  # fmt: skip
