@@ -33,14 +33,14 @@ from library.anima.vae import QwenImageVae, load_vae
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
-from library.sampling.picture_plan import rounded_side
+from library.sampling.picture_plan import SAMPLE_SIDE_PX, Picture, drawn_steps, rounded_side
 from library.sampling.prompts import SamplePrompt
 from library.training.networks import keeps_zeros
 from library.training.objective import FlowObjective, NoisyLatents
 from train_network import NetworkTrainer, run_training
 
 # defaults of sample prompts: specs of the reference's sampler
-SAMPLE_SIZE_PX, SAMPLE_STEPS, SAMPLE_SCALE, SAMPLE_SHIFT = 512, 30, 7.5, 3.0
+SAMPLE_STEPS, SAMPLE_SCALE, SAMPLE_SHIFT = 30, 7.5, 3.0
 
 
 class AnimaNetworkTrainer(NetworkTrainer):
@@ -101,24 +101,31 @@ class AnimaNetworkTrainer(NetworkTrainer):
         context = denoiser.encode_context(*text.adapter_inputs)  # (B, 512, C)
         return denoiser(noisy.latents, noisy.sigmas, context, used_rows=text.used_rows)
 
-    def draw_sample(self, prompt: SamplePrompt, positive: Any, negative: Any, seed: int) -> Tensor:
-        denoiser: Any = self.denoiser
+    def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
         scale = SAMPLE_SCALE if prompt.scale is None else prompt.scale
-        sides_wh = prompt.width or SAMPLE_SIZE_PX, prompt.height or SAMPLE_SIZE_PX
-        size_wh = tuple(rounded_side(side, ANIMA.bucket_step) for side in sides_wh)
-        noise = initial_noise(seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
+        return Picture(
+            prompt=prompt.prompt,
+            negative_prompt=prompt.negative_prompt or "",
+            width=rounded_side(prompt.width or SAMPLE_SIDE_PX, ANIMA.bucket_step),
+            height=rounded_side(prompt.height or SAMPLE_SIDE_PX, ANIMA.bucket_step),
+            seed=seed,
+            steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
+            scale=max(scale, 1.0),  # below 1 there is no guidance either, as in the reference
+            shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
+            sampler=flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler),
+        )
+
+    def draw_sample(self, picture: Picture, positive: Any, negative: Any) -> Tensor:
+        denoiser: Any = self.denoiser
+        size_wh = picture.width, picture.height
+        noise = initial_noise(picture.seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
         return draw_flow(
             velocity_of(denoiser),
             noise.to(self.device),
             positive=encode_context(denoiser, positive),
-            negative=encode_context(denoiser, negative) if scale > 1 else None,
-            settings=FlowSettings(
-                steps=prompt.sample_steps or SAMPLE_STEPS,
-                shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
-                scale=scale,
-                sampler=flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler),
-            ),
-            seeds=[seed],
+            negative=encode_context(denoiser, negative) if picture.is_guided else None,
+            settings=FlowSettings(steps=picture.steps, shift=picture.shift, scale=picture.scale, sampler=picture.sampler),
+            seeds=[picture.seed],
         )
 
     def decode_images(self, vae: QwenImageVae, latents: Tensor) -> Tensor:

@@ -241,6 +241,7 @@ class NetworkTrainer(CacheFilling):
             accelerator=self.accelerator,
             group=self.group,
             seed=self.seed,
+            plan=self.plan_sample,
             draw=self.draw_sample,
             decode=lambda latents: self.decode_images(self.vae, latents),
             encode=self.prompt_conditioning,

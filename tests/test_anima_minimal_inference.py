@@ -24,6 +24,7 @@ from library.files.safetensors_file import read_header, read_tensors, save_safet
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.command_line import read_options
 from library.sampling.inference_checks import check_pictures
+from library.sampling.pictures import picture_parameters
 from library.sampling.prompts import SamplePrompt
 from networks import lora_anima
 from tools.tiny_anima import SIZES, make_anima
@@ -133,7 +134,16 @@ def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
         prompt="", index=0, sample_sampler=named, width=64, height=96, sample_steps=4, scale=4.0, flow_shift=3.0
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        return trainer.draw_sample(prompt, positive, negative, 7)
+        return trainer.draw_sample(trainer.plan_sample(prompt, 7), positive, negative)
+
+
+def test_a_sample_tells_all_that_was_not_given():
+    trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)
+    trainer.options = SimpleNamespace(samples=SimpleNamespace(sample_sampler="euler_a"))
+    plain = trainer.plan_sample(SamplePrompt(prompt="a cat", index=0, sample_sampler="ddim"), 7)
+    assert picture_parameters(plain, {}) == ("a cat\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 7, Shift: 3, Size: 512x512")
+    odd = trainer.plan_sample(SamplePrompt(prompt="a", index=0, sample_steps=0, scale=0.5, negative_prompt="b", width=70), 7)
+    assert picture_parameters(odd, {}) == "a\nSteps: 1, Sampler: euler, CFG scale: 1, Seed: 7, Shift: 3, Size: 64x512"
 
 
 # ---------------------------------------------------------------- pictures

@@ -13,6 +13,7 @@ from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenUse
 from library.nn.blocks import run_plainly
 from library.nn.memory_use import MemoryUse
+from library.sampling.picture_plan import Picture
 from library.training.objective import FlowObjective
 from train_network import NetworkTrainer
 
@@ -140,8 +141,12 @@ class TinyTrainer(NetworkTrainer):
     def predict(self, denoiser, noisy, text):
         return denoiser(noisy.latents, text.lengths * 0.001)
 
-    def draw_sample(self, prompt, positive, negative, seed):
-        noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    def plan_sample(self, prompt, seed):
+        return Picture(prompt=prompt.prompt, negative_prompt="", width=8, height=8, seed=seed, steps=1, scale=1.0, shift=1.0,
+                       sampler="euler")  # fmt: skip
+
+    def draw_sample(self, picture, positive, negative):
+        noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(picture.seed))
         return self.denoiser(noise, positive.lengths * 0.001)
 
     def decode_images(self, vae, latents):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.errors import EXIT_CTRL_C, OptionError, UserError, error_block, user_errors_end_the_script
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
-from library.sampling.picture_plan import Picture, asked_prompt, pictures_of, size_warnings, unused_warnings
+from library.sampling.picture_plan import Picture, asked_prompt, pictures_of, plan_warnings
 from library.sampling.pictures import dated_stem, free_stem, picture_parameters, save_picture
 from library.training.precision import WEIGHT_DTYPES
 
@@ -188,7 +188,7 @@ class PictureMaker(ABC):
         if "\ufffd" in line:
             raise OptionError(f"the line is no {sys.stdin.encoding} text: {line.strip()!r}; write it again")
         prompt = asked_prompt(line, self.SAMPLERS)
-        for warning in (*size_warnings([prompt], self.options.prompts, self.SIDE_STEP_PX), *unused_warnings([prompt])):
+        for warning in plan_warnings([prompt], self.options.prompts, self.SIDE_STEP_PX):
             logger.warning("warning: %s", warning)
         pictures = pictures_of(prompt, self.options.prompts, side_step=self.SIDE_STEP_PX)
         self.texts.clear()

@@ -12,7 +12,7 @@ from library.errors import CheckpointError, OptionError, ProblemList, user_error
 from library.files.model_path import LORA, recognise, with_article
 from library.files.safetensors_file import SafetensorsHeader, read_header
 from library.options.declare import warnings_of
-from library.sampling.picture_plan import given_prompts, size_warnings, unused_warnings
+from library.sampling.picture_plan import given_prompts, plan_warnings
 from library.sampling.prompts import SamplePrompt
 from library.training.console import set_up_console
 from library.training.networks import check_weights_file
@@ -85,8 +85,7 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
 def _warnings(options: Any, prompts: tuple[SamplePrompt, ...], checks: InferenceChecks) -> Iterator[str]:
     yield from warnings_of(options)
     if not options.output.latent_path:
-        yield from size_warnings(prompts or (SamplePrompt(prompt="", index=0),), options.prompts, checks.side_step)
-        yield from unused_warnings(prompts)
+        yield from plan_warnings(prompts or (SamplePrompt(prompt="", index=0),), options.prompts, checks.side_step)
 
 
 def check_folder(folder: Path) -> None:

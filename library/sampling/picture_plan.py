@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from library.errors import OptionError, did_you_mean
-from library.sampling.prompts import SamplePrompt, read_prompt_line, read_prompts
+from library.sampling.prompts import MAX_STEPS, SamplePrompt, read_prompt_line, read_prompts
 
 # the keys of a prompt that flow models draw by; --l and --g both mean the scale of guidance
 FLOW_SETTINGS = frozenset(
@@ -17,6 +17,8 @@ FLOW_SETTINGS = frozenset(
 )
 MIN_SIDE_PX = 64
 RANDOM_SEED_BITS = 32
+SAMPLE_SIDE_PX = 512  # of a picture drawn while training, where its prompt says nothing
+LARGE_PX, USUAL_PX = 2048 * 2048, 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,8 @@ def prompt_problems(prompt: SamplePrompt, samplers: Collection[str]) -> Iterator
     name = prompt.sample_sampler
     if name is not None and name not in samplers:
         yield f"--ss {name} is no sampler here{did_you_mean(name, samplers)}: give {' or '.join(samplers)}"
+    if prompt.sample_steps is not None and prompt.sample_steps != drawn_steps(prompt.sample_steps):
+        yield f"--s (sample_steps) is {prompt.sample_steps}: give 1 to {MAX_STEPS}"
     if prompt.scale is not None and prompt.guidance_scale not in (None, prompt.scale):
         yield f"--l {prompt.scale:g} and --g {prompt.guidance_scale:g} both mean the scale of guidance: give one of them"
 
@@ -114,7 +118,7 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
             width=rounded_side(prompt.width or width, side_step),
             height=rounded_side(prompt.height or height, side_step),
             seed=(first + number) % 2**63,
-            steps=prompt.sample_steps or options.infer_steps,
+            steps=options.infer_steps if prompt.sample_steps is None else prompt.sample_steps,
             scale=next(scale for scale in scales if scale is not None),
             shift=options.flow_shift if prompt.flow_shift is None else prompt.flow_shift,
             sampler=prompt.sample_sampler or options.sampler,
@@ -123,22 +127,69 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
     ]
 
 
+def drawn_steps(steps: int) -> int:
+    """Within the range that can be drawn. The reference cuts the steps of a prompt in the same way."""
+    return min(max(steps, 1), MAX_STEPS)
+
+
 def rounded_side(side: int, step: int) -> int:
     """Pixels, down to a multiple of ``step``."""
     return max(MIN_SIDE_PX, side - side % step)
 
 
+def plan_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults, side_step: int) -> Iterator[str]:
+    """What an inference script draws otherwise than the prompts seem to say."""
+    yield from size_warnings(prompts, options, side_step)
+    yield from idle_negative_warnings(prompts, options)
+    yield from unused_warnings(prompts)
+
+
 def size_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults, side_step: int) -> Iterator[str]:
-    """One line about all sizes that are rounded."""
+    """One line about all sizes that are rounded, and one about very large ones."""
     height, width = options.image_size
     asked = [(prompt.width or width, prompt.height or height) for prompt in prompts]
     rounded = [(size, tuple(rounded_side(side, side_step) for side in size)) for size in dict.fromkeys(asked)]
     changed = [f"{w}x{h} to {new[0]}x{new[1]}" for (w, h), new in rounded if (w, h) != new]
     if changed:
         yield f"sizes are rounded down to multiples of {side_step} pixels (width x height): {', '.join(changed)}"
+    yield from large_size_warnings(asked)
+
+
+def large_size_warnings(sizes_wh: Sequence[tuple[int, int]]) -> Iterator[str]:
+    large = [f"{w}x{h} has {w * h / USUAL_PX:.0f} times" for w, h in dict.fromkeys(sizes_wh) if w * h > LARGE_PX]
+    if large:
+        yield (
+            f"very large pictures: {', '.join(large)} the pixels of 1024x1024, and attention's work grows with their square: "
+            "drawing takes long, and memory may run out"
+        )
+
+
+def idle_negative_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults) -> Iterator[str]:
+    first = [pictures_of(prompt, options, side_step=1)[0] for prompt in prompts]
+    idle = sum(bool(picture.negative_prompt) and not picture.is_guided for picture in first)
+    if idle:
+        which = f"of {idle} of {len(first)} prompts " if len(first) > 1 else ""
+        yield f"the negative prompt {which}does nothing with a guidance scale of 1: set another scale, or drop it"
 
 
 def unused_warnings(prompts: Sequence[SamplePrompt]) -> Iterator[str]:
     unused = sorted({name for prompt in prompts for name in prompt.unused(FLOW_SETTINGS)})
     if unused:
         yield f"the model does not use {', '.join(unused)} of a prompt: without effect"
+
+
+def sample_warnings(prompts: Sequence[SamplePrompt], supported: Collection[str], model: str) -> Iterator[str]:
+    """What pictures of a training show otherwise than their prompts seem to say. ``supported``: see ``SamplePrompt.unused``."""
+    unused = sorted({name for prompt in prompts for name in prompt.unused(supported)})
+    if unused:
+        yield f"{model} does not use {', '.join(unused)}; the pictures ignore it"
+    other = sorted({text for prompt in prompts for text in prompt.unknown_values(supported)})
+    if other:
+        yield f"{model} does not know {', '.join(other)}; the pictures are drawn as if it were not there"
+    for steps in sorted({prompt.sample_steps for prompt in prompts if prompt.sample_steps is not None}):
+        if steps != drawn_steps(steps):
+            yield f"--s {steps} (sample_steps) is cut to {drawn_steps(steps)}: a picture takes 1 to {MAX_STEPS} steps"
+    yield from large_size_warnings([(prompt.width or SAMPLE_SIDE_PX, prompt.height or SAMPLE_SIDE_PX) for prompt in prompts])
+    for prompt in prompts:
+        if prompt.negative_prompt and prompt.scale is not None and prompt.scale <= 1:
+            yield f"prompt {prompt.index + 1}: --n does nothing with --l {prompt.scale:g}, which draws without guidance"

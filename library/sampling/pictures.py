@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.sampling.picture_plan import Picture
-    from library.sampling.prompts import SamplePrompt
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +73,8 @@ def save_picture(pixels: Tensor, path: Path, parameters: str | None = None) -> N
     write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=about))
 
 
-def sample_parameters(prompt: SamplePrompt, width: int, height: int) -> str:
-    """The text for a sample picture: the prompt, and what its file says about it."""
-    names = {"sample_steps": "Steps", "sample_sampler": "Sampler", "scale": "CFG scale", "seed": "Seed", "flow_shift": "Shift"}
-    settings = prompt.settings()
-    given = {label: settings[key] for key, label in names.items() if key in settings}
-    return parameters_text(prompt.prompt, prompt.negative_prompt, {**given, "Size": f"{width}x{height}"})
-
-
 def picture_parameters(picture: Picture, about: Mapping[str, str]) -> str:
-    """The text for a picture: all that it takes to draw it again. ``about``: the models, as label -> name."""
+    """The text for a picture: the settings that it was drawn with, given or not. ``about``: the models, as label -> name."""
     settings = {
         "Steps": picture.steps,
         "Sampler": picture.sampler,

@@ -17,7 +17,7 @@ from library.errors import OptionError, did_you_mean
 from library.files.text_file import read_utf8
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 16384
-MAX_STEPS = 1000  # more are cut to this, as in the reference
+MAX_STEPS = 1000
 FLAGS = {
     "w": "width",
     "h": "height",
@@ -45,7 +45,7 @@ class SamplePrompt:
     width: int | None = None  # pixels, before the architecture rounds down to its step
     height: int | None = None
     seed: int | None = None
-    sample_steps: int | None = None
+    sample_steps: int | None = None  # as written: what draws takes 1 to MAX_STEPS
     scale: float | None = None  # of classifier-free guidance
     guidance_scale: float | None = None  # distilled guidance
     flow_shift: float | None = None
@@ -61,9 +61,21 @@ class SamplePrompt:
 
     def unused(self, for_supported: Iterable[str]) -> list[str]:
         """The settings of this prompt that are not among ``for_supported``, each as its flag and key. What is supported is a key,
-        or where only some values are, each of them as ``key=value``."""
-        supported = set(for_supported)
-        return [_shown(key) for key, value in self.settings().items() if not supported & {key, f"{key}={value}"}]
+        or where only some values are, each of them as ``key=value``; other values are told by ``unknown_values``."""
+        supported = {name.partition("=")[0] for name in for_supported}
+        return [_shown(key) for key in self.settings() if key not in supported]
+
+    def unknown_values(self, for_supported: Iterable[str]) -> list[str]:
+        """The settings of which only other values are supported: ``--ss ddim (sample_sampler; known: er_sde, euler)``."""
+        known: dict[str, list[str]] = {}
+        for key, equals, value in sorted(name.partition("=") for name in for_supported):
+            if equals:
+                known.setdefault(key, []).append(value)
+        return [
+            _shown(key, value=value, more=f"; known: {', '.join(known[key])}")
+            for key, value in self.settings().items()
+            if key in known and value not in known[key]
+        ]
 
 
 def read_prompts(path: Path, *, flag: str = "--sample_prompts") -> list[SamplePrompt]:
@@ -191,9 +203,9 @@ def _sample_prompt(entry: Entry, index: int) -> SamplePrompt:
     return SamplePrompt(prompt=str(entry.values["prompt"]), index=index, **settings)  # type: ignore[arg-type]
 
 
-def _shown(key: str) -> str:
+def _shown(key: str, *, value: object = None, more: str = "") -> str:
     flag = next(flag for flag, name in FLAGS.items() if name == key)
-    return f"--{flag} ({key})"
+    return f"--{flag}{'' if value is None else f' {value}'} ({key}{more})"
 
 
 def _side(value: object) -> int:
@@ -208,10 +220,6 @@ def _seed(value: object) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError("must be from 0 to 2^63 - 1; leave it out for a seed derived from the run's")
     return seed
-
-
-def _steps(value: object) -> int:
-    return min(max(_whole(value), 1), MAX_STEPS)
 
 
 def _whole(value: object) -> int:
@@ -267,7 +275,7 @@ FIELDS: Mapping[str, Callable[[object], object]] = {  # key -> checks and conver
     "width": _side,
     "height": _side,
     "seed": _seed,
-    "sample_steps": _steps,
+    "sample_steps": _whole,
     "scale": _factor,
     "guidance_scale": _factor,
     "flow_shift": _shift,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.dataset.conditioning import Conditioning
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
+from library.sampling.picture_plan import Picture
 from library.sampling.prompts import SamplePrompt
 from library.training.objective import NoisyLatents, Objective
 from library.training.preflight import CheckedData
@@ -90,7 +91,11 @@ class ArchitectureHooks(ABC):
         """
 
     @abstractmethod
-    def draw_sample(self, prompt: SamplePrompt, positive: Conditioning, negative: Conditioning, seed: int) -> Tensor:
+    def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
+        """The sample picture of a prompt with every setting decided, as it is drawn and told in the file."""
+
+    @abstractmethod
+    def draw_sample(self, picture: Picture, positive: Conditioning, negative: Conditioning) -> Tensor:
         """Scaled latents (1, C, h, w) of one sample picture. The caller sets autocast and gradient mode."""
 
     @abstractmethod

@@ -26,6 +26,7 @@ from library.errors import DatasetError, OptionError, OutputError, ProblemList, 
 from library.files.safetensors_file import read_header
 from library.files.user_path import dead_link
 from library.options.declare import warnings_of
+from library.sampling.picture_plan import sample_warnings
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
 from library.training.base_weights import with_base_weights
@@ -245,9 +246,8 @@ def checked_prompts(options: Any) -> tuple[SamplePrompt, ...]:
 
 
 def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> Iterator[str]:
-    unused = sorted({name for prompt in prompts for name in prompt.unused(set(architecture.prompt_settings))})
-    if unused:
-        yield f"--sample_prompts: {architecture.name} does not use {', '.join(unused)}; the pictures ignore it"
+    for warning in sample_warnings(prompts, architecture.prompt_settings, architecture.name):
+        yield f"--sample_prompts: {warning}"
 
 
 def read_training_set(options: Any, architecture: Architecture) -> TrainingSet:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from library.dataset.conditioning import Conditioning
 from library.randomness import derive_seed
-from library.sampling.pictures import is_due, picture_name, sample_parameters, save_picture
+from library.sampling.picture_plan import Picture
+from library.sampling.pictures import is_due, picture_name, picture_parameters, save_picture
 from library.sampling.prompts import SamplePrompt
 from library.training.preflight import CheckedRun
 from library.training.processes import HostGroup
@@ -25,22 +26,24 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Draw = Callable[[SamplePrompt, Conditioning, Conditioning, int], Tensor]  # prompt, positive, negative, seed -> latents
+Draw = Callable[[Picture, Conditioning, Conditioning], Tensor]  # picture, positive, negative -> latents
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePictures:
     """Draws the prompts of a run; each process its share.
 
-    ``draw`` gives the latents of one picture, ``decode`` makes them pixels (1, 3, H, W) in [-1, 1], ``encode`` gives the
-    conditioning of a text; only ``draw`` runs under autocast. ``ready`` is entered meanwhile (VAE on the device, dropout
-    off). A prompt without a seed gets one of its own from the run's: fixed pictures can be compared.
+    ``plan`` decides every setting of a prompt's picture, ``draw`` gives its latents, ``decode`` makes them pixels
+    (1, 3, H, W) in [-1, 1], ``encode`` gives the conditioning of a text; only ``draw`` runs under autocast. ``ready`` is
+    entered meanwhile (VAE on the device, dropout off). A prompt without a seed gets one of its own from the run's: fixed
+    pictures can be compared.
     """
 
     run: CheckedRun
     accelerator: Accelerator
     group: HostGroup
     seed: int
+    plan: Callable[[SamplePrompt, int], Picture]  # prompt, seed -> picture
     draw: Draw
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[str], Conditioning]
@@ -65,8 +68,9 @@ class SamplePictures:
         positive, negative = (
             self.encode(text).to(self.accelerator.device) for text in (prompt.prompt, prompt.negative_prompt or "")
         )
+        picture = self.plan(prompt, seed)
         with self.accelerator.autocast():
-            latents = self.draw(prompt, positive, negative, seed)
+            latents = self.draw(picture, positive, negative)
         pixels = self.decode(latents)[0].float().cpu()  # (3, H, W)
         name = picture_name(
             self.run.options.saving.output_name,
@@ -76,6 +80,5 @@ class SamplePictures:
             seed=prompt.seed,
             now=time.localtime(),
         )
-        text = sample_parameters(prompt, pixels.shape[2], pixels.shape[1])
-        save_picture(pixels, self.run.names.folder / "sample" / name, text)
+        save_picture(pixels, self.run.names.folder / "sample" / name, picture_parameters(picture, {}))
         return pixels

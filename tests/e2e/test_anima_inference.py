@@ -41,6 +41,11 @@ def test_samples_of_a_training_come_out_again(run_script, tiny_anima, picture_fo
     samples = sorted((tmp_path / "trained" / "sample").glob("*.png"))
     first, trained = (next(path for path in samples if mark in path.name) for mark in ("_e000000_", "_000002_"))
 
+    with Image.open(first) as picture:
+        assert picture.text["parameters"] == (
+            "a red house\nNegative prompt: rain\nSteps: 5, Sampler: er_sde, CFG scale: 4, Seed: 11, Shift: 3, Size: 64x96"
+        )
+
     common = [f"--from_file={prompts}", "--sampler=er_sde", "--mixed_precision=no", "--device=cpu"]
     for name, flags in (("base", []), ("lora", ["--lora_weight", tmp_path / "trained" / "tiny.safetensors"])):
         done = run_script(SCRIPT, *inference_flags(tiny_anima, tmp_path / name), *common, *flags)

@@ -10,8 +10,10 @@ from library.sampling.picture_plan import (
     Picture,
     asked_prompt,
     given_prompts,
+    idle_negative_warnings,
     pictures_of,
     rounded_side,
+    sample_warnings,
     size_warnings,
     unused_warnings,
 )
@@ -63,6 +65,8 @@ def test_the_largest_seed_counts_on_from_zero():
     ("a cat --ss er_sd", "(did you mean er_sde?)"),
     ("a cat --l 3 --g 4", "--l 3 and --g 4 both mean the scale"),
     ("a cat --z 3 --w ten", "--z is not a flag"),
+    ("a cat --s 1001", "--s (sample_steps) is 1001: give 1 to 1000"),
+    ("a cat --s 0", "--s (sample_steps) is 0: give 1 to 1000"),
 ])  # fmt: skip
 def test_lines_that_cannot_be_drawn(line, words):
     with pytest.raises(OptionError) as caught:
@@ -96,3 +100,33 @@ def test_settings_of_other_models_are_told():
     prompts = [SamplePrompt(prompt="a", index=0, cfg_trunc_ratio=0.5), SamplePrompt(prompt="a", index=1, scale=2.0)]
     (warning,) = unused_warnings(prompts)
     assert "--ctr (cfg_trunc_ratio)" in warning and "--l" not in warning
+
+
+def test_very_large_pictures_are_told():
+    prompts = [SamplePrompt(prompt="a", index=0, width=16384, height=16384), SamplePrompt(prompt="a", index=1, width=2048)]
+    (warning,) = size_warnings(prompts, PromptOptions(image_size=[2048, 2048]), 16)
+    assert "16384x16384 has 256 times the pixels of 1024x1024" in warning and "2048x2048" not in warning
+    (warning,) = size_warnings([SamplePrompt(prompt="a", index=0)], PromptOptions(image_size=[2064, 2048]), 16)
+    assert "2048x2064 has 4 times" in warning
+
+
+def test_a_negative_prompt_without_guidance_is_told():
+    plain, guided = SamplePrompt(prompt="a", index=0), SamplePrompt(prompt="a", index=1, scale=2.0)
+    without = PromptOptions(negative_prompt="rain", guidance_scale=1.0)
+    (warning,) = idle_negative_warnings([plain], without)
+    assert warning.startswith("the negative prompt does nothing with a guidance scale of 1")
+    assert "of 1 of 2 prompts" in next(idle_negative_warnings([plain, guided], without))
+    assert not list(idle_negative_warnings([guided], without)) and not list(idle_negative_warnings([plain], PromptOptions()))
+
+
+def test_what_samples_of_a_training_draw_otherwise_is_told():
+    supported = {"negative_prompt", "width", "height", "sample_steps", "scale", "sample_sampler=euler", "sample_sampler=er_sde"}
+    odd = SamplePrompt(prompt="a", index=2, sample_sampler="euler_a", sample_steps=5000, negative_prompt="b", scale=1.0,
+                       width=16384, renorm_cfg=1.0)  # fmt: skip
+    usual = SamplePrompt(prompt="a", index=0, sample_sampler="euler", sample_steps=1000, negative_prompt="b", width=64)
+    assert not list(sample_warnings([usual], supported, "anima"))
+    unused, sampler, steps, size, negative = sample_warnings([usual, odd], supported, "anima")
+    assert unused == "anima does not use --rcfg (renorm_cfg); the pictures ignore it"
+    assert sampler.startswith("anima does not know --ss euler_a (sample_sampler; known: er_sde, euler)")
+    assert steps == "--s 5000 (sample_steps) is cut to 1000: a picture takes 1 to 1000 steps"
+    assert "16384x512 has 8 times" in size and negative.startswith("prompt 3: --n does nothing with --l 1")

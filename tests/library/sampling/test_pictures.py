@@ -18,10 +18,8 @@ from library.sampling.pictures import (
     is_due,
     picture_name,
     picture_parameters,
-    sample_parameters,
     save_picture,
 )
-from library.sampling.prompts import SamplePrompt
 
 NOW = time.struct_time((2026, 1, 31, 9, 5, 7, 5, 31, 0))
 
@@ -73,13 +71,17 @@ def test_picture_name(arguments, expected):
 
 def test_save_picture_keeps_pixels_and_tells_the_prompt(tmp_path):
     pixels = torch.linspace(-1.2, 1.2, 3 * 4 * 6).reshape(3, 4, 6)
-    prompt = SamplePrompt(prompt="猫, a cat", index=0, negative_prompt="blurry", seed=5, sample_steps=8, scale=3.5)
-    save_picture(pixels, tmp_path / "sample" / "a.png", sample_parameters(prompt, 6, 4))
+    plan = Picture(
+        prompt="猫, a cat", negative_prompt="blurry", width=6, height=4, seed=5, steps=8, scale=3.5, shift=3.0, sampler="euler"
+    )
+    save_picture(pixels, tmp_path / "sample" / "a.png", picture_parameters(plan, {}))
     picture = Image.open(tmp_path / "sample" / "a.png")
     assert picture.size == (6, 4) and picture.mode == "RGB"
     expected = np.rint((pixels.clamp(-1, 1).numpy() + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)
     assert np.array_equal(np.asarray(picture), expected)
-    assert picture.text["parameters"] == "猫, a cat\nNegative prompt: blurry\nSteps: 8, CFG scale: 3.5, Seed: 5, Size: 6x4"
+    assert picture.text["parameters"] == (
+        "猫, a cat\nNegative prompt: blurry\nSteps: 8, Sampler: euler, CFG scale: 3.5, Seed: 5, Shift: 3, Size: 6x4"
+    )
 
 
 def test_values_that_are_no_numbers_are_reported(tmp_path, caplog):

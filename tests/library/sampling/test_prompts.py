@@ -70,8 +70,9 @@ def test_flags_ignore_case_and_the_last_one_wins(read):
     assert (prompt.width, prompt.sample_steps, prompt.seed) == (640, 3, 2**63 - 1)
 
 
-def test_steps_are_cut_to_the_range_of_the_reference(read):
-    assert [p.sample_steps for p in read("x --s 5000\nx --s 0")] == [1000, 1]
+def test_steps_stay_as_written(read):
+    """Who draws decides: training cuts them and says so, the inference script refuses them."""
+    assert [p.sample_steps for p in read("x --s 5000\nx --s 0")] == [5000, 0]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -176,7 +177,9 @@ def test_reading_prompts_needs_no_torch():
 def test_only_some_values_of_a_setting_may_be_of_use(read):
     prompts = read("a cat --ss er_sde\na cat --ss ddim --ctr 0.5\n")
     supported = {"sample_sampler=euler", "sample_sampler=er_sde"}
-    assert [prompt.unused(supported) for prompt in prompts] == [[], ["--ss (sample_sampler)", "--ctr (cfg_trunc_ratio)"]]
+    assert [prompt.unused(supported) for prompt in prompts] == [[], ["--ctr (cfg_trunc_ratio)"]]
+    told = ["--ss ddim (sample_sampler; known: er_sde, euler)"]
+    assert [prompt.unknown_values(supported) for prompt in prompts] == [[], told]
 
 
 def test_a_line_that_someone_types():
