@@ -26,7 +26,7 @@ from library.dataset.loader import BatchSource, ValidationBatches
 from library.errors import CheckpointError, DatasetError, OptionError, TrainingError, user_errors_end_the_script
 from library.nn.attention import use_attention
 from library.nn.attention_kernels import AttentionKernel
-from library.nn.compiling import CompilerError, check_backend, compile_blocks, compile_errors_are_told
+from library.nn.compiling import COMPILING, CompilerError, check_backend, compile_blocks, compile_errors_are_told
 from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
 from library.training.caching import CacheFilling
@@ -35,7 +35,7 @@ from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_mergi
 from library.training.hub import HubUploads
 from library.training.interrupts import StopRequest, resume_command
 from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
-from library.training.memory_estimate import advice, estimate_lines, estimate_memory, largest_batch
+from library.training.memory_estimate import advice, estimate_lines, estimate_memory, largest_batch, saved_state_bytes
 from library.training.metadata import LoraMetadata
 from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
 from library.training.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
@@ -45,6 +45,7 @@ from library.training.preflight import CheckedRun, worker_count
 from library.training.preservation import preserved_rows
 from library.training.processes import OtherProcessEnded, ends_of_others_are_told
 from library.training.report import Report
+from library.training.room import check_room
 from library.training.run_files import RunFiles, remove_left_over_files
 from library.training.sample_pictures import SamplePictures
 from library.training.saving import check_save_format, save_dtype
@@ -99,8 +100,8 @@ class NetworkTrainer(CacheFilling):
     def save_alone(self) -> None:
         """Asks nothing of other processes, which may be gone."""
         state = self.run.names.step_state(self.progress.step)
-        self.save_state(state)
         self.files.save_lora(self.run.names.step_file(self.progress.step), self.progress, in_haste=True)
+        self.save_state(state)  # which a full disk may have no room for
         self.files.uploads.wait()
         self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
 
@@ -165,8 +166,14 @@ class NetworkTrainer(CacheFilling):
         modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
         size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
         self.say(*plan_lines(self.run, size), *self.memory_lines(parameters))
-        for warning in (*self.run.warnings, *memory_warnings(self.run)):
+        for warning in (*self.run.warnings, *memory_warnings(self.run), *self.room_warnings(size)):
             logger.warning("warning: %s", warning)
+
+    def room_warnings(self, size: NetworkSize) -> Iterator[str]:
+        """Of the disk that is written to; an error where it has no room at all."""
+        if self.accelerator.is_main_process:
+            state = saved_state_bytes(size.parameters, self.trained_dtype, self.options.optimizer)
+            yield from check_room(self.run, lora_bytes=size.file_bytes, state_bytes=state)
 
     def memory_lines(self, parameters: int) -> Iterator[str]:
         size_wh, images = largest_batch(self.run.training_set)
@@ -391,6 +398,8 @@ class NetworkTrainer(CacheFilling):
 
     def before_training(self) -> None:
         """Pictures and the loss of the model as it is; and a validation that the state the run goes on from still owes."""
+        if self.options.compile.torch_compile:
+            self.say(COMPILING)
         if self.progress.step == 0:
             self.sample_pictures(epoch=0)
         outcome = self.validation.measure_base_model(self.progress.step, can_switch_off=self.learner.strength.can_change)
@@ -481,8 +490,8 @@ class NetworkTrainer(CacheFilling):
 
     def stop_early(self) -> None:
         names, step = self.run.names, self.progress.step
-        self.save_state(names.step_state(step))
         self.files.save_lora(names.step_file(step), self.progress, in_haste=True)
+        self.save_state(names.step_state(step))  # which a full disk may have no room for
         self.group.wait()  # a process that leaves makes the launcher end the others
         self.close_logging()
         self.say(f"stopped after step {step}; to go on: {resume_command(names.step_state(step))}")

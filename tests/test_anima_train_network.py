@@ -156,9 +156,11 @@ def test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_
 COMPILED = ("--cache_latents", "--max_train_steps=3", "--torch_compile")
 
 
-def test_compiled_blocks_train_alike(runs):
+def test_compiled_blocks_train_alike(runs, caplog):
+    caplog.set_level("INFO")
     trainer = runs.train(*COMPILED, "--dynamo_backend=eager", output="compiled")
     assert all("forward" in vars(block) for block in trainer.denoiser.blocks)
+    assert caplog.text.count("compiling the blocks: the first steps take minutes") == 1
     runs.train(*COMPILED[:-1], output="plain")
     plain, compiled = runs.lora("plain"), runs.lora("compiled")
     assert all(torch.allclose(plain[key], compiled[key], atol=1e-5) for key in plain)

@@ -32,6 +32,8 @@ CPP_ADVICE = (
 )
 TRITON_ADVICE = "install triton (pip install triton; on Windows triton-windows)"
 GIVE_UP = "drop --torch_compile"
+DEVICES = {"cudagraphs": ("cuda", "an NVIDIA GPU"), "openxla": ("xla", "an XLA device")}  # which a backend is for
+COMPILING = "compiling the blocks: the first steps take minutes; the others are quick (without --torch_compile all are alike)"
 
 
 class CompilerError(TrainingError):
@@ -127,6 +129,9 @@ def check_backend(name: str, device: torch.device | None = None) -> None:
             f"--dynamo_backend {name}: PyTorch {torch.__version__} does not have it here{did_you_mean(name, known)}; "
             f"it has {', '.join(known)}"
         )
+    needed, words = DEVICES.get(name, (None, ""))
+    if needed is not None and device is not None and device.type != needed:
+        raise OptionError(f"--dynamo_backend {name} needs {words}, but this run is on {device.type}: drop it, or {GIVE_UP}")
     if name == "inductor" and device is not None and (problem := _inductor_problem(device)):
         raise OptionError(problem)
 

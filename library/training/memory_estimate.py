@@ -66,9 +66,18 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, *, swapped: int = 0) -> i
 
 def network_bytes(parameters: int, dtype: torch.dtype, optimizer: Any, *, fused: bool) -> int:
     """Weights, gradients, copies and the optimizer's state of a network of so many parameters."""
+    return parameters * ((1 + KEPT_COPIES + (not fused)) * dtype.itemsize + moment_bytes(dtype, optimizer))
+
+
+def saved_state_bytes(parameters: int, dtype: torch.dtype, optimizer: Any) -> int:
+    """Of a state on the disk: the network's weights and the optimizer's state."""
+    return parameters * (dtype.itemsize + moment_bytes(dtype, optimizer))
+
+
+def moment_bytes(dtype: torch.dtype, optimizer: Any) -> int:
+    """Of the optimizer's state, per weight."""
     name = optimizer_source(optimizer).path.lower()
-    state = next((size for part, size in STATE_BYTES.items() if part in name), MOMENTS) * dtype.itemsize // 4
-    return parameters * ((1 + KEPT_COPIES + (not fused)) * dtype.itemsize + state)
+    return next((size for part, size in STATE_BYTES.items() if part in name), MOMENTS) * dtype.itemsize // 4
 
 
 def activation_bytes(use: MemoryUse, dtype: torch.dtype, *, checkpointing: str | None) -> int:

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from library.errors import TrainingError
+from library.errors import OutputError, TrainingError
 from library.files.atomic import TEMPORARY_MARK
 from library.files.left_overs import remove_left_overs
 from library.training.hub import HubUploads
@@ -17,7 +17,7 @@ from library.training.learner import Learner
 from library.training.metadata import LoraMetadata
 from library.training.preflight import CheckedRun
 from library.training.processes import HostGroup
-from library.training.saving import remove_old, save_dtype, save_network
+from library.training.saving import other_places, remove_old, save_dtype, save_network
 from library.training.saving_names import OutputNames
 from library.training.state import StateDescription, remove_replaced_states, save_state
 from library.training.steps import Progress
@@ -53,10 +53,10 @@ class RunFiles:
         """Optimizers that keep an average of the weights swap it in for the moment.
 
         ``last``: the run's final file. ``in_haste``: without waiting for hashes of the model files that are still being
-        computed. ``notes``: further metadata, as whole ``ss_*`` keys.
+        computed. ``notes``: further metadata, as whole ``ss_*`` keys. Raises OutputError, which says where the LoRA is now.
         """
         self._check_weights(progress)
-        self._write_lora(file, progress, last=last, wait=not in_haste, notes=notes)
+        self._write_or_rescue(file, progress, last=last, wait=not in_haste, notes=notes)
         self.uploads.add(file)
 
     def keep_old_best(self, step: int) -> None:
@@ -109,7 +109,7 @@ class RunFiles:
                 f"for very large numbers (loss_weight and network_multiplier of the datasets, --prior_loss_weight); {CURES}"
             )
         file = self.run.names.last_file()
-        self._write_lora(file, progress)  # save_lora would ask about the weights again
+        self._write_or_rescue(file, progress)  # save_lora would ask about the weights again
         self.uploads.add(file)
         self.uploads.wait()
         self.group.wait()
@@ -121,6 +121,25 @@ class RunFiles:
         """All processes hold the same weights and decide alike."""
         if not self.learner.weights.are_finite():
             self.end_diverged_run(progress, step=progress.step)
+
+    def _write_or_rescue(self, file: Path, progress: Progress, **how: Any) -> None:
+        """A disk that is full or gone ends the run, but what was trained is kept on another one."""
+        try:
+            self._write_lora(file, progress, **how)
+        except OutputError as error:
+            for place in other_places(file):
+                if self._is_written(place, progress, **how):
+                    raise OutputError(
+                        f"{error}; the LoRA after step {progress.step} is in {place}: move it from there"
+                    ) from error
+            raise
+
+    def _is_written(self, file: Path, progress: Progress, **how: Any) -> bool:
+        try:
+            self._write_lora(file, progress, **how)
+        except OutputError:
+            return False
+        return True
 
     def _write_lora(
         self, file: Path, progress: Progress, *, last: bool = False, wait: bool = True, notes: Mapping[str, str] | None = None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import OptionError
+from library.errors import OptionError, OutputError, os_error_text
 from library.files.atomic import file_written_atomically
 
 if TYPE_CHECKING:
@@ -29,13 +34,42 @@ def save_network(
     """``network.save_weights`` into a temporary file that then takes the name ``final``: complete or absent.
 
     The network module decides on the container by the extension, so the temporary name keeps it. ``layout``: that of
-    --save_format, which check_save_format() has asked about.
+    --save_format, which check_save_format() has asked about. Raises OutputError, with the name ``final``.
     """
-    with file_written_atomically(final, keep_ending=True) as temporary:
-        if layout is None:
-            network.save_weights(str(temporary), dtype, metadata)
-        else:
-            network.save_weights_as(layout, str(temporary), dtype, metadata)
+    try:
+        with file_written_atomically(final, keep_ending=True) as temporary:
+            if layout is None:
+                network.save_weights(str(temporary), dtype, metadata)
+            else:
+                network.save_weights_as(layout, str(temporary), dtype, metadata)
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise OutputError(f"could not write {final}: {reason}") from error
+
+
+def _reason(error: Exception) -> str | None:
+    """Why a file could not be written; None for an error of another kind."""
+    if isinstance(error, OutputError) and isinstance(error.__cause__, OSError):
+        return os_error_text(error.__cause__)
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text:  # of network modules that write by them
+        return text.splitlines()[0]
+    return None
+
+
+def other_places(file: Path) -> Iterator[Path]:
+    """Where else ``file`` may be written: the system's temporary folder, and the current one. Names that are free."""
+    for find_folder in (tempfile.gettempdir, os.getcwd):
+        with suppress(OSError):
+            folder = Path(find_folder())
+            if folder.resolve() != file.parent.resolve():
+                yield _free_name(folder / file.name)
+
+
+def _free_name(file: Path) -> Path:
+    numbered = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([file], numbered) if not path.exists())
 
 
 def check_save_format(network: Any, save_format: str | None) -> None:

@@ -325,6 +325,14 @@ def test_backends_without_their_package_are_not_there(monkeypatch):
         check_backend("tvm")
 
 
+def test_backends_of_another_device_are_refused():
+    check_backend("cudagraphs", torch.device("cuda"))
+    with pytest.raises(
+        OptionError, match="--dynamo_backend cudagraphs needs an NVIDIA GPU, but this run is on cpu: drop it, or "
+    ):
+        check_backend("cudagraphs", torch.device("cpu"))
+
+
 def test_missing_compilers_are_found_before_the_first_step(monkeypatch):
     import torch._inductor.config as config
 
