@@ -412,6 +412,22 @@ def test_interactive_lines(maker, tmp_path, monkeypatch, capsys):
     assert "--ss ddim is no sampler here" in errors and errors.count("error:") == 2 and "Traceback" not in errors
 
 
+def test_words_of_the_console_are_no_prompts(maker, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO('help\n--help\n--d 5\n"" --d 6\nQuit\na cat --d 7\n'))
+    maker("--interactive").make()
+    printed = capsys.readouterr()
+    assert printed.out.count("steps [4]") == 2 and printed.err.count("error: the line begins with a flag") == 1
+    assert [NAME.fullmatch(path.name)[1] for path in (tmp_path / "out").glob("*.png")] == ["6"]
+
+
+def test_an_empty_prompt_draws_what_a_negative_one_alone_would(draw):
+    """Towards the negative prompt, a guidance scale of 0, is the same."""
+    empty = latent(draw, "--prompt=", "--guidance_scale=1")
+    assert torch.equal(empty, latent(draw, "--prompt=", "--guidance_scale=1")) and empty.isfinite().all()
+    assert not torch.equal(empty, latent(draw, "--prompt=a cat", "--guidance_scale=1"))
+    torch.testing.assert_close(empty, latent(draw, "--prompt=a cat", "--guidance_scale=0"), rtol=1e-4, atol=1e-4)
+
+
 def test_interactive_draws_what_a_file_draws(maker, draw, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat\n"))
     maker("--interactive", "--output_type=latent").make()

@@ -88,10 +88,10 @@ class MergeOptions:
 class PromptOptions:
     """Pictures: what is drawn. A prompt file and the lines of --interactive may set everything but the number of pictures."""
 
-    prompt: str | None = opt(None, "what the picture shows")
+    prompt: str | None = opt(None, 'what the picture shows; "" draws one without a prompt', may_be_empty=True)
     negative_prompt: str = opt("", "what it does not show; without effect where --guidance_scale is 1")
     from_file: str | None = opt(None, "file of prompts (.txt, .toml or .json), one after the other", path=True)
-    interactive: bool = opt(False, "read prompts line by line from the console and keep the models loaded; Ctrl-D ends")
+    interactive: bool = opt(False, 'read prompts line by line from the console and keep the models loaded; "help" tells more')
     image_size: list[int] = opt((1024, 1024), "height and width in pixels, rounded down to multiples of 16")
     infer_steps: int = opt(50, "steps of the sampler, 1 to 1000")
     guidance_scale: float = opt(3.5, "how strongly the prompt counts (classifier-free guidance; 1 = none, twice as fast)")
@@ -102,11 +102,10 @@ class PromptOptions:
     batch_size: int = opt(1, "pictures of a prompt that are drawn at once; faster and more memory, equal up to rounding")
 
     def problems(self) -> Iterator[str]:
-        given = [f"--{name}" for name in ("prompt", "from_file", "interactive") if getattr(self, name) not in (None, False)]
+        # beside another source an empty prompt takes one of the config file back
+        given = [f"--{name}" for name in ("prompt", "from_file", "interactive") if getattr(self, name)]
         if len(given) > 1:
             yield f"{' and '.join(given)} are different sources of prompts: keep one"
-        if self.prompt is not None and not self.prompt.strip():
-            yield "--prompt is empty: write what the picture shall show"
         if len(self.image_size) != 2:
             yield f"--image_size has {len(self.image_size)} numbers: give two, HEIGHT WIDTH, for example 1216 832"
         low, high = SIDE_RANGE_PX
@@ -199,10 +198,10 @@ class AnimaInferenceOptions:
 
     def problems(self) -> Iterator[str]:
         prompts = self.prompts
-        source = prompts.prompt is not None or prompts.from_file or prompts.interactive
+        source = prompts.prompt or prompts.from_file or prompts.interactive
         if self.output.latent_path and source:
             yield "--latent_path makes pictures of saved latents, not of prompts: drop --prompt, --from_file and --interactive"
-        elif not self.output.latent_path and not source:
+        elif not self.output.latent_path and not source and prompts.prompt is None:
             yield "there is nothing to draw: give --prompt, --from_file or --interactive (or --latent_path with saved latents)"
 
     def warnings(self) -> Iterator[str]:

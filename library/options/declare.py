@@ -25,6 +25,7 @@ class _Declaration:
     kind: Kind | None
     path: bool
     secret: bool
+    may_be_empty: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Option:
     is_list: bool
     path: bool
     secret: bool
+    may_be_empty: bool = False  # an empty text is a value, not "not given"
 
     @property
     def flag(self) -> str:
@@ -68,7 +70,7 @@ class Option:
         An empty text or list means "not given" where that is possible. Raises ValueError for anything that does not fit, and
         PathProblem, which says why, for what cannot be a path.
         """
-        if self.is_optional and value in ("", []):
+        if self.is_optional and value in ("", []) and not self.may_be_empty:
             return None
         if self.is_list:
             return self._read_list(value)
@@ -100,13 +102,15 @@ def opt(
     kind: Kind | None = None,
     path: bool = False,
     secret: bool = False,
+    may_be_empty: bool = False,
 ) -> Any:
     """Declares an option as a dataclass field; the annotation gives its type.
 
     ``choices``: the allowed values, or a table with them as keys. ``kind``: another reader than the annotation's.
     ``path``: names a place on this machine; kept out of trackers. ``secret``: kept out of everything that is written.
+    ``may_be_empty``: an empty text is a value of an option that may be not given.
     """
-    declaration = _Declaration(help, tuple(choices or ()), kind, path, secret)
+    declaration = _Declaration(help, tuple(choices or ()), kind, path, secret, may_be_empty)
     return field(default=default, metadata={_METADATA: declaration})
 
 
@@ -159,6 +163,7 @@ def _option(declared: Field, annotation: Any) -> Option:
         is_list=bool(lists),
         path=declaration.path or kind is PATH,
         secret=declaration.secret,
+        may_be_empty=declaration.may_be_empty,
     )
 
 

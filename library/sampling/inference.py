@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from library.errors import EXIT_CTRL_C, OptionError, UserError, error_block, user_errors_end_the_script
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
-from library.sampling.picture_plan import Picture, asked_prompt, pictures_of, plan_warnings
+from library.sampling.picture_plan import Picture, asked_prompt, line_help, pictures_of, plan_warnings
 from library.sampling.pictures import dated_stem, free_stem, picture_parameters, save_picture
 from library.training.precision import WEIGHT_DTYPES
 
 logger = logging.getLogger(__name__)
 
 PICTURE_END, LATENT_END = ".png", "_latent.safetensors"
+QUIT, HELP = ("quit", "exit"), ("help", "--help", "-h", "?")  # lines that are no prompts
 GIB = 2**30
 Tick = Callable[[], None]  # one step of the sampler is under way
 
@@ -162,13 +163,19 @@ class PictureMaker(ABC):
     # ------------------------------------------------------------------ prompts from the console
 
     def ask(self) -> None:
-        """Draws a prompt for each line of standard input. A line that is wrong is one message. Ends at the input's end."""
+        """Draws a prompt for each line of standard input. A line that is wrong is one message. Ends at the input's end, or at a
+        line of QUIT."""
         if sys.stdin.isatty():
-            print("one prompt per line, with flags behind it as in a prompt file (--w 832 --h 1216 --d 42); Ctrl-D ends")
+            print("one prompt per line, with flags behind it (--w 832 --h 1216 --d 42); help lists them, quit or Ctrl-D ends")
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
         while (line := self.next_line()) is not None:
-            if not line.strip() or line.startswith("#"):
+            word = line.strip().lower()
+            if word in QUIT:
+                return
+            if word in HELP:
+                print(line_help(self.options.prompts, self.SAMPLERS), flush=True)
+            if not word or word in HELP or line.startswith("#"):
                 continue
             try:
                 self.draw_line(line)

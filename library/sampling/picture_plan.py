@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ FLOW_SETTINGS = frozenset(
 )
 MIN_SIDE_PX = 64
 RANDOM_SEED_BITS = 32
+EMPTY_PROMPT = '""'  # how a typed line writes it
 SAMPLE_SIDE_PX = 512  # of a picture drawn while training, where its prompt says nothing
 LARGE_PX, USUAL_PX = 2048 * 2048, 1024 * 1024
 
@@ -67,11 +69,9 @@ class PromptDefaults(Protocol):
 
 
 def given_prompts(options: PromptDefaults, samplers: Collection[str]) -> tuple[SamplePrompt, ...]:
-    """The prompts of --prompt or --from_file; none for a script that asks for them. Raises OptionError with all problems."""
-    if options.prompt is not None:
-        return (SamplePrompt(prompt=options.prompt, index=0),)
+    """The prompts of --from_file or --prompt; none for a script that asks for them. Raises OptionError with all problems."""
     if not options.from_file:
-        return ()
+        return () if options.prompt is None else (SamplePrompt(prompt=options.prompt, index=0),)
     prompts = read_prompts(Path(options.from_file), flag="--from_file")
     problems = [
         f"--from_file {options.from_file}, prompt {prompt.index + 1}: {problem}"
@@ -84,11 +84,34 @@ def given_prompts(options: PromptDefaults, samplers: Collection[str]) -> tuple[S
 
 
 def asked_prompt(line: str, samplers: Collection[str]) -> SamplePrompt:
-    """The prompt of a line that someone typed. Raises OptionError with everything that is wrong."""
+    """The prompt of a line that someone typed; ``""`` for an empty one. Raises OptionError with everything that is wrong."""
+    if re.match(r"\s*--[A-Za-z]", line):  # in a file it is text, but here a slip
+        raise OptionError(f"the line begins with a flag: write the prompt before it, or {EMPTY_PROMPT} to draw without one")
     prompt = read_prompt_line(line)
+    if prompt.prompt.strip() == EMPTY_PROMPT:
+        prompt = replace(prompt, prompt="")
     if problems := list(prompt_problems(prompt, samplers)):
         raise OptionError(*problems)
     return prompt
+
+
+def line_help(options: PromptDefaults, samplers: Collection[str]) -> str:
+    """What a typed line may hold, with what counts where it says nothing."""
+    height, width = options.image_size
+    flags = {
+        "--n TEXT": f"negative prompt [{options.negative_prompt or 'empty'}]",
+        "--w N, --h N": f"width and height in pixels [{width}, {height}]",
+        "--d N": f"seed [{'random' if options.seed is None else options.seed}]",
+        "--s N": f"steps [{options.infer_steps}]",
+        "--l X": f"scale of guidance, 1 = none [{options.guidance_scale:g}]",
+        "--fs X": f"shift of the noise levels [{options.flow_shift:g}]",
+        "--ss NAME": f"sampler: {' or '.join(samplers)} [{options.sampler}]",
+    }
+    return "\n".join([
+        f"a prompt, then flags for it, as in: a red house --w 832 --h 1216 --d 42; {EMPTY_PROMPT} is an empty prompt",
+        *(f"  {flag:<14}{meaning}" for flag, meaning in flags.items()),
+        "help shows this text; quit, exit or the input's end (Ctrl-D; on Windows Ctrl-Z and Enter) ends",
+    ])  # fmt: skip
 
 
 def prompt_problems(prompt: SamplePrompt, samplers: Collection[str]) -> Iterator[str]:

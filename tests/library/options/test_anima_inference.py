@@ -47,8 +47,6 @@ def test_the_samplers_are_those_that_exist():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--prompt="], "there is nothing to draw"),
-        (["--prompt", " "], "--prompt is empty"),
         (["--from_file=a.txt"], "--prompt and --from_file are different sources"),
         (["--interactive"], "--prompt and --interactive are different sources"),
         (["--latent_path", "a.safetensors"], "--latent_path makes pictures of saved latents"),
@@ -107,3 +105,14 @@ def test_fp8_says_that_it_is_the_scaled_kind():
     assert read("--fp8").compute.quantises and read("--fp8_scaled").compute.quantises and not read().compute.quantises
     assert any("--fp8_scaled" in warning for warning in warnings_of(read("--fp8")))
     assert not list(warnings_of(read("--fp8", "--fp8_scaled")))
+
+
+def test_an_empty_prompt_is_given_and_beside_another_source_takes_one_back(tmp_path):
+    save = ["--save_path=out"]
+    assert read_options(AnimaInferenceOptions, [*save, "--prompt="]).prompts.prompt == ""
+    assert read_options(AnimaInferenceOptions, [*save, "--prompt", ""]).prompts.prompt == ""
+    assert "there is nothing to draw" in problems(base=save)
+    (tmp_path / "my.toml").write_text('prompt = "a cat"\n')
+    config = [*save, f"--config_file={tmp_path / 'my.toml'}", "--prompt="]
+    assert read_options(AnimaInferenceOptions, [*config, "--interactive"]).prompts.interactive
+    assert read_options(AnimaInferenceOptions, [*config, "--latent_path", "a.safetensors"]).output.latent_path

@@ -66,6 +66,13 @@ def test_empty_means_not_given_where_that_is_possible():
     assert options["scale"].read("") is None and options["names"].read([]) is None
     assert options["mode"].flag == "--mode"
 
+    @dataclass(frozen=True, kw_only=True)
+    class Words:
+        words: str | None = opt(None, "words", may_be_empty=True)
+
+    (words,) = options_of(Words)
+    assert words.read("") == "" and words.default is None and words.is_optional
+
 
 def test_numbers_for_a_list_may_stand_alone():
     @dataclass(frozen=True, kw_only=True)

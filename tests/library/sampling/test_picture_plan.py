@@ -11,6 +11,7 @@ from library.sampling.picture_plan import (
     asked_prompt,
     given_prompts,
     idle_negative_warnings,
+    line_help,
     pictures_of,
     rounded_side,
     sample_warnings,
@@ -66,6 +67,8 @@ def test_the_largest_seed_counts_on_from_zero():
     ("a cat --l 3 --g 4", "--l 3 and --g 4 both mean the scale"),
     ("a cat --z 3 --w ten", "--z is not a flag"),
     ("a cat --s 1001", "--s (sample_steps) is 1001: give 1 to 1000"),
+    ("--d 5", 'the line begins with a flag: write the prompt before it, or "" to draw without one'),
+    ("  --n rain a cat", "the line begins with a flag"),
     ("a cat --s 0", "--s (sample_steps) is 0: give 1 to 1000"),
 ])  # fmt: skip
 def test_lines_that_cannot_be_drawn(line, words):
@@ -73,6 +76,19 @@ def test_lines_that_cannot_be_drawn(line, words):
         asked_prompt(line, SAMPLERS)
     assert words in "\n".join(caught.value.problems)
     assert asked_prompt("a cat --g 4 --l 4", SAMPLERS).scale == 4
+    assert asked_prompt("-- a dash", SAMPLERS).prompt == "-- a dash"
+
+
+def test_an_empty_prompt_is_a_prompt():
+    assert asked_prompt('"" --d 5', SAMPLERS) == SamplePrompt(prompt="", index=0, seed=5)
+    assert given_prompts(PromptOptions(prompt=""), SAMPLERS) == (SamplePrompt(prompt="", index=0),)
+    assert given_prompts(PromptOptions(), SAMPLERS) == ()
+
+
+def test_the_help_of_a_line_names_every_flag_and_what_counts_without_it():
+    text = line_help(PromptOptions(seed=7, image_size=[832, 1216], guidance_scale=2.0), SAMPLERS)
+    for words in ("--n TEXT", "[1216, 832]", "seed [7]", "steps [50]", "[2]", "shift of the noise levels [5]", "euler or er_sde"):
+        assert words in text
 
 
 def test_problems_of_a_file_name_file_and_prompt(tmp_path):
