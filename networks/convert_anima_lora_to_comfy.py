@@ -121,6 +121,11 @@ def convert_file(source: Path, target: Path, layout: str, *, only: str | None = 
         if layout == DIFFUSERS and any(key.module.part != DENOISER for key, _ in modules.values()):
             raise CheckpointError(*(f"{problem}; --denoiser_only leaves them out" for problem in error.problems)) from error
         raise
+    if not converted.tensors:
+        raise CheckpointError(
+            f"{source} has only modules of the text encoder ({len(modules)}), and --denoiser_only leaves them all out: nothing "
+            "would be left to write; drop --denoiser_only, or choose a LoRA that changes the denoiser"
+        )
     # what it says about the strength is in the tensors by now
     kept = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA}
     write_lora_file(target, converted.tensors, kept or None)

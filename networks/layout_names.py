@@ -155,6 +155,11 @@ def not_understood(file: object, keys: list[str], unknown: list[str], table: Nam
     )
 
 
+def is_part_of_adapter(key: str) -> bool:
+    """Whether a tensor of this name is part of a LoRA or of another adapter, whatever model it is for."""
+    return KEY.fullmatch(key) is not None or any(re.search(pattern, key) for pattern in OTHER_ADAPTERS.values())
+
+
 def other_adapter(file: object, keys: Iterable[str]) -> str | None:
     """A problem, where the file holds LyCORIS' kinds of adapters; else None."""
     text = "\n".join(keys)

@@ -132,13 +132,13 @@ def rank_as_alpha(parts: Parts) -> Tensor:
 def _folded(what: str, parts: Parts, dtype: torch.dtype | None) -> tuple[Parts, float | None]:
     """The pair with alpha / rank in its up half, and the share by which rounding changed it; None where the strength is 1.
 
-    Computed in float32 and rounded once; a power of two, which alpha / rank mostly is, changes no digit.
+    Computed in float64 and rounded once; a power of two, which alpha / rank mostly is, changes no digit.
     """
     up, down = parts[UP], parts[DOWN]
     strength = float(parts[ALPHA]) / down.shape[0] if ALPHA in parts else 1.0
     if strength == 1.0:
         return {DOWN: down, UP: up}, None
-    exact = up.float() * strength
+    exact = up.double() * strength
     kept = exact.to(dtype or up.dtype)
     if bool(exact.isfinite().all()) and not bool(kept.float().isfinite().all()):
         raise CheckpointError(
@@ -146,7 +146,7 @@ def _folded(what: str, parts: Parts, dtype: torch.dtype | None) -> tuple[Parts, 
             "save it in float32 or bfloat16 first"
         )
     largest = exact.abs().max() if exact.numel() else torch.tensor(0.0)
-    change = float((kept.float() - exact).abs().max() / largest) if float(largest) else 0.0
+    change = float((kept.double() - exact).abs().max() / largest) if float(largest) else 0.0
     return {DOWN: down, UP: kept}, change
 
 

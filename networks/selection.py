@@ -18,6 +18,10 @@ from networks.arguments import NetworkArguments
 Layer = nn.Linear | nn.Conv2d  # what can have a LoRA
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"  # a module's tensors in a LoRA file, after its name and a dot
 COMPILED = "_orig_mod."  # torch.compile puts this level into the paths of what it wraps
+TEXT_ENCODER_LABEL = "textencoder"  # how the labels of text encoders begin
+SEVERAL_PATTERNS = (
+    """several patterns are written as a list, "[r'.*mlp.*', r'.*v_proj']", or with | between them, .*mlp.*|.*v_proj"""
+)
 SHOWN = 3  # names that a message gives as examples
 
 
@@ -141,8 +145,19 @@ def _idle_reg_lrs(trained: Sequence[Candidate], arguments: NetworkArguments) -> 
 def _idle(name: str, patterns: Iterable[re.Pattern], among: Sequence[Candidate]) -> Iterator[str]:
     for pattern in patterns:
         if not any(pattern.fullmatch(candidate.path) for candidate in among):
+            several = f"; {SEVERAL_PATTERNS}" if "," in pattern.pattern and not name.startswith("network_reg") else ""
             yield (f"--network_args: {name}: {pattern.pattern!r} matches none of the {len(among)} modules that it may match; "
-                   f"it must match a whole path, such as {examples(candidate.path for candidate in among)}")  # fmt: skip
+                   f"it must match a whole path, such as {examples(_usual_paths(among))}{several}")  # fmt: skip
+
+
+def _usual_paths(candidates: Sequence[Candidate]) -> list[str]:
+    """Those that people look for first: of the denoiser before text encoders, and what has a LoRA by default before the rest."""
+
+    def rarity(candidate: Candidate) -> tuple[bool, bool]:
+        rules = candidate.rules
+        return rules.label.startswith(TEXT_ENCODER_LABEL), any(re.fullmatch(p, candidate.path) for p in rules.excludes)
+
+    return [candidate.path for candidate in sorted(candidates, key=rarity)]
 
 
 def _idle_components(targets: Sequence[Target], arguments: NetworkArguments,

@@ -17,7 +17,7 @@ from library.files.atomic import write_atomically
 from library.files.model_hash import OLD_HASH_BYTES, OLD_HASH_DIGITS, OLD_HASH_OFFSET
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors, serialize
 from library.files.torch_file import torch_bytes
-from networks.layout_names import model_of_lora
+from networks.layout_names import is_part_of_adapter, model_of_lora, module_name
 from networks.selection import DOWN, UP, Candidate, examples
 
 
@@ -52,7 +52,7 @@ def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
 
 
 def read_lora_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a LoRA file, on the CPU. Raises CheckpointError for a missing or damaged file."""
+    """The tensors of a LoRA file, on the CPU. Raises CheckpointError for a missing or damaged file, and for one with NaN."""
     return read_tensors_of(path)[0]
 
 
@@ -60,7 +60,9 @@ def read_tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The same, and the file's metadata; pickles have none."""
     if path.suffix == ".safetensors":
         header = read_header(path)
-        return dict(read_tensors(header)), header.metadata
+        tensors = dict(read_tensors(header))
+        check_finite(path, tensors)
+        return tensors, header.metadata
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -69,7 +71,26 @@ def read_tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is not a LoRA file, or it is damaged; copy or download it again") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} is not a LoRA file: it holds something other than named tensors")
+    check_finite(path, weights)
     return weights, {}
+
+
+def check_finite(file: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for adapters with NaN or infinite values: one of them spoils the whole model it is added to.
+
+    Looks at the parts of adapters alone: of a full model, which whoever wants a LoRA refuses by its names, nothing is read.
+    """
+    bad = {module_name(key) for key, tensor in weights.items() if is_part_of_adapter(key) and not _is_finite(tensor)}
+    if bad:
+        raise CheckpointError(
+            f"{file}: {examples(sorted(bad))} {'has' if len(bad) == 1 else 'have'} values that are not finite (NaN or infinite); "
+            "the LoRA is spoilt: take one that was saved earlier, or train it again"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # 8 bit formats have no isfinite()
+    return bool(values.isfinite().all())
 
 
 def write_lora_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.errors import DatasetError, NetworkError, OptionError, TrainingError
-from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.files.safetensors_file import read_header, read_tensors
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.training.preflight import check_run
@@ -371,11 +371,14 @@ def test_weights_that_are_not_finite_are_never_saved(train, tmp_path):
 
 
 def test_weights_that_were_never_finite_are_told_and_not_saved(train, tmp_path):
-    train("--max_train_steps=1", output="first")
-    file = tmp_path / "first" / "t.safetensors"
-    save_safetensors(file, {key: torch.full_like(tensor, float("nan")) for key, tensor in weights(file).items()})
+    class Poisoned(TinyTrainer):
+        def load_models(self):
+            super().load_models()
+            for parameter in self.network.parameters():
+                parameter.data.fill_(float("nan"))
+
     with pytest.raises(TrainingError, match="not finite from the start"):
-        train("--max_train_steps=20", f"--network_weights={file}", output="second")
+        train("--max_train_steps=20", trainer_class=Poisoned, output="second")
     assert not list((tmp_path / "second").glob("*.safetensors"))
 
 

@@ -101,7 +101,9 @@ def test_diffusers_and_back(tmp_path, capsys):
     main([str(source), str(tmp_path / "b.safetensors"), "--format", "diffusers", "--denoiser_only"])
     wrote, left, folded = capsys.readouterr().out.splitlines()
     assert wrote.endswith(": 32 modules under diffusers' names") and left == "left out: 7 modules of the text encoder"
-    assert folded.startswith("alpha / rank is multiplied into lora_B of 26 modules (without rounding)")  # 6 have rank 3
+    assert folded.startswith(
+        "alpha / rank is multiplied into lora_B of 26 modules (rounding changed no weight by more than 6e-08"
+    )  # 6 have rank 3
     theirs, metadata = contents(tmp_path / "b.safetensors")
     assert all("lora" in key for key in theirs) and metadata == {**METADATA, **sshs_hashes(theirs, METADATA)}
     main([str(tmp_path / "b.safetensors"), str(tmp_path / "c.safetensors"), "--reverse"])
@@ -129,6 +131,15 @@ def test_rounding_is_told(tmp_path, capsys):
     saved(tmp_path / "a.safetensors", tensors)
     main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--format=diffusers"])
     assert "(rounding changed no weight by more than 0.00" in capsys.readouterr().out
+
+
+def test_only_what_changes_no_digit_is_without_rounding(tmp_path, capsys):
+    for rank, said in ((4, "(rounding changed no weight by more than 4e-08"), (6, "(without rounding)")):
+        down, up = torch.ones(rank, 4), torch.linspace(0.1, 1, 8 * rank).reshape(8, rank)
+        tensors = {f"{NAME}.lora_down.weight": down, f"{NAME}.lora_up.weight": up, f"{NAME}.alpha": torch.tensor(3.0)}
+        saved(tmp_path / "a.safetensors", tensors)
+        main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--format=diffusers", "--overwrite"])
+        assert said in capsys.readouterr().out
 
 
 def test_strength_in_diffusers_metadata_moves_into_alpha(tmp_path):
@@ -198,6 +209,8 @@ BAD_FILES = {
     "dit": ({"blocks.0.mlp.layer1.weight": torch.zeros(2, 2), "llm_adapter.embed.weight": torch.zeros(2)}, [], "is an Anima DiT"),
     "nothing": ({"x": torch.zeros(2)}, [], "is no LoRA file"),
     "a strange name": ({**small_pair(), **small_pair("lora_unet_blocks_0_mlp_layer7")}, [], "has: lora_unet_blocks_0_mlp_layer7 (did you mean lora_unet_blocks_0_mlp_layer"),
+    "text encoder alone": (small_pair("lora_te_layers_0_mlp_up_proj"), ["--denoiser_only"], "has only modules of the text encoder (1)"),
+    "not finite": (small_pair(alpha=float("nan")), [], f"a.safetensors: {NAME} has values that are not finite"),
     "text encoder for diffusers": (
         small_pair("lora_te_layers_0_mlp_up_proj"),
         ["--format=diffusers"],

@@ -222,6 +222,11 @@ def test_refusals(tiny_denoiser, given, said):
         create(tiny_denoiser, **given)
 
 
+def test_a_pattern_that_fits_nothing_is_told_usual_paths(tiny_denoiser, tiny_text_encoder):
+    with pytest.raises(NetworkError, match=r"such as blocks\.0\.self_attn\.q_proj, "):
+        lora_anima.create_network(1.0, 2, 1.0, None, [tiny_text_encoder], tiny_denoiser, exclude_patterns="mlp")
+
+
 def test_refusals_come_together(tiny_denoiser):
     with pytest.raises(NetworkError) as caught:
         create(tiny_denoiser, dim=0, alpha=-1, exclude_patterns="nothing", network_reg_lrs="nowhere=1")

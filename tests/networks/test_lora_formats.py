@@ -65,7 +65,7 @@ def test_diffusers_gets_the_strength_in_lora_b():
     assert list(result.tensors) == [f"{THEIRS}.lora_A.weight", f"{THEIRS}.lora_B.weight"]
     assert torch.equal(result.tensors[f"{THEIRS}.lora_A.weight"], tensors[f"{NAME}.lora_down.weight"])
     assert torch.equal(result.tensors[f"{THEIRS}.lora_B.weight"], tensors[f"{NAME}.lora_up.weight"] * 0.75)
-    assert (result.folded, result.rounding) == (1, 0.0)
+    assert result.folded == 1 and 0.0 < result.rounding < 2**-23  # three quarters of a float32 may be no float32
     back = converted(result.tensors, OURS).tensors
     assert float(back[f"{NAME}.alpha"]) == 4.0
 

@@ -46,6 +46,15 @@ def test_patterns_match_whole_paths(model):
         chosen(model, exclude_patterns="body")
 
 
+def test_what_is_looked_for_most_is_named_first(model):
+    with pytest.raises(NetworkError, match=r"such as body\.a, body\.b, body\.norm\.c$"):
+        chosen(model, exclude_patterns="body")
+    with pytest.raises(
+        NetworkError, match=r"""several patterns are written as a list, "\[r'\.\*mlp\.\*', r'\.\*v_proj'\]", or with \|"""
+    ):
+        chosen(model, exclude_patterns=".*mlp.*,.*v_proj")
+
+
 def test_first_rank_pattern_counts_and_zero_leaves_out(model):
     assert chosen(model, network_reg_dims=r"body\.a=0, .*=2") == {"body.b": 2}
 

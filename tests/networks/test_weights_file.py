@@ -7,7 +7,7 @@ import torch
 
 from library.errors import CheckpointError
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors, serialize
-from networks.weights_file import by_module, read_lora_file, sshs_hashes
+from networks.weights_file import by_module, read_lora_file, sshs_hashes, write_lora_file
 
 METADATA = {"ss_steps": "10", "ss_title": "ä", "modelspec.title": "t", "other": "x"}
 
@@ -67,3 +67,20 @@ def test_pickles_hold_named_tensors_only(tmp_path):
         read_lora_file(tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="not a LoRA file"):  # code in a pickle is never run
         read_lora_file(tmp_path / "code.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+@pytest.mark.parametrize("key", ["b.lora_up.weight", "b.lokr_w1"])
+def test_values_that_are_not_finite(tmp_path, name, dtype, key):
+    weights = {"a.lora_up.weight": torch.ones(2, 2), key: torch.tensor([1.0, float("nan")]).to(dtype)}
+    write_lora_file(tmp_path / name, weights, None)
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: b[^ ]* has values that are not finite \(NaN or infinite\); .* train it again"
+    ):
+        read_lora_file(tmp_path / name)
+    write_lora_file(
+        tmp_path / name, {"b.alpha": torch.tensor(float("inf")), "c.lora_down.weight": torch.tensor(-float("inf"))}, None
+    )
+    with pytest.raises(CheckpointError, match="b, c have values that are not finite"):
+        read_lora_file(tmp_path / name)
