@@ -29,6 +29,7 @@ from library.nn.attention_kernels import AttentionKernel
 from library.nn.compiling import COMPILING, CompilerError, check_backend, compile_blocks, compile_errors_are_told
 from library.randomness import derive_seed, seed_default_generators
 from library.training import networks, trackers
+from library.training.base_weights import text_base_weights
 from library.training.caching import CacheFilling
 from library.training.divergence import DivergenceGuard
 from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
@@ -138,19 +139,31 @@ class NetworkTrainer(CacheFilling):
         if self.options.trains_text_encoder:
             self.text_encoder = self.build_text_encoder()
             self.trained_encoders = list(self.text_models(self.text_encoder))
+        self.check_base_weights()
         seed_default_generators(derive_seed(self.seed, "network"), self.device)
-        rates = getattr(self.options, "rates", None)  # of the denoiser's parts
-        self.network = networks.create_network(self.options.network, self.denoiser, self.trained_encoders, rates=rates)
+        self.network = networks.create_network(
+            self.options.network,
+            self.denoiser,
+            self.trained_encoders,
+            rates=getattr(self.options, "rates", None),
+            others_are_trained=self.options.denoiser_rate != 0,
+        )
         if self.options.network.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
             raise OptionError(f"--scale_weight_norms: {self.options.network.network_module} cannot do that; drop the flag")
         if problems := list(strength_problems(self.network, self.options.network.network_module, self.run.training_set)):
             raise OptionError(*problems)
         networks.prepare_network(self.network, self.options)
-        trains_text, trains_denoiser = bool(self.trained_encoders), self.options.network.trains_denoiser
+        trains_text, trains_denoiser = bool(self.trained_encoders), self.options.trains_denoiser
         self.network.apply_to(self.trained_encoders, self.denoiser, trains_text, trains_denoiser)
         check_save_format(self.network, self.options.saving.save_format)
         if self.options.network.network_weights:
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
+
+    def check_base_weights(self) -> None:
+        encoders = self.trained_encoders
+        if not encoders and text_base_weights(self.options.network):
+            encoders = self.text_models(self.build_text_encoder())
+        networks.check_base_weights(self.options.network, self.denoiser, encoders)
 
     def choose_kernels(self) -> None:
         """Tries what depends on this machine's packages and device, before anything is loaded."""

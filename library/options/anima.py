@@ -127,7 +127,13 @@ class AnimaTrainOptions(TrainOptions):
     @property
     def trains_text_encoder(self) -> bool:
         """Whether Qwen3 gets a LoRA that is trained: unless it is switched off, has the rate 0, or its outputs are cached."""
-        return self.network.trains_text_encoder and not self.caches.text_cached and self._text_rate != 0
+        rate = self.optimizer.learning_rate if self._text_rate is None else self._text_rate
+        return self.network.trains_text_encoder and not self.caches.text_cached and rate != 0
+
+    @property
+    def has_own_rates(self) -> bool:
+        own = TrainOptions.has_own_rates.fget(self)  # type: ignore[attr-defined]
+        return own or any(getattr(self.rates, rate.name) for rate in fields(self.rates))
 
     @property
     def _text_rate(self) -> float | None:

@@ -75,6 +75,22 @@ class TrainOptions:
         return self.network.trains_text_encoder
 
     @property
+    def trains_denoiser(self) -> bool:
+        """Whether the denoiser gets a LoRA that is trained: unless it is switched off, or no part of it has a rate above 0."""
+        return self.network.trains_denoiser and (self.denoiser_rate != 0 or self.has_own_rates)
+
+    @property
+    def denoiser_rate(self) -> float:
+        """The learning rate of the denoiser's modules that have none of their own."""
+        own = self.optimizer.unet_lr
+        return self.optimizer.learning_rate if own is None else own
+
+    @property
+    def has_own_rates(self) -> bool:
+        """Whether modules of the denoiser may be trained at other rates than ``denoiser_rate``."""
+        return any(argument.strip().startswith("network_reg_lrs") for argument in self.network.network_args or ())
+
+    @property
     def needs_dataset(self) -> bool:
         """Whoever only draws noise levels needs none."""
         return not self.look.show_timesteps or self.look.shows_dataset
@@ -96,6 +112,7 @@ class TrainOptions:
                 f"--save_format={self.saving.save_format} needs --network_module={self.NETWORK_MODULE}: "
                 f"{self.network.network_module} names what is in its files itself; drop --save_format"
             )
+        yield from self._rate_problems()
         yield from self._precision_problems()
         yield from self._fused_problems()
         if self.attention.mode == "sageattn":
@@ -110,6 +127,16 @@ class TrainOptions:
         saves_states = self.saving.save_state or self.saving.save_state_on_train_end
         if self.hub.save_state_to_huggingface and not saves_states:
             yield "--save_state_to_huggingface does nothing without --save_state or --save_state_on_train_end"
+        if self.network.network_train_text_encoder_only and self.optimizer.unet_lr is not None:
+            yield "--unet_lr does nothing with --network_train_text_encoder_only, which leaves the denoiser as it is"
+
+    def _rate_problems(self) -> Iterator[str]:
+        if self.network.trains_denoiser and not self.trains_denoiser and not self.trains_text_encoder:
+            flag = "learning_rate" if self.optimizer.unet_lr is None else "unet_lr"
+            yield (
+                f"--{flag} is 0, so that the denoiser is not trained, and no text encoder is: nothing would be trained; raise "
+                f"--{flag}, or train a text encoder"
+            )
 
     def _precision_problems(self) -> Iterator[str]:
         for name in ("fp8_base", "fp8_base_unet"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,13 @@ def changes_text_encoder(file: Path) -> bool:
     return any(TEXT_ENCODER_KEY.match(key) for key in tensor_names(file))
 
 
-def tensor_names(file: Path) -> Iterable[str]:
+def changes_denoiser(file: Path) -> bool:
+    """Whether it has more than a text encoder's part; a file without any names counts too, so that it is told what it lacks."""
+    names = tensor_names(file)
+    return not names or any(not TEXT_ENCODER_KEY.match(key) for key in names)
+
+
+def tensor_names(file: Path) -> Collection[str]:
     """None of a pickle that cannot be read: whoever merges it says why."""
     if file.suffix == ".safetensors":
         return read_header(file).tensors

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +14,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError, NetworkError, did_you_mean
+from library.errors import CheckpointError, NetworkError, ProblemList, did_you_mean
 from library.files.user_path import dead_link
 from library.options.reference_table import as_dict
-from library.training.base_weights import text_base_weights
+from library.training.base_weights import changes_denoiser, text_base_weights
 
 if TYPE_CHECKING:
     import torch
@@ -23,27 +26,66 @@ if TYPE_CHECKING:
     from library.options.network import NetworkOptions
     from library.options.optimizer import OptimizerOptions
 
+SCRIPTS = str(Path(__file__).resolve().parents[2])  # the folder that own modules are found in
+OWN_PACKAGE = "networks"
 PIP_NAMES = {"lycoris": "lycoris-lora"}
 KEEPS_ZEROS = ("networks", "lycoris")  # packages whose layers give zeros for zeros: what they add is a product, without a bias
 
 
 def import_network_module(name: str) -> ModuleType:
     """Imports --network_module. Raises NetworkError naming the pip package or the nearest module."""
-    scripts = str(Path(__file__).resolve().parents[2])
-    if scripts not in sys.path:
-        sys.path.append(scripts)
+    find_network_module(name)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and not name.startswith(error.name):
             raise NetworkError(f"--network_module {name} needs the package {error.name}: pip install {error.name}") from error
-        own = [f"networks.{path.stem}" for path in (Path(scripts) / "networks").glob("lora_*.py")]
-        package = name.split(".")[0]
-        hint = did_you_mean(name, own) or f"; if it is a package of its own: pip install {PIP_NAMES.get(package, package)}"
-        raise NetworkError(f"--network_module {name} cannot be found{hint}") from error
+        raise NetworkError(f"--network_module {name} cannot be found{_other_modules(name)}") from error
     if not hasattr(module, "create_network"):
-        raise NetworkError(f"--network_module {name} is not a network module: it has no create_network; use networks.lora_anima")
+        raise _no_network_module(name)
     return module
+
+
+def find_network_module(name: str) -> None:
+    """Raises NetworkError for a module that is not there, as far as that shows without importing it (and torch with it).
+
+    Of other people's packages that is whether the package is there; this project's modules are looked at one by one.
+    """
+    if SCRIPTS not in sys.path:
+        sys.path.append(SCRIPTS)
+    package, _, rest = name.partition(".")
+    if package == OWN_PACKAGE:
+        file = Path(SCRIPTS, OWN_PACKAGE, *rest.split(".")).with_suffix(".py")
+        if not rest or not file.is_file():
+            raise NetworkError(f"--network_module {name} cannot be found{_other_modules(name)}")
+        if not _makes_networks(file):
+            raise _no_network_module(name)
+    elif package not in sys.modules and (not package or importlib.util.find_spec(package) is None):
+        raise NetworkError(f"--network_module {name} cannot be found{_other_modules(name)}")
+
+
+def own_network_modules() -> list[str]:
+    files = sorted(Path(SCRIPTS, OWN_PACKAGE).glob("*.py"))
+    return [f"{OWN_PACKAGE}.{file.stem}" for file in files if _makes_networks(file)]
+
+
+def _makes_networks(file: Path) -> bool:
+    return re.search(r"^def create_network\(", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def _other_modules(name: str) -> str:
+    package, own = name.split(".")[0], own_network_modules()
+    if near := did_you_mean(name, own):
+        return near
+    if package == OWN_PACKAGE:
+        return f"; the network modules of this project are {', '.join(own)}"
+    return f"; if it is a package of its own: pip install {PIP_NAMES.get(package, package)}"
+
+
+def _no_network_module(name: str) -> NetworkError:
+    return NetworkError(
+        f"--network_module {name} is not a network module: it has no create_network; use {' or '.join(own_network_modules())}"
+    )
 
 
 def network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -80,16 +122,26 @@ def before_weights(network_module: str | None) -> Iterator[None]:
         ) from error
 
 
-def create_network(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module], *, rates: Any = None) -> Any:
+def create_network(
+    options: NetworkOptions,
+    denoiser: nn.Module,
+    text_encoders: Sequence[nn.Module],
+    *,
+    rates: Any = None,
+    others_are_trained: bool = True,
+) -> Any:
     """The network for this run, not yet applied. ``denoiser`` may still be on the meta device.
 
     ``rates``: an option group of learning rates of the denoiser's parts (ComponentRates), where the architecture has one.
+    ``others_are_trained``: whether parts without such a rate have one above 0; else they get no modules.
     """
     module = import_network_module(options.network_module or "")
     arguments: dict[str, Any] = {**network_arguments(options.network_args)}
     if options.network_dropout is not None:
         arguments.setdefault("dropout", str(options.network_dropout))
-    arguments |= component_rates(module, rates, arguments)
+    given = component_rates(module, rates, arguments)
+    idle = {} if others_are_trained else dict.fromkeys(getattr(module, "COMPONENT_RATES", ()), 0.0)
+    arguments |= {**idle, **given} if any(given.values()) or "network_reg_lrs" in arguments else given
     encoders = list(text_encoders)
     if options.dim_from_weights:
         check_weights_file("--network_weights", options.network_weights)
@@ -142,6 +194,8 @@ def merge_base_weights(
     models = encoders if denoiser is None else [denoiser, *encoders]
     for file, multiplier in text_base_weights(options) if denoiser is None else options.weights_to_merge:
         check_weights_file("--base_weights", file)
+        if not encoders and not changes_denoiser(Path(file)):
+            continue  # it is in the cached texts
         module = import_network_module(options.network_module or "")
         device = next(models[0].parameters()).device
         network, weights = module.create_network_from_weights(multiplier, str(file), None, encoders, denoiser, for_inference=True)
@@ -150,7 +204,40 @@ def merge_base_weights(
         quantise(model)
 
 
+def check_base_weights(options: NetworkOptions, denoiser: nn.Module, text_encoders: Sequence[nn.Module]) -> None:
+    """Compares each of --base_weights with models that may be on the meta device; raises one error for all that do not fit.
+
+    Only where the network module is one of this project: others may need the models' weights to make a network from a file.
+    """
+    if not options.base_weights or (options.network_module or "").split(".")[0] != OWN_PACKAGE:
+        return
+    module = import_network_module(options.network_module or "")
+    problems = ProblemList()
+    with _warnings_only():  # the rest is told when they are merged
+        for file, multiplier in options.weights_to_merge:
+            with problems.collect():
+                check_weights_file("--base_weights", file)
+                module.create_network_from_weights(multiplier, str(file), None, list(text_encoders), denoiser, for_inference=True)
+    problems.raise_if_any()
+
+
+@contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Of this project's network modules."""
+    logger = logging.getLogger(OWN_PACKAGE)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def check_weights_file(flag: str, file: str | Path | None) -> None:
+    if file is not None and Path(file).is_dir():
+        inside = sorted(path.name for path in Path(file).iterdir() if path.suffix == ".safetensors")
+        named = f" (it has {', '.join(inside[:3])}{' and others' if len(inside) > 3 else ''})" if inside else ""
+        raise CheckpointError(f"{flag} {file} is a folder: give the file in it{named}")
     if file is None or not Path(file).is_file():
         folder = Path(file).parent if file is not None else None
         near = [path.name for path in folder.iterdir()] if folder is not None and folder.is_dir() else []

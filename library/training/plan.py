@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from library.dataset.caches.size import memory_warning
 from library.dataset.captions import possible_variants
@@ -157,7 +157,37 @@ def counted_times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
+def trained_line(options: Any) -> str:
+    """What is trained, at which learning rate; why what is not trained is not. ``options``: an architecture's groups."""
+    parts = (("denoiser", _denoiser_training(options)), ("text encoder", _text_encoder_training(options)))
+    return f"  trained: {', '.join(f'{part}{how}' for part, how in parts)}"
+
+
+def _denoiser_training(options: Any) -> str:
+    """``" at 0.001 (mlp at 0.0005, mod: not)"``, ``": not (...)"``."""
+    if not options.network.trains_denoiser:
+        return ": not (--network_train_text_encoder_only)"
+    if not options.trains_denoiser:
+        return ": not (its learning rate is 0)"
+    rates = getattr(options, "rates", None)
+    given = {} if rates is None else {field.name.removesuffix("_lr"): getattr(rates, field.name) for field in fields(rates)}
+    own = [f"{part} at {rate:g}" if rate else f"{part}: not" for part, rate in given.items() if rate is not None]
+    own += ["some by network_reg_lrs"] if any("network_reg_lrs" in pair for pair in options.network.network_args or ()) else []
+    base = f" at {options.denoiser_rate:g}" if options.denoiser_rate else ""
+    return f"{base} ({', '.join([*own, *([] if base else ['nothing else'])])})" if own else base
+
+
+def _text_encoder_training(options: Any) -> str:
+    if options.trains_text_encoder:
+        rates = options.optimizer.text_encoder_lr or [options.optimizer.learning_rate]
+        return f" at {' and '.join(f'{rate:g}' for rate in rates)}"
+    if not options.network.trains_text_encoder:
+        return ": not (--network_train_unet_only)"
+    return f": not ({'its outputs are cached' if options.caches.text_cached else 'its learning rate is 0'})"
+
+
 def _output_lines(run: CheckedRun, size: NetworkSize) -> Iterator[str]:
+    yield trained_line(run.options)
     yield f"  LoRA: {size.modules} modules, {size.parameters:,} parameters, a file of about {size.file_bytes / MIB:.2f} MiB"
     epochs = [epoch for epoch in range(1, run.length.epochs + 1) if run.saves.saves_epoch(epoch)]
     steps = run.length.total_steps // run.saves.every_n_steps if run.saves.every_n_steps else 0

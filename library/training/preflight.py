@@ -33,7 +33,7 @@ from library.training.base_weights import with_base_weights
 from library.training.console import progress_bar, set_up_console
 from library.training.hub import check_upload, fetch_state, make_repository
 from library.training.interrupts import watch_launcher
-from library.training.networks import check_weights_file
+from library.training.networks import check_weights_file, find_network_module
 from library.training.optimizer_names import optimizer_notices, optimizer_problems
 from library.training.run_rules import run_problems
 from library.training.saving_names import OutputNames, SaveSchedule
@@ -105,6 +105,9 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     for flag, file in (("--network_weights", options.network.network_weights), *lora_files):
         with problems.collect():
             check_lora_file(flag, file)
+    if options.network.network_module:
+        with problems.collect():
+            find_network_module(options.network.network_module)
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
         prompts = checked_prompts(options)

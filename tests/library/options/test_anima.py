@@ -340,7 +340,7 @@ def test_dataset_by_flags():
 
 
 ALLOWED = [
-    "--learning_rate=0", "--sample_every_n_steps=0", "--network_alpha=0", "--full_bf16 --mixed_precision=bf16",
+    "--learning_rate=0 --unet_lr=1e-4", "--sample_every_n_steps=0", "--network_alpha=0", "--full_bf16 --mixed_precision=bf16",
     "--lr_warmup_steps=10% --lr_scheduler=cosine", "--loss_type=huber --huber_schedule=exponential", "--max_timestep=1000",
     "--skip_until_initial_step --resume=latest", "--log_with=wandb", "--base_weights a b --base_weights_multiplier 0.5",
     "--max_data_loader_n_workers=0", "--bucket_reso_steps=24", "--face_crop_aug_range=2.0,4.0", "--face_crop_aug_range=2,2",
@@ -404,3 +404,30 @@ WARNED = [
 def test_warned(arguments, expected):
     (warning,) = warnings_of(read(*arguments.split()))
     assert expected in warning
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", True),
+        ("--unet_lr 0", False),
+        ("--learning_rate 0 --text_encoder_lr 1e-4", False),
+        ("--learning_rate 0 --unet_lr 1e-4", True),
+        ("--unet_lr 0 --mlp_lr 1e-4", True),
+        ("--unet_lr 0 --mlp_lr 0", False),
+        ("--unet_lr 0 --network_args network_reg_lrs=.*mlp.*=1e-4", True),
+        ("--network_train_text_encoder_only", False),
+    ],
+)
+def test_the_denoiser_is_trained_unless_it_is_switched_off_or_has_the_rate_0(arguments, expected):
+    assert read(*arguments.split()).trains_denoiser is expected
+
+
+@pytest.mark.parametrize("arguments", ["--unet_lr 0 --text_encoder_lr 0", "--unet_lr 0 --cache_text_encoder_outputs"])
+def test_rates_that_leave_nothing_to_train(arguments):
+    assert any("--unet_lr is 0" in problem and "nothing would be trained" in problem for problem in problems(*arguments.split()))
+
+
+def test_the_denoiser_s_rate_does_nothing_for_the_text_encoder_alone():
+    warnings = list(warnings_of(read("--network_train_text_encoder_only", "--unet_lr=1e-4")))
+    assert any(warning.startswith("--unet_lr does nothing with --network_train_text_encoder_only") for warning in warnings)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,6 +112,50 @@ def test_network_weights_of_another_architecture_are_one_error(tmp_path):
         assert len(caught.value.problems) == 1
     with pytest.raises(CheckpointError, match=r"--network_weights .*b\.pt: there is no such file \(did you mean a\.pt\?\)"):
         networks.load_network_weights(network, tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("flag", ["--network_weights", "--base_weights"])
+def test_a_folder_is_no_lora_file(tmp_path, flag):
+    with pytest.raises(CheckpointError, match=rf"{flag} .* is a folder: give the file in it$"):
+        networks.check_weights_file(flag, tmp_path)
+    saved(tmp_path / "mine.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a folder: give the file in it \(it has mine\.safetensors\)$"):
+        networks.check_weights_file(flag, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("networks.lora_flux", r"networks\.lora_flux cannot be found.*networks\.lora_anima(?!.*lora_formats)"),
+        ("networks.zzz", r"cannot be found; the network modules of this project are networks\.lora_anima$"),
+        ("networks", r"networks cannot be found"),
+        ("networks.lora_formats", r"is not a network module: it has no create_network; use networks\.lora_anima$"),
+        ("no_such_package.kohya", r"cannot be found; if it is a package of its own: pip install no_such_package$"),
+        (".x", r"cannot be found"),
+    ],
+)
+def test_modules_that_are_not_there(name, said):
+    with pytest.raises(NetworkError, match=said):
+        networks.find_network_module(name)
+
+
+@pytest.mark.parametrize("name", ["networks.lora_anima", "tests.networks.third_party", "diffusers.anything"])
+def test_modules_that_may_be_there(name):
+    networks.find_network_module(name)
+
+
+def test_modules_are_looked_for_before_torch_is_imported():
+    code = """
+import sys
+from library.errors import NetworkError
+from library.training.networks import find_network_module
+find_network_module("networks.lora_anima"); find_network_module("diffusers.x")
+try:
+    find_network_module("networks.lora_flux")
+except NetworkError:
+    sys.exit(bool({"torch", "diffusers"} & set(sys.modules)))
+sys.exit("found")"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=networks.SCRIPTS, check=False).returncode == 0
 
 
 def test_what_of_a_file_has_no_place_is_warned_of(tmp_path, caplog):
