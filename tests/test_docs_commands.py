@@ -43,7 +43,7 @@ PUBLISHED = DenoiserConfig()
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_the_docs_are_taken(page, tmp_path, monkeypatch):
-    for name in ("my.toml", "my_training.toml"):
+    for name in ("my.toml", "my_run.toml"):
         (tmp_path / name).write_text(SHORTEST_CONFIG, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for script, arguments in COMMAND.findall("\n".join(fences(page, ""))):

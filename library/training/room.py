@@ -24,7 +24,7 @@ def check_room(run: CheckedRun, *, lora_bytes: int, state_bytes: int) -> Iterato
         return
     if lora_bytes + RESERVE_BYTES > free:
         raise OutputError(
-            f"the LoRA takes about {lora_bytes / MIB:,.1f} MiB, and {RESERVE_BYTES // MIB} MiB should stay free, but "
+            f"the LoRA takes about {lora_bytes / MIB:,.2f} MiB, and {RESERVE_BYTES // MIB} MiB should stay free, but "
             f"--output_dir {folder} has {free / MIB:,.1f} MiB free: free some space, or choose a folder on another disk"
         )
     needed = peak_bytes(run, lora_bytes=lora_bytes, state_bytes=state_bytes)

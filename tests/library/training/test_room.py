@@ -37,7 +37,7 @@ def test_the_most_that_lies_there_at_one_moment(runs, flags, loras, states):
 def test_a_disk_without_room_for_the_lora_is_an_error(runs, monkeypatch):
     run = runs.checked("--max_train_steps=10")
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(10**12, 0, 2**16))
-    with pytest.raises(OutputError, match=r"the LoRA takes about 2\.0 MiB, .* --output_dir .*out has 0\.1 MiB free: free some"):
+    with pytest.raises(OutputError, match=r"the LoRA takes about 2\.00 MiB, .* --output_dir .*out has 0\.1 MiB free: free some"):
         list(check_room(run, lora_bytes=2**21, state_bytes=0))
 
 
