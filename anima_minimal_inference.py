@@ -8,6 +8,11 @@ With LoRA files: --lora_weight my_lora.safetensors --lora_multiplier 0.8. See do
 
 from __future__ import annotations
 
+from library.errors import ctrl_c_ends_quietly
+
+if __name__ == "__main__":  # first of all: the imports take a while
+    ctrl_c_ends_quietly()
+
 from types import SimpleNamespace
 from typing import Any
 

@@ -9,6 +9,11 @@ See docs/anima_train_network.md.
 
 from __future__ import annotations
 
+from library.errors import ctrl_c_ends_quietly
+
+if __name__ == "__main__":  # first of all: the imports take a while
+    ctrl_c_ends_quietly()
+
 from library.anima.architecture import ANIMA
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options

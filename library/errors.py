@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 EXIT_USER_ERROR = 2
 EXIT_CTRL_C = 130  # 128 + SIGINT
@@ -142,6 +143,18 @@ def user_errors_end_the_script(*, all_processes: bool = False) -> Iterator[None]
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what is saved and cached", file=sys.stderr, flush=True)
         sys.exit(EXIT_CTRL_C)
+
+
+def ctrl_c_ends_quietly() -> None:
+    """For a script's first lines: Ctrl-C while modules are imported, where nothing handles it yet, is exit status 130 without a
+    traceback."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.exit(EXIT_CTRL_C)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _let_the_main_process_speak(*, seconds: float) -> None:

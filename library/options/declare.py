@@ -94,7 +94,7 @@ class Option:
         return read
 
 
-def opt(
+def opt(  # noqa: PLR0913  # what can be said of an option
     default: Any,
     help: str,
     *,

@@ -87,3 +87,21 @@ def test_lines_from_the_console_and_ctrl_c(script_environment, tiny_anima, tmp_p
         process.kill()
     assert len(list((tmp_path / "out").glob("*_3.png"))) == 1
     assert process.returncode == 130 and "--q is not a flag" in errors and "Traceback" not in errors, errors
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+@pytest.mark.parametrize("script", [SCRIPT, "anima_train_network.py"])
+def test_ctrl_c_while_modules_are_imported(script, script_environment, tiny_anima, picture_folder, tmp_path):
+    """In place of torch a module that is interrupted."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    paths = os.pathsep.join([str(tmp_path / "first"), script_environment.get("PYTHONPATH", "")])
+    flags = [*inference_flags(tiny_anima, tmp_path / "out"), "--prompt=a cat"]
+    if script != SCRIPT:
+        dataset = write_dataset(tmp_path / "my.toml", picture_folder(2))
+        flags = [*model_flags(tiny_anima), *run_flags(tmp_path / "out", dataset)]
+    done = subprocess.run(
+        script_command(script, *flags), cwd=tmp_path, env={**script_environment, "PYTHONPATH": paths}, text=True,
+        encoding="utf-8", preexec_fn=heed_ctrl_c, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
