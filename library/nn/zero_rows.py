@@ -14,11 +14,14 @@ B batch · N queries · S keys that are not left out · H heads · K head width
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+TRIAL_ROWS, TRIAL_ZEROS, TRIAL_TOLERANCE = 128, 448, 0.03  # bfloat16 rounds by up to 0.004 in each of several steps
 STEP_ROWS = 64  # sources are cut to a multiple of this, so that compiled code meets few lengths
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 CUDA_WIDEST_HEAD = 128  # channels; every GPU that has the kernel takes these, forward and backward
@@ -44,7 +47,38 @@ def can_cut(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     if device.type != "cuda" or torch.version.hip or head_dim % 8 or head_dim > CUDA_WIDEST_HEAD or dtype not in CUDA_DTYPES:
         return False
     kernel = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
-    return bool(kernel) and torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(kernel) and torch.cuda.get_device_capability(device) >= (8, 0) and agrees(device, dtype, head_dim)
+
+
+@cache
+def agrees(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether ``attend_cut`` gives there what attention to all rows gives, with its gradients: tried once.
+
+    The kernels are called by names that torch does not promise to keep.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, rows, 2, head_dim, generator=generator) for rows in (TRIAL_ROWS, STEP_ROWS, STEP_ROWS))
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (q, k, v)]
+        try:
+            cut = attend_cut(*inputs, torch.full((), math.log(TRIAL_ZEROS), device=device))
+            ours = cut, *torch.autograd.grad(cut.square().sum(), inputs)
+            whole = _attend_to_all(*inputs)
+            theirs = whole, *torch.autograd.grad(whole.square().sum(), inputs)
+        except Exception:  # a kernel that is not there, or takes other arguments: torch has many ways to say so
+            return False
+    return all(_close(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (F.pad(tensor, (0, 0, 0, 0, 0, TRIAL_ZEROS)) for tensor in (k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    error, size = (a.float() - b.float()).norm(), b.float().norm()
+    return bool(error <= TRIAL_TOLERANCE * size)  # False for NaN
 
 
 def attend_cut(q: Tensor, k: Tensor, v: Tensor, log_zeros: Tensor) -> Tensor:

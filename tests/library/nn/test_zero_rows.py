@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from library.nn import zero_rows
 from library.nn.attention_kernels import AttentionKernel, attend
-from library.nn.zero_rows import _CutAttention, attend_cut, can_cut, cut_zero_rows
+from library.nn.zero_rows import _CutAttention, agrees, attend_cut, can_cut, cut_zero_rows
 
 CPU = torch.device("cpu")
 
@@ -80,6 +81,7 @@ def test_where_it_is_known_to_run(monkeypatch):
     assert not can_cut(torch.device("mps"), torch.float16, 128)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(zero_rows, "agrees", lambda *_: True)
     gpu = torch.device("cuda")
     assert can_cut(gpu, torch.bfloat16, 128) and can_cut(gpu, torch.float16, 64)
     assert not can_cut(gpu, torch.float32, 128)
@@ -88,6 +90,9 @@ def test_where_it_is_known_to_run(monkeypatch):
     assert not can_cut(gpu, torch.bfloat16, 128)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert not can_cut(gpu, torch.bfloat16, 128)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(zero_rows, "agrees", lambda *_: False)
     assert not can_cut(gpu, torch.bfloat16, 128)
 
 
@@ -122,3 +127,24 @@ def test_on_a_gpu():
     for whole, cut in zip(*results, strict=True):
         valid = whole[:, :64] if whole.shape[1] == 512 else whole
         assert (cut[:, : valid.shape[1]] - valid).norm() / valid.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_of_the_kernels_passes_where_they_are_right(dtype):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as where a model asks for it
+        assert agrees.__wrapped__(torch.device("cpu"), dtype, 64)
+
+
+@pytest.mark.parametrize("fault", ["forward", "backward", "missing"])
+def test_the_trial_of_the_kernels_fails_where_they_are_not(monkeypatch, fault):
+    right = zero_rows.attend_cut
+
+    def wrong(q, k, v, log_zeros):
+        if fault == "missing":
+            raise AttributeError("no such operator")
+        if fault == "forward":
+            return right(q, k, v, log_zeros) * 1.1
+        return right(q, k, v * 2 - v.detach(), log_zeros)  # the same values, another gradient
+
+    monkeypatch.setattr(zero_rows, "attend_cut", wrong)
+    assert not agrees.__wrapped__(torch.device("cpu"), torch.float32, 64)
