@@ -57,14 +57,14 @@ def agrees(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     The kernels are called by names that torch does not promise to keep.
     """
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, rows, 2, head_dim, generator=generator) for rows in (TRIAL_ROWS, STEP_ROWS, STEP_ROWS))
+    numbers = [torch.randn(1, rows, 2, head_dim, generator=generator) for rows in (TRIAL_ROWS, STEP_ROWS, STEP_ROWS)]
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (q, k, v)]
+        q, k, v = (tensor.to(device, dtype).requires_grad_() for tensor in numbers)
         try:
-            cut = attend_cut(*inputs, torch.full((), math.log(TRIAL_ZEROS), device=device))
-            ours = cut, *torch.autograd.grad(cut.square().sum(), inputs)
-            whole = _attend_to_all(*inputs)
-            theirs = whole, *torch.autograd.grad(whole.square().sum(), inputs)
+            cut = attend_cut(q, k, v, torch.full((), math.log(TRIAL_ZEROS), device=device))
+            ours = cut, *torch.autograd.grad(cut.square().sum(), (q, k, v))
+            whole = _attend_to_all(q, k, v)
+            theirs = whole, *torch.autograd.grad(whole.square().sum(), (q, k, v))
         except Exception:  # a kernel that is not there, or takes other arguments: torch has many ways to say so
             return False
     return all(_close(a, b) for a, b in zip(ours, theirs, strict=True))
