@@ -54,7 +54,7 @@ def test_parts_of_different_models_are_told(options, monkeypatch):
 
 def test_more_swapped_blocks_than_the_model_can_do_without_are_told_with_the_other_problems(options, tmp_path):
     swapping = with_groups(options, memory={"blocks_to_swap": 1})  # of the tiny model's 2, both are needed on the device
-    with pytest.raises(OptionError, match="--blocks_to_swap is 1, but this model has 2 blocks: give at most 0"):
+    with pytest.raises(OptionError, match="--blocks_to_swap is 1, but this model has 2 blocks: these are too few to swap any"):
         ANIMA.read_layouts(swapping)
     with pytest.raises(CheckpointError) as caught:
         ANIMA.read_layouts(with_groups(swapping, model={"vae": str(tmp_path / "gone")}))

@@ -315,7 +315,7 @@ def small(described, pictures, tmp_path):
         (["--network_args", "a=1", "--network_dropout=0.5"], {"ss_network_args": '{"a": "1", "dropout": 0.5}'}),
         (["--text_encoder_lr", "5e-5", "0", "--network_train_unet_only"], {"ss_text_encoder_lr": "[5e-05, 0.0]"}),
         (
-            ["--text_encoder_lr", "5e-5", "--network_train_unet_only", "--network_module=other.lora"],
+            ["--text_encoder_lr", "5e-5", "--network_train_unet_only", "--network_module=tests.networks.third_party"],
             {"ss_text_encoder_lr": "5e-05"},
         ),
         (["--lr_warmup_steps=10%", "--lr_scheduler=cosine"], {"ss_lr_warmup_steps": "0.1", "ss_lr_scheduler": "cosine"}),
