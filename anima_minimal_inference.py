@@ -100,7 +100,7 @@ from library.nn.fp8_speed import choose_fp8_products
 from library.sampling.flow_samplers import FlowSettings, draw_flow
 from library.sampling.inference import PictureMaker, Tick, run_inference
 from library.sampling.picture_plan import Picture
-from library.training.model_memory import arrange_denoiser, denoiser_place
+from library.training.models.model_memory import arrange_denoiser, denoiser_place
 from networks import lora_anima
 from networks.merge_files import ModulePatterns, planned_merges
 

@@ -40,8 +40,8 @@ from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
 from library.sampling.picture_plan import SAMPLE_SIDE_PX, Picture, drawn_steps, rounded_side
 from library.sampling.prompts import SamplePrompt
-from library.training.networks import keeps_zeros
-from library.training.objective import FlowObjective, NoisyLatents
+from library.training.loss.objective import FlowObjective, NoisyLatents
+from library.training.models.networks import keeps_zeros
 from train_network import NetworkTrainer, run_training
 
 # defaults of sample prompts: specs of the reference's sampler

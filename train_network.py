@@ -28,33 +28,34 @@ from library.nn.attention import use_attention
 from library.nn.attention_kernels import AttentionKernel
 from library.nn.compiling import COMPILING, CompilerError, check_backend, compile_blocks, compile_errors_are_told
 from library.randomness import derive_seed, seed_default_generators
-from library.training import networks, trackers
-from library.training.base_weights import text_base_weights
 from library.training.caching import CacheFilling
-from library.training.divergence import DivergenceGuard
-from library.training.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
-from library.training.hub import HubUploads
-from library.training.interrupts import StopRequest, resume_command
-from library.training.learner import MAX_NORM_CURVES, Learner, try_optimizer
-from library.training.memory_estimate import advice, estimate_lines, estimate_memory, largest_batch, saved_state_bytes
-from library.training.metadata import LoraMetadata
-from library.training.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
-from library.training.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
-from library.training.objective import NoisyLatents
+from library.training.files.hub import HubUploads
+from library.training.files.metadata import LoraMetadata
+from library.training.files.room import check_room
+from library.training.files.run_files import RunFiles, remove_left_over_files
+from library.training.files.saving import check_save_format, save_dtype
+from library.training.files.state import StateDescription, load_network_tensors, load_training_tensors
+from library.training.loss.objective import NoisyLatents
+from library.training.loss.preservation import preserved_rows
+from library.training.models import networks
+from library.training.models.base_weights import text_base_weights
+from library.training.models.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
+from library.training.models.memory_estimate import advice, estimate_lines, estimate_memory, largest_batch, saved_state_bytes
+from library.training.models.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
+from library.training.models.strength import strength_problems
+from library.training.optimizing.divergence import DivergenceGuard
+from library.training.optimizing.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, worker_count
-from library.training.preservation import preserved_rows
-from library.training.processes import OtherProcessEnded, ends_of_others_are_told
-from library.training.report import Report
-from library.training.room import check_room
-from library.training.run_files import RunFiles, remove_left_over_files
+from library.training.running import trackers
+from library.training.running.interrupts import StopRequest, resume_command
+from library.training.running.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
+from library.training.running.processes import OtherProcessEnded, ends_of_others_are_told
+from library.training.running.report import Report
 from library.training.sample_pictures import SamplePictures
-from library.training.saving import check_save_format, save_dtype
-from library.training.state import StateDescription, load_network_tensors, load_training_tensors
 from library.training.steps import Progress
-from library.training.strength import strength_problems
-from library.training.validation import FixedLosses, Validation
-from library.training.validation_plan import noise_seed
+from library.training.validating.validation import FixedLosses, Validation
+from library.training.validating.validation_plan import noise_seed
 
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 

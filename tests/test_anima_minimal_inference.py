@@ -114,7 +114,7 @@ def test_latents_are_those_of_training_samples(maker, draw, sampler, precision):
 def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
     """By the trainer's own hooks, in the way of library/training/sample_pictures.py. The sampler is named by the prompt in
     float32, by the flag in bfloat16."""
-    from library.training.precision import WEIGHT_DTYPES
+    from library.training.models.precision import WEIGHT_DTYPES
 
     dtype, device = WEIGHT_DTYPES[precision], torch.device("cpu")
     trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)

@@ -19,7 +19,7 @@ from library.nn.fp8 import use_fp8
 from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.command_line import read_options
-from library.training.memory_estimate import estimate_memory
+from library.training.models.memory_estimate import estimate_memory
 from tests.test_docs import PAGES, ROOT, fences, table_rows
 
 COMMAND = re.compile(r"^(?:accelerate launch .*|python )(anima_\w+\.py) (.*)$", re.MULTILINE)

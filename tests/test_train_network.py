@@ -13,8 +13,8 @@ from library.errors import DatasetError, NetworkError, OptionError, TrainingErro
 from library.files.safetensors_file import read_header, read_tensors
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
+from library.training.files.state import read_description
 from library.training.preflight import check_run
-from library.training.state import read_description
 from tests.tiny_arch import TinyArchitecture, TinyTrainer
 from train_network import run_training
 

@@ -14,7 +14,7 @@ from library.dataset.token_use import TokenUse
 from library.nn.blocks import run_plainly
 from library.nn.memory_use import MemoryUse
 from library.sampling.picture_plan import Picture
-from library.training.objective import FlowObjective
+from library.training.loss.objective import FlowObjective
 from train_network import NetworkTrainer
 
 TOKENS = 40  # of a caption that count for token_counter

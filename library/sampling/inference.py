@@ -22,7 +22,7 @@ from library.files.safetensors_file import read_header, read_tensors, save_safet
 from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
 from library.sampling.picture_plan import Picture, asked_prompt, line_help, pictures_of, plan_warnings
 from library.sampling.pictures import dated_stem, free_stem, picture_parameters, save_picture
-from library.training.precision import WEIGHT_DTYPES
+from library.training.models.precision import WEIGHT_DTYPES
 
 logger = logging.getLogger(__name__)
 

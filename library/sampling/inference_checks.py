@@ -14,10 +14,10 @@ from library.files.safetensors_file import SafetensorsHeader, read_header
 from library.options.declare import warnings_of
 from library.sampling.picture_plan import given_prompts, plan_warnings
 from library.sampling.prompts import SamplePrompt
-from library.training.console import set_up_console
-from library.training.networks import check_weights_file
+from library.training.models.networks import check_weights_file
 from library.training.preflight import check_writable
 from library.training.run_rules import attention_problems
+from library.training.running.console import set_up_console
 
 LATENT = "latent"  # the tensor's name in a file of latents
 

@@ -123,7 +123,7 @@ def fill(trainer_class: Callable[[CheckedData], CacheFilling], data: CheckedData
     mend."""
     import torch
 
-    from library.training.processes import ends_of_others_are_told
+    from library.training.running.processes import ends_of_others_are_told
 
     gc.freeze()  # what was imported stays: the collector, off since the first checks, need not look at it again
     gc.enable()

@@ -15,13 +15,14 @@ import torch
 
 from library.dataset.caches.reference_caches import reference_latents, reference_text
 from library.errors import OptionError, OutputError, found_by_all
-from library.training import networks, trackers
-from library.training.fp8_models import wait_for_merging
 from library.training.hooks import ArchitectureHooks
-from library.training.precision import WEIGHT_DTYPES, use_deterministic_kernels
+from library.training.models import networks
+from library.training.models.fp8_models import wait_for_merging
+from library.training.models.precision import WEIGHT_DTYPES, use_deterministic_kernels
 from library.training.preflight import CheckedData, process_count, worker_count
-from library.training.processes import HostGroup
-from library.training.same_images import require_same_images
+from library.training.running import trackers
+from library.training.running.processes import HostGroup
+from library.training.running.same_images import require_same_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,7 @@ from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.picture_plan import Picture
 from library.sampling.prompts import SamplePrompt
-from library.training.objective import NoisyLatents, Objective
+from library.training.loss.objective import NoisyLatents, Objective
 from library.training.preflight import CheckedData
 
 

@@ -20,8 +20,8 @@ from library.dataset.prefetch import thread_pool
 from library.dataset.token_use import TokenCounter
 from library.errors import ProblemList, reader_may_leave
 from library.training.architecture import Architecture
-from library.training.console import progress_bar
 from library.training.preflight import check_writable, option_warnings, read_training_set, worker_count
+from library.training.running.console import progress_bar
 from library.training.steps import RunLength
 
 if TYPE_CHECKING:

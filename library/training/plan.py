@@ -12,9 +12,9 @@ from library.dataset.captions import possible_variants
 from library.dataset.items import DatasetSettings, Item, TrainingSet
 from library.dataset.page.facts import counted, dataset_facts
 from library.dataset.page.text import dataset_lines
+from library.training.loss.preservation import is_preserved
 from library.training.preflight import CheckedRun
-from library.training.preservation import is_preserved
-from library.training.validation_plan import LEVELS, ValidationSchedule, validation_batch_count, validation_timesteps
+from library.training.validating.validation_plan import LEVELS, ValidationSchedule, validation_batch_count, validation_timesteps
 
 if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentCache

@@ -29,16 +29,9 @@ from library.options.declare import warnings_of
 from library.sampling.picture_plan import sample_warnings
 from library.sampling.prompts import SamplePrompt, read_prompts
 from library.training.architecture import Architecture
-from library.training.base_weights import with_base_weights
-from library.training.console import progress_bar, set_up_console
-from library.training.hub import check_upload, fetch_state, make_repository
-from library.training.interrupts import watch_launcher
-from library.training.networks import check_weights_file, find_network_module
-from library.training.optimizer_names import optimizer_notices, optimizer_problems
-from library.training.run_rules import run_problems
-from library.training.saving_names import OutputNames, SaveSchedule
-from library.training.schedule_names import schedule_notices, schedule_problems
-from library.training.state import (
+from library.training.files.hub import check_upload, fetch_state, make_repository
+from library.training.files.saving_names import OutputNames, SaveSchedule
+from library.training.files.state import (
     StateDescription,
     StateSettings,
     check_identity,
@@ -46,10 +39,17 @@ from library.training.state import (
     read_description,
     state_settings,
 )
+from library.training.models.base_weights import with_base_weights
+from library.training.models.networks import check_weights_file, find_network_module
+from library.training.optimizing.optimizer_names import optimizer_notices, optimizer_problems
+from library.training.optimizing.schedule_names import schedule_notices, schedule_problems
+from library.training.run_rules import run_problems
+from library.training.running.console import progress_bar, set_up_console
+from library.training.running.interrupts import watch_launcher
+from library.training.running.trackers import tracker_problems
 from library.training.steps import Progress, RunLength, initial_progress
-from library.training.trackers import tracker_problems
-from library.training.validated_images import trained_now
-from library.training.validation_plan import split_text
+from library.training.validating.validated_images import trained_now
+from library.training.validating.validation_plan import split_text
 
 if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentCache

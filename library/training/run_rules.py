@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError
-from library.training.optimizer_names import FINDS_STEP_SIZE, optimizer_kind, optimizer_source
+from library.training.optimizing.optimizer_names import FINDS_STEP_SIZE, optimizer_kind, optimizer_source
 
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions

@@ -18,8 +18,8 @@ from library.sampling.picture_plan import Picture
 from library.sampling.pictures import is_due, picture_name, picture_parameters, save_picture
 from library.sampling.prompts import SamplePrompt
 from library.training.preflight import CheckedRun
-from library.training.processes import HostGroup
-from library.training.trackers import log_picture
+from library.training.running.processes import HostGroup
+from library.training.running.trackers import log_picture
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from library.training.losses import flow_loss_weights
-from library.training.timesteps import TABLE_STEPS, resolution_mu, sample_sigmas, sigma_sampler
+from library.training.loss.losses import flow_loss_weights
+from library.training.loss.timesteps import TABLE_STEPS, resolution_mu, sample_sigmas, sigma_sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image

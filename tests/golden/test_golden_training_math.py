@@ -13,10 +13,10 @@ from golden_files import Golden, load_golden, relative_error
 from library.options.flow import FlowOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
-from library.training.losses import elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
-from library.training.noise import perturbed_noise
-from library.training.objective import FlowObjective, NoisyLatents
-from library.training.timesteps import DENSITIES, resolution_mu, sample_sigmas, sigma_sampler, table_sigmas, time_shift
+from library.training.loss.losses import elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
+from library.training.loss.noise import perturbed_noise
+from library.training.loss.objective import FlowObjective, NoisyLatents
+from library.training.loss.timesteps import DENSITIES, resolution_mu, sample_sigmas, sigma_sampler, table_sigmas, time_shift
 
 TOLERANCE = 1e-5
 

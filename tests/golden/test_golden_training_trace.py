@@ -15,11 +15,11 @@ from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.schedule import ScheduleOptions
-from library.training.gradients import Gradients
-from library.training.objective import FlowObjective
-from library.training.optimizers import create_optimizer
-from library.training.schedules import create_schedule
-from library.training.timesteps import sample_sigmas
+from library.training.loss.objective import FlowObjective
+from library.training.loss.timesteps import sample_sigmas
+from library.training.optimizing.gradients import Gradients
+from library.training.optimizing.optimizers import create_optimizer
+from library.training.optimizing.schedules import create_schedule
 from networks.lora_anima import create_network
 
 

@@ -28,7 +28,7 @@ from library.nn.fp8 import use_fp8
 from library.nn.fp8_speed import choose_fp8_products
 from library.nn.loading import load_into
 from library.options.memory import BlockMemoryOptions
-from library.training.model_memory import arrange_denoiser, denoiser_place
+from library.training.models.model_memory import arrange_denoiser, denoiser_place
 from networks import lora_anima
 from tools.bench_parts.figures import Figure
 from tools.bench_parts.flops import StepSize, step_flops

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from anima_train_network import AnimaNetworkTrainer
 from library.dataset.batch import Batch
-from library.training.interrupts import StopRequest
+from library.training.running.interrupts import StopRequest
 from tools.bench_parts.figures import Figure, seconds
 from tools.bench_parts.tiny_run import CACHED_ON_DISK, make_tiny_run
 

@@ -118,13 +118,13 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_a_backend_that_is_not_there_is_told_before_anything_is_loaded": "dynamo_backend",
     },
     # ------------------------------------------------------------ run, memory and speed
-    "library/training/test_precision.py": {
+    "library/training/models/test_precision.py": {
         "test_deterministic_asks_for_kernels_of_a_fixed_order": "deterministic",
         "test_number_format_of_the_trained_weights": "full_fp16 full_bf16",
         "test_the_frozen_model_has_the_format_of_the_computation": "mixed_precision",
         "test_number_format_of_the_vae": "no_half_vae",
     },
-    "library/training/test_model_memory.py": {
+    "library/training/models/test_model_memory.py": {
         "test_every_arrangement_gives_the_same_numbers": "cpu_offload_checkpointing unsloth_offload_checkpointing",
     },
     "library/nn/test_attention_kernels.py": {
@@ -136,12 +136,12 @@ SHOWN: dict[str, dict[str, str]] = {
     },
     "test_anima_fp8.py": {"test_training_differs_slightly_and_resumes_exactly": "fp8_base fp8_base_unet"},
     # ------------------------------------------------------------ optimizer and schedule
-    "library/training/test_optimizer_names.py": {
+    "library/training/optimizing/test_optimizer_names.py": {
         "test_names": "optimizer_type",
         "test_older_flags": "use_8bit_adam use_lion_optimizer",
         "test_arguments_are_python_values": "optimizer_args",
     },
-    "library/training/test_schedules.py": {
+    "library/training/optimizing/test_schedules.py": {
         "test_class_of_torch": "lr_scheduler_type lr_scheduler_args",
         "test_warmup_as_a_share_of_the_run": "lr_warmup_steps",
         "test_warmup_stable_decay": "lr_decay_steps",
@@ -156,18 +156,18 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_every_sampling_case": "timestep_sampling weighting_scheme",
         "test_loss_weighting": "weighting_scheme",
     },
-    "library/training/test_losses.py": {
+    "library/training/loss/test_losses.py": {
         "test_exponential_threshold_goes_from_one_to_c": "huber_schedule huber_scale",
         "test_threshold_is_c_times_its_scale": "huber_c huber_scale",
     },
-    "library/training/test_noise.py": {
+    "library/training/loss/test_noise.py": {
         "test_offset_adds_one_number_to_each_channel": "noise_offset",
         "test_offset_random_strength_is_between_zero_and_the_offset": "noise_offset_random_strength",
         "test_adaptive_offset_follows_the_channel_mean": "adaptive_noise_scale",
         "test_multires_noise_is_smoother_and_has_deviation_one": "multires_noise_iterations multires_noise_discount",
         "test_input_noise": "ip_noise_gamma ip_noise_gamma_random_strength",
     },
-    "library/training/test_timesteps.py": {
+    "library/training/loss/test_timesteps.py": {
         "test_sigmoid_scale_widens": "sigmoid_scale",
         "test_shift_moves_towards_noise": "discrete_flow_shift",
         "test_logit_normal_mean_and_deviation": "logit_mean logit_std",
@@ -179,16 +179,16 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_split_of_a_folder": "validation_split",
         "test_seed_is_that_of_the_dataset_else_of_the_run_else_zero": "validation_seed",
     },
-    "library/training/test_validation_plan.py": {
+    "library/training/validating/test_validation_plan.py": {
         "test_after_every_epoch": "validate_every_n_epochs",
         "test_after_steps_as_well": "validate_every_n_steps",
     },
-    "library/training/test_validation.py": {
+    "library/training/validating/test_validation.py": {
         "test_a_part_of_the_batches": "max_validation_steps",
         "test_the_best_lora_is_kept_with_its_loss": "save_best",
     },
     # ------------------------------------------------------------ saving and resuming
-    "library/training/test_saving_names.py": {
+    "library/training/files/test_saving_names.py": {
         "test_names_of_the_reference": "output_dir output_name",
         "test_steps_are_saved_also_at_the_end": "save_every_n_steps",
         "test_epoch_ratio": "save_n_epoch_ratio",
@@ -198,7 +198,7 @@ SHOWN: dict[str, dict[str, str]] = {
     "e2e/test_anima_lora_layouts.py": {"test_diffusers_files_are_saved_and_gone_on_from_in_comfyui_s": "save_format"},
     "library/training/test_steps.py": {"test_where_a_run_begins": "initial_epoch initial_step skip_until_initial_step"},
     "e2e/test_anima_interruption.py": {"test_a_signal_saves_and_the_run_goes_on": "resume"},
-    "library/training/test_metadata.py": {
+    "library/training/files/test_metadata.py": {
         "test_modelspec_of_what_the_user_says": "metadata_title metadata_author metadata_description metadata_license "
         "metadata_tags metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase "
         "metadata_preprocessor metadata_is_negative_embedding",
@@ -207,7 +207,7 @@ SHOWN: dict[str, dict[str, str]] = {
     "e2e/test_anima_inference.py": {"test_samples_of_a_training_come_out_again": "sample_sampler sample_at_first"},
     "test_anima_minimal_inference.py": {"test_latents_are_those_of_training_samples": "sample_sampler"},
     "library/sampling/test_pictures.py": {"test_is_due": "sample_every_n_steps sample_every_n_epochs sample_at_first"},
-    "library/training/test_trackers.py": {
+    "library/training/running/test_trackers.py": {
         "test_log_with": "log_with",
         "test_each_run_logs_into_a_folder_of_its_own": "logging_dir log_prefix",
         "test_the_project_has_a_name": "log_tracker_name",
@@ -215,12 +215,12 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_wandb_gets_its_key_and_folder_by_variables_alone": "wandb_api_key",
         "test_the_options_are_sent_only_if_asked_for": "log_config",
     },
-    "library/training/test_console.py": {
+    "library/training/running/test_console.py": {
         "test_what_is_less_severe_is_not_shown": "console_log_level",
         "test_names_that_are_no_text_on_a_utf8_console_and_in_a_log_file": "console_log_file",
         "test_lines_tell_the_time_unless_they_are_to_be_simple": "console_log_simple",
     },
-    "library/training/test_hub.py": {
+    "library/training/files/test_hub.py": {
         "test_a_run_uploads_what_it_saves": "huggingface_repo_id save_state_to_huggingface huggingface_path_in_repo async_upload",
         "test_a_missing_repository_is_made": "huggingface_repo_type huggingface_repo_visibility",
         "test_tokens_with_which_nothing_can_be_uploaded": "huggingface_token",
@@ -296,10 +296,10 @@ AIM_MET: dict[str, tuple[str, str]] = {
     ),
     "ddp_gradient_as_bucket_view": (
         "gradients are views of the one buffer that is summed over processes",
-        "library/training/test_gradients.py::test_gradients_are_views_of_one_tensor",
+        "library/training/optimizing/test_gradients.py::test_gradients_are_views_of_one_tensor",
     ),
     "ddp_static_graph": (
         "sums over processes do not depend on which weights took part in a step",
-        "library/training/test_gradients.py::test_a_weight_without_a_part_in_the_step",
+        "library/training/optimizing/test_gradients.py::test_a_weight_without_a_part_in_the_step",
     ),
 }

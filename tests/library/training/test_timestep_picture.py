@@ -10,9 +10,9 @@ from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.options.flow import TIMESTEP_SAMPLINGS, FlowOptions
 from library.training.look import look
-from library.training.losses import flow_loss_weights
+from library.training.loss.losses import flow_loss_weights
+from library.training.loss.timesteps import sample_sigmas, sigma_sampler
 from library.training.timestep_picture import BINS, timestep_shares
-from library.training.timesteps import sample_sigmas, sigma_sampler
 
 SIZES = {(128, 128): 3.0, (64, 64): 1.0}
 

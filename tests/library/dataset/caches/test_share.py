@@ -18,7 +18,7 @@ FILL = """
 import json, sys, torch, torch.distributed as dist
 from dataclasses import replace
 from pathlib import Path
-from library.training.processes import HostGroup
+from library.training.running.processes import HostGroup
 from tests.library.dataset.caches.cache_parts import TinyTextEncoder, TinyVae, latent_cache, make_training_set, text_cache
 rank, store, folder = int(sys.argv[1]), *sys.argv[2:4]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
