@@ -22,6 +22,7 @@ BUNDLE_PREFIXES = PREFIXES[:2]  # files with these hold other models too, under 
 ADAPTER_PREFIX = "llm_adapter."
 RECOMPUTED = "pos_embedder."  # rotary buffers that some files carry
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+VAE_SCALE = 8  # pixels per latent side
 CONTEXT_ROWS = 512  # of text; the model was trained with this many, and zero rows take part in attention
 FP8_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")  # ends of names; ComfyUI's
 MIN_HEAD_DIM = 12  # below that the height and width shares of the rotary channels are too narrow for their formula

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
-from library.anima.layout import DenoiserConfig
+from library.anima.layout import VAE_SCALE, DenoiserConfig
 from library.anima.text_layout import TextEncoderConfig
 from library.nn.memory_use import MemoryUse
 
 if TYPE_CHECKING:
     from library.anima.architecture import AnimaLayouts
 
-LATENT_SIDE_PX = 8
 CAPTION_TOKENS = 256  # a long caption
 
 
@@ -35,7 +34,7 @@ def memory_use(layouts: AnimaLayouts, size_wh: tuple[int, int], images: int, liv
     """Of a batch of ``images`` of ``size_wh`` pixels."""
     assert layouts.denoiser is not None
     config = layouts.denoiser.config
-    side = LATENT_SIDE_PX * config.patch
+    side = VAE_SCALE * config.patch
     tokens = images * (size_wh[0] // side) * (size_wh[1] // side)
     return MemoryUse(
         blocks=config.blocks,

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from library.anima.denoiser import AnimaDenoiser
+from library.anima.layout import VAE_SCALE
 from library.anima.text import AnimaConditioning
-
-VAE_SCALE = 8  # pixels per latent side
 
 
 def initial_noise(seed: int, size_wh: tuple[int, ...], channels: int = 16) -> Tensor:

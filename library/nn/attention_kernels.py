@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.errors import OptionError
+from library.nn.attention_packages import PACKAGES, Package
 from library.nn.zero_rows import attend_cut
 
 TRIAL_ROWS = 64
 NEEDED_DEVICE = "cuda"  # of every package
 INSTEAD = "take --attn_mode=torch"
-HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +100,6 @@ COMPUTE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Package:
-    """What a kernel of others needs. ``head_dim``: the widest head that it takes; ``dtypes``: none named = it knows itself."""
-
-    module: str
-    name: str  # for pip
-    head_dim: int
-    dtypes: tuple[torch.dtype, ...] = HALVES
-    trains: bool = True
-
-
-PACKAGES = {
-    "xformers": Package(module="xformers.ops", name="xformers", head_dim=512, dtypes=()),
-    "flash": Package(module="flash_attn", name="flash-attn", head_dim=256),
-    "sageattn": Package(module="sageattention", name="sageattention", head_dim=128, trains=False),
-}
-
-
 def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, *, trains: bool, head_dim: int) -> None:
     """Tries the kernel on a few numbers. ``dtype``: what attention computes in (autocast's, where that is on); ``head_dim``:
     of the widest heads; ``trains``: gradients are wanted.
@@ -146,8 +128,8 @@ def _problems(mode: str, package: Package, device: torch.device, dtype: torch.dt
         yield f"{flag}: the package {package.name} cannot be loaded ({described(error)}): install it again, or {INSTEAD}"
     if device.type != NEEDED_DEVICE:
         yield f"{flag} needs a CUDA GPU, and this runs on {device.type}: {INSTEAD}"
-    if package.dtypes and dtype not in package.dtypes:
-        given = str(dtype).removeprefix("torch.")
+    given = str(dtype).removeprefix("torch.")
+    if package.dtypes and given not in package.dtypes:
         yield f"{flag} computes in float16 or bfloat16, not in {given}: add --mixed_precision=bf16, or {INSTEAD}"
     if head_dim > package.head_dim:
         yield f"{flag} takes heads of up to {package.head_dim} channels; this model's have {head_dim}: {INSTEAD}"

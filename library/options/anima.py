@@ -10,7 +10,7 @@ from library.options.ddpm import ClipOptions, DdpmOptions
 from library.options.declare import opt
 from library.options.flow import FlowOptions
 from library.options.memory import BlockMemoryOptions
-from library.options.rules import at_least, belongs_elsewhere
+from library.options.rules import at_least, belongs_elsewhere, even
 from library.options.samples import SAMPLERS, SampleOptions
 from library.options.train import TrainOptions
 
@@ -38,8 +38,7 @@ class AnimaOptions:
             tokens = getattr(self, name)
             if not 1 <= tokens <= LONGEST_TEXT_TOKENS:
                 yield f"--{name} is {tokens}: give 1 to {LONGEST_TEXT_TOKENS} tokens"
-        if self.vae_chunk_size is not None and (self.vae_chunk_size <= 0 or self.vae_chunk_size % 2):
-            yield f"--vae_chunk_size is {self.vae_chunk_size}: give an even number above 0, for example 64"
+        yield from even(self, "vae_chunk_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

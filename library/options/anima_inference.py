@@ -10,7 +10,7 @@ from pathlib import Path
 from library.options.attention import AttentionOptions
 from library.options.console import ConsoleOptions
 from library.options.declare import opt
-from library.options.rules import above_zero, at_least
+from library.options.rules import above_zero, at_least, even
 from library.options.run import PRECISION_DTYPES
 
 OUTPUT_TYPES = ("images", "latent", "latent_images")
@@ -38,8 +38,7 @@ class AnimaFileOptions:
     no_half_vae: bool = opt(False, "run the VAE in float32 whatever --mixed_precision says; cures black pictures")
 
     def problems(self) -> Iterator[str]:
-        if self.vae_chunk_size is not None and (self.vae_chunk_size <= 0 or self.vae_chunk_size % 2):
-            yield f"--vae_chunk_size is {self.vae_chunk_size}: give an even number above 0, for example 64"
+        yield from even(self, "vae_chunk_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,14 @@ def above_zero(group: object, *names: str) -> Iterator[str]:
             yield f"--{name} is {value}: give a number above 0"
 
 
+def even(group: object, *names: str) -> Iterator[str]:
+    """Options that are None or an even number above 0."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and (value <= 0 or value % 2):
+            yield f"--{name} is {value}: give an even number above 0, for example 64"
+
+
 def share(group: object, *names: str) -> Iterator[str]:
     """Options that are None or lie in 0..1."""
     for name in names:

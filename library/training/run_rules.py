@@ -11,18 +11,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError
+from library.nn.attention_packages import PACKAGES
 from library.training.optimizing.optimizer_names import FINDS_STEP_SIZE, optimizer_kind, optimizer_source
 
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
-
-# --attn_mode -> the package that has the kernel, as it is imported and as pip names it: those of library/nn/attention_kernels.py,
-# which imports torch
-ATTENTION_PACKAGES = {
-    "xformers": ("xformers", "xformers"),
-    "flash": ("flash_attn", "flash-attn"),
-    "sageattn": ("sageattention", "sageattention"),
-}
 
 
 def run_problems(options: Any) -> Iterator[str]:
@@ -34,11 +27,11 @@ def run_problems(options: Any) -> Iterator[str]:
 
 def attention_problems(mode: str) -> Iterator[str]:
     """The kernel of ``mode`` (as ``AttentionOptions.mode`` gives it) cannot be had here."""
-    module, pip_name = ATTENTION_PACKAGES.get(mode, ("", ""))
-    if module and find_spec(module) is None:
+    package = PACKAGES.get(mode)
+    if package is not None and find_spec(package.top_module) is None:
         yield (
-            f"--attn_mode={mode} needs the package {module}, which is not installed: pip install {pip_name}, or give "
-            "--attn_mode=torch, which needs nothing"
+            f"--attn_mode={mode} needs the package {package.top_module}, which is not installed: pip install {package.name}, "
+            "or give --attn_mode=torch, which needs nothing"
         )
 
 

@@ -47,8 +47,12 @@ def test_sageattention_is_named_as_pip_names_it(nothing_installed):
 
 
 def test_packages_are_those_of_the_kernels():
-    kernels = {mode: (package.module.partition(".")[0], package.name) for mode, package in attention_kernels.PACKAGES.items()}
-    assert kernels == run_rules.ATTENTION_PACKAGES
+    assert run_rules.PACKAGES is attention_kernels.PACKAGES
+    assert {mode: (package.top_module, package.name) for mode, package in run_rules.PACKAGES.items()} == {
+        "xformers": ("xformers", "xformers"),
+        "flash": ("flash_attn", "flash-attn"),
+        "sageattn": ("sageattention", "sageattention"),
+    }
 
 
 def test_installed_attention_package(monkeypatch):
