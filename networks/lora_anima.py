@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from networks.anima_layouts import ANIMA_NAMES
 from networks.arguments import NetworkArguments, argument, component_flags, component_rate, parse_arguments, parse_bool
 from networks.layout_names import NameTable
-from networks.lora import LoRANetwork, build_network, build_network_from_weights
+from networks.network import LoRANetwork, build_network, build_network_from_weights
 from networks.selection import ModelRules
 
 DENOISER_PARTS = r"blocks\.\d+|x_embedder|t_embedder|final_layer"
