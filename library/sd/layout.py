@@ -1,0 +1,45 @@
+"""What a Stable Diffusion checkpoint holds, as far as its names, shapes and marks tell. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from library.files.weights_source import Pieces, WeightsSource
+
+if TYPE_CHECKING:
+    from library.sd.clip_layout import ClipConfig
+    from library.sd.unet_layout import UNetConfig
+    from library.sd.vae_layout import VaeConfig
+
+Config = TypeVar("Config")
+
+EPSILON, VELOCITY = "epsilon", "v"  # what a U-Net may predict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part(Generic[Config]):
+    """One model of a checkpoint, checked: every tensor that it needs is in the file, in its shape."""
+
+    source: WeightsSource
+    config: Config
+    pieces: Pieces  # of the tensors that are loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """What a checkpoint says about its training, where it says anything; ``where`` names the key or file that does."""
+
+    prediction: str | None = None  # EPSILON or VELOCITY
+    zero_terminal_snr: bool | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StableDiffusionLayouts:
+    """The checked models of a run; None, or no encoder, for those that were not asked for."""
+
+    denoiser: Part[UNetConfig] | None = None
+    text: tuple[Part[ClipConfig], ...] = ()  # one for SD 1 and 2; CLIP-L and CLIP-G for SDXL
+    vae: Part[VaeConfig] | None = None
+    marks: Marks = Marks()
