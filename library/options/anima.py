@@ -99,6 +99,7 @@ class AnimaTrainOptions(TrainOptions):
     """All options of anima_train_network.py, in groups."""
 
     NETWORK_MODULE: ClassVar[str] = "networks.lora_anima"
+    MODEL: ClassVar[str] = "Anima"
 
     anima: AnimaOptions = field(default_factory=AnimaOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
@@ -116,7 +117,7 @@ class AnimaTrainOptions(TrainOptions):
         if "vae" in self.parts and not self.model.vae:
             yield "--vae is missing: name the file of the Qwen-Image VAE"
         if "denoiser" in self.parts:
-            yield from self._text_encoder_problems()
+            yield from self._component_rate_problems()
             if self.saving.save_format == "diffusers" and self.trains_text_encoder:
                 yield (
                     "--save_format=diffusers cannot hold a text encoder's LoRA, which diffusers does not load for Anima: add "
@@ -124,48 +125,18 @@ class AnimaTrainOptions(TrainOptions):
                 )
 
     @property
-    def trains_text_encoder(self) -> bool:
-        """Whether Qwen3 gets a LoRA that is trained: unless it is switched off, has the rate 0, or its outputs are cached."""
-        rate = self.optimizer.learning_rate if self._text_rate is None else self._text_rate
-        return self.network.trains_text_encoder and not self.caches.text_cached and rate != 0
-
-    @property
     def has_own_rates(self) -> bool:
         own = TrainOptions.has_own_rates.fget(self)  # type: ignore[attr-defined]
         return own or any(getattr(self.rates, rate.name) for rate in fields(self.rates))
-
-    @property
-    def _text_rate(self) -> float | None:
-        """What --text_encoder_lr says of the only text encoder; None = nothing."""
-        rates = self.optimizer.text_encoder_lr
-        return rates[0] if rates else None
 
     @property
     def needs_dataset(self) -> bool:
         """flux_shift depends on the sizes of the pictures."""
         return TrainOptions.needs_dataset.fget(self) or self.flow.timestep_sampling == "flux_shift"  # type: ignore[attr-defined]
 
-    def warnings(self) -> Iterator[str]:
-        yield from TrainOptions.warnings(self)
-        if self.network.network_train_unet_only and any(self.optimizer.text_encoder_lr or ()):
-            yield "--text_encoder_lr does nothing with --network_train_unet_only, which leaves the text encoder as it is"
-        if len(self.optimizer.text_encoder_lr or ()) > 1:
-            yield f"--text_encoder_lr: Anima has one text encoder: only the first rate counts, {self._text_rate:g}"
-
-    def _text_encoder_problems(self) -> Iterator[str]:
-        network, rate = self.network, self._text_rate
-        wanted = [f"--text_encoder_lr {rate:g}"] if rate else []
-        wanted += ["--network_train_text_encoder_only"] if network.network_train_text_encoder_only else []
-        if self.caches.text_cached and network.trains_text_encoder and wanted:
-            disk = "_to_disk" if self.caches.cache_text_encoder_outputs_to_disk else ""
-            yield (
-                f"{' and '.join(wanted)} cannot be combined with --cache_text_encoder_outputs{disk}: a text encoder that is "
-                "trained must run at every step; drop the cache, or train the denoiser alone with --network_train_unet_only"
-            )
-        if not network.network_train_text_encoder_only:
+    def _component_rate_problems(self) -> Iterator[str]:
+        if not self.network.network_train_text_encoder_only:
             return
-        if rate == 0:
-            yield "--network_train_text_encoder_only with --text_encoder_lr 0 leaves nothing to train: raise the rate"
         given = [field.name for field in fields(self.rates) if getattr(self.rates, field.name) is not None]
         if given:
             yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -37,6 +37,8 @@ class TrainOptions:
     """Base of every architecture's options: subclass it, add groups, and set the class variable."""
 
     NETWORK_MODULE: ClassVar[str] = "networks.lora"  # named when --network_module is missing
+    MODEL: ClassVar[str] = "this model"  # as messages call it
+    TEXT_ENCODERS: ClassVar[int] = 1
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
@@ -71,8 +73,26 @@ class TrainOptions:
 
     @property
     def trains_text_encoder(self) -> bool:
-        """Whether the text encoders get a LoRA that is trained."""
-        return self.network.trains_text_encoder
+        """Whether a text encoder gets a LoRA that is trained."""
+        return any(self.text_rates)
+
+    @property
+    def given_text_rates(self) -> list[float] | None:
+        """What flags say of the text encoders' learning rates, in the order of the encoders; None = nothing."""
+        return self.listed_text_rates or None
+
+    @property
+    def listed_text_rates(self) -> list[float]:
+        """--text_encoder_lr, one for each encoder: its last rate is for all that follow. Empty if it is not given."""
+        listed = (self.optimizer.text_encoder_lr or [])[: self.TEXT_ENCODERS]
+        return [*listed, *(listed[-1:] * (self.TEXT_ENCODERS - len(listed)))]
+
+    @property
+    def text_rates(self) -> tuple[float, ...]:
+        """The learning rate of each text encoder's LoRA. 0 = it gets none: switched off, cached, or that is its rate."""
+        if not self.network.trains_text_encoder or self.caches.text_cached:
+            return (0.0,) * self.TEXT_ENCODERS
+        return tuple(self.given_text_rates or [self.optimizer.learning_rate] * self.TEXT_ENCODERS)
 
     @property
     def trains_denoiser(self) -> bool:
@@ -113,6 +133,7 @@ class TrainOptions:
                 f"{self.network.network_module} names what is in its files itself; drop --save_format"
             )
         yield from self._rate_problems()
+        yield from self._text_encoder_problems()
         yield from self._precision_problems()
         yield from self._fused_problems()
         if self.attention.mode == "sageattn":
@@ -129,6 +150,38 @@ class TrainOptions:
             yield "--save_state_to_huggingface does nothing without --save_state or --save_state_on_train_end"
         if self.network.network_train_text_encoder_only and self.optimizer.unet_lr is not None:
             yield "--unet_lr does nothing with --network_train_text_encoder_only, which leaves the denoiser as it is"
+        yield from self._text_rate_warnings()
+
+    def _text_rate_warnings(self) -> Iterator[str]:
+        listed = self.optimizer.text_encoder_lr or []
+        if self.network.network_train_unet_only:
+            for flag in self._wanted_text_rates():
+                yield f"{flag.split()[0]} does nothing with --network_train_unet_only, which leaves text encoders as they are"
+        if len(listed) > self.TEXT_ENCODERS:
+            count = self.TEXT_ENCODERS
+            has, counts = (
+                ("one text encoder", "rate counts") if count == 1 else (f"{count} text encoders", f"{count} rates count")
+            )
+            yield f"--text_encoder_lr: {self.MODEL} has {has}: only the first {counts}, {_spaced(listed[:count])}"
+
+    def _wanted_text_rates(self) -> Iterator[str]:
+        """The flags, with their values, that ask for a trained text encoder by a rate."""
+        counted = (self.optimizer.text_encoder_lr or [])[: self.TEXT_ENCODERS]
+        if any(counted):
+            yield f"--text_encoder_lr {_spaced(counted)}"
+
+    def _text_encoder_problems(self) -> Iterator[str]:
+        only = self.network.network_train_text_encoder_only
+        wanted = [*self._wanted_text_rates(), *(["--network_train_text_encoder_only"] if only else [])]
+        if self.caches.text_cached and self.network.trains_text_encoder and wanted:
+            disk = "_to_disk" if self.caches.cache_text_encoder_outputs_to_disk else ""
+            yield (
+                f"{' and '.join(wanted)} cannot be combined with --cache_text_encoder_outputs{disk}: a text encoder that is "
+                "trained must run at every step; drop the cache, or train the denoiser alone with --network_train_unet_only"
+            )
+        elif only and self.network.trains_text_encoder and not self.trains_text_encoder and not self.caches.text_cached:
+            rates = f"--text_encoder_lr {_spaced(self.given_text_rates)}" if self.given_text_rates else "--learning_rate 0"
+            yield f"--network_train_text_encoder_only with {rates} leaves nothing to train: raise the rate"
 
     def _rate_problems(self) -> Iterator[str]:
         if self.network.trains_denoiser and not self.trains_denoiser and not self.trains_text_encoder:
@@ -162,3 +215,8 @@ class TrainOptions:
                 "--fused_backward_pass cannot be combined with --mixed_precision=fp16, whose loss scaling must see all gradients "
                 "before a weight changes: give --mixed_precision=bf16"
             )
+
+
+def _spaced(rates: Sequence[float]) -> str:
+    """As on a command line."""
+    return " ".join(f"{rate:g}" for rate in rates)
