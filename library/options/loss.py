@@ -27,6 +27,10 @@ class LossOptions:
     def problems(self) -> Iterator[str]:
         yield from above_zero(self, "huber_c", "huber_scale")
 
+    def warnings(self) -> Iterator[str]:
+        if self.loss_type in THRESHOLD_LOSSES and self.huber_schedule == "snr" and self.huber_scale != 1:
+            yield f"--huber_scale={self.huber_scale:g} does nothing with --huber_schedule=snr, whose threshold has no factor"
+
     def flow_problems(self) -> Iterator[str]:
         """For models trained with rectified flow, which have no signal-to-noise table."""
         if self.loss_type in THRESHOLD_LOSSES and self.huber_schedule == "snr":
