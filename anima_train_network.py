@@ -35,6 +35,7 @@ from library.anima.memory_use import LiveEncoders, memory_use
 from library.anima.sampling import encode_context, initial_noise, velocity_of
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
+from library.dataset.batch import Batch
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
@@ -93,7 +94,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def conditioning_type(self) -> type[AnimaConditioning]:
         return AnimaConditioning
 
-    def encode_images(self, vae: QwenImageVae, pixels: Tensor) -> Tensor:
+    def encode_images(self, vae: QwenImageVae, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         return vae.encode(pixels)
 
     def encode_text(self, text_encoder: AnimaTextEncoder, captions: Sequence[str]) -> AnimaConditioning:
@@ -102,7 +103,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def create_objective(self) -> FlowObjective:
         return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
 
-    def predict(self, denoiser: Any, noisy: NoisyLatents, text: AnimaConditioning) -> Tensor:
+    def predict(self, denoiser: Any, noisy: NoisyLatents, batch: Batch) -> Tensor:
+        text: Any = batch.text
         context = denoiser.encode_context(*text.adapter_inputs)  # (B, 512, C)
         return denoiser(noisy.latents, noisy.sigmas, context, used_rows=text.used_rows)
 

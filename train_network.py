@@ -14,39 +14,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.dataset.batch import Batch
 from library.dataset.clock import Clock
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource, ValidationBatches
-from library.errors import CheckpointError, DatasetError, OptionError, TrainingError, user_errors_end_the_script
-from library.nn.attention import use_attention
-from library.nn.attention_kernels import AttentionKernel
-from library.nn.compiling import COMPILING, CompilerError, check_backend, compile_blocks, compile_errors_are_told
+from library.errors import CheckpointError, DatasetError, TrainingError, user_errors_end_the_script
+from library.nn.compiling import COMPILING, CompilerError, compile_errors_are_told
 from library.randomness import derive_seed, seed_default_generators
-from library.training.caching import CacheFilling
 from library.training.files.hub import HubUploads
 from library.training.files.metadata import LoraMetadata
-from library.training.files.room import check_room
 from library.training.files.run_files import RunFiles, remove_left_over_files
-from library.training.files.saving import check_save_format, save_dtype
 from library.training.files.state import StateDescription, load_network_tensors, load_training_tensors
 from library.training.loss.objective import NoisyLatents
 from library.training.loss.preservation import preserved_rows
 from library.training.models import networks
-from library.training.models.base_weights import text_base_weights
-from library.training.models.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
-from library.training.models.memory_estimate import advice, estimate_lines, estimate_memory, largest_batch, saved_state_bytes
-from library.training.models.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
-from library.training.models.strength import strength_problems
+from library.training.models.memory_estimate import advice
 from library.training.optimizing.divergence import DivergenceGuard
 from library.training.optimizing.learner import MAX_NORM_CURVES, Learner, try_optimizer
-from library.training.plan import NetworkSize, memory_warnings, plan_lines
-from library.training.preflight import CheckedRun, worker_count
+from library.training.preflight import CheckedRun, cached_prompt, worker_count
+from library.training.preparing import ModelPreparation
 from library.training.running import trackers
 from library.training.running.interrupts import StopRequest, resume_command
 from library.training.running.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
@@ -60,13 +51,9 @@ from library.training.validating.validation_plan import noise_seed
 logger = logging.getLogger("train_network")  # by name: as a script this module is __main__
 
 
-class NetworkTrainer(CacheFilling):
+class NetworkTrainer(ModelPreparation):
     """Trains a network (LoRA) on a frozen model. One object, one run."""
 
-    run: CheckedRun
-    vae: Any = None  # stays None while latents are cached and no samples are drawn
-    text_encoder: Any = None  # stays None where its outputs are cached
-    trained_encoders: Sequence[nn.Module] = ()  # those that the network is made for
     stop_agreed = False  # by all processes
     last_lora_is_saved = False
 
@@ -131,103 +118,6 @@ class NetworkTrainer(CacheFilling):
         self.start_logging()
         self.start_data()
         self.start_validation()
-
-    def create_network(self) -> None:
-        """Creates the network for a denoiser without weights, so that its mistakes show before anything is loaded."""
-        self.denoiser: Any = self.build_denoiser()
-        self.choose_kernels()
-        prepare_fp8(self.options, self.denoiser, self.fp8_layers(), device=self.device)
-        if self.options.trains_text_encoder:
-            self.text_encoder = self.build_text_encoder()
-            self.trained_encoders = list(self.text_models(self.text_encoder))
-        self.check_base_weights()
-        seed_default_generators(derive_seed(self.seed, "network"), self.device)
-        self.network = networks.create_network(
-            self.options.network,
-            self.denoiser,
-            self.trained_encoders,
-            rates=getattr(self.options, "rates", None),
-            others_are_trained=self.options.denoiser_rate != 0,
-        )
-        if self.options.network.scale_weight_norms and not hasattr(self.network, "apply_max_norm_regularization"):
-            raise OptionError(f"--scale_weight_norms: {self.options.network.network_module} cannot do that; drop the flag")
-        if problems := list(strength_problems(self.network, self.options.network.network_module, self.run.training_set)):
-            raise OptionError(*problems)
-        networks.prepare_network(self.network, self.options)
-        trains_text, trains_denoiser = bool(self.trained_encoders), self.options.trains_denoiser
-        self.network.apply_to(self.trained_encoders, self.denoiser, trains_text, trains_denoiser)
-        check_save_format(self.network, self.options.saving.save_format)
-        if self.options.network.network_weights:
-            self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
-
-    def check_base_weights(self) -> None:
-        encoders = self.trained_encoders
-        if not encoders and text_base_weights(self.options.network):
-            encoders = self.text_models(self.build_text_encoder())
-        networks.check_base_weights(self.options.network, self.denoiser, encoders)
-
-    def choose_kernels(self) -> None:
-        """Tries what depends on this machine's packages and device, before anything is loaded."""
-        attention, compiling = self.options.attention, self.options.compile
-        kernel = AttentionKernel(attention.mode, attention.split_attn)
-        use_attention(self.denoiser, kernel, device=self.device, dtype=self.weight_dtype, trains=True)
-        if compiling.torch_compile:
-            check_backend(compiling.dynamo_backend, self.device)
-
-    def print_plan(self) -> None:
-        parameters = sum(p.numel() for p in self.network.parameters())
-        dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
-        modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
-        size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
-        self.say(*plan_lines(self.run, size), *self.memory_lines(parameters))
-        for warning in (*self.run.warnings, *memory_warnings(self.run), *self.room_warnings(size)):
-            logger.warning("warning: %s", warning)
-
-    def room_warnings(self, size: NetworkSize) -> Iterator[str]:
-        """Of the disk that is written to; an error where it has no room at all."""
-        if self.accelerator.is_main_process:
-            state = saved_state_bytes(size.parameters, self.trained_dtype, self.options.optimizer)
-            yield from check_room(self.run, lora_bytes=size.file_bytes, state_bytes=state)
-
-    def memory_lines(self, parameters: int) -> Iterator[str]:
-        size_wh, images = largest_batch(self.run.training_set)
-        use, dtypes = self.memory_use(size_wh, images), (self.weight_dtype, self.trained_dtype)
-        estimate = estimate_memory(
-            self.options, self.denoiser, parameters=parameters, dtypes=dtypes, use=use, batch=(size_wh, images)
-        )
-        on_gpu = self.device.type == "cuda"
-        return estimate_lines(estimate, torch.cuda.mem_get_info(self.device)[1] if on_gpu else None, self.options)
-
-    @property
-    def trained_dtype(self) -> torch.dtype:
-        """LoRA weights stay float32 unless --full_bf16 or --full_fp16 is given."""
-        run = self.options.run
-        return self.weight_dtype if run.full_bf16 or run.full_fp16 else torch.float32
-
-    def load_models(self) -> None:
-        """Loads the denoiser and what must encode at every step, and merges --base_weights into them."""
-        if self.run.text_cache is None:
-            self.text_encoder = self.text_encoder or self.build_text_encoder()
-        encoders = self.text_models(self.text_encoder) if self.text_encoder is not None else []
-        wait_for_merging(self.options, self.denoiser, *encoders)
-        place = denoiser_place(self.options, self.denoiser, self.device)
-        self.load_denoiser(self.denoiser, device=place, dtype=self.weight_dtype)
-        if self.text_encoder is not None:
-            self.load_text_encoder(self.text_encoder, device=self.device, dtype=self.weight_dtype)
-        networks.merge_base_weights(self.options.network, self.denoiser, encoders, self.weight_dtype)
-        self.say(*arrange_fp8(self.options, self.denoiser, self.device, dtype=self.weight_dtype, gather=self.group.gather))
-        if self.options.memory.checkpointing is not None:
-            self.network.enable_gradient_checkpointing()
-        self.network.to(device=self.device, dtype=self.trained_dtype)
-        arrange_denoiser(self.options, self.denoiser, self.device)
-        if self.options.compile.torch_compile:
-            compile_blocks(self.denoiser, self.options.compile.dynamo_backend)
-        arrange_text_encoders(self.options, self.trained_encoders)
-        self.network.prepare_grad_etc(self.trained_encoders, self.denoiser)
-        self.network.train()
-        if self.run.latent_cache is None:
-            self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
-        self.objective = self.create_objective()
 
     def resume(self) -> None:
         """Goes on from --resume, and puts the schedule where --initial_step says."""
@@ -353,27 +243,30 @@ class NetworkTrainer(CacheFilling):
 
     def encoded(self, batch: Batch) -> Batch:
         """The batch with latents and text, made now where they are not cached."""
-        with torch.no_grad():
-            latents = self.encode_images(self.vae, batch.pixels) if batch.pixels is not None else batch.latents
+        latents = batch.latents
+        if batch.pixels is not None:
+            with torch.no_grad():
+                latents = self.encode_images(self.vae, batch.pixels, batch.latent_seeds)
         if batch.text is not None:
             return replace(batch, latents=latents)
         self.learner.strength.set(batch.network_multiplier)
         return replace(batch, latents=latents, text=self.encoded_text(batch.captions))
 
-    def encoded_text(self, captions: Sequence[str]) -> Conditioning:
+    def encoded_text(self, captions: Sequence[str], *, as_prompts: bool = False) -> Conditioning:
         """With gradients for a network on the text encoder, where there is one, and in autocast: a network of somebody else's may
         be float32 throughout."""
         trained = bool(self.trained_encoders)
         precision = self.accelerator.autocast() if trained else nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained), precision:
-            return self.encode_text(self.text_encoder, captions)
+            encode = self.encode_prompts if as_prompts else self.encode_text
+            return encode(self.text_encoder, captions)
 
     def compute_loss(self, batch: Batch, noisy: NoisyLatents) -> Tensor:
         """The loss of each image (B,): in training with what was drawn for the step, in validation with what is fixed."""
         noisy = self.with_preserved_targets(batch, noisy)
         self.learner.strength.set(batch.network_multiplier)
         with self.accelerator.autocast():
-            prediction = self.predict(self.denoiser, noisy, batch.text)
+            prediction = self.predict(self.denoiser, noisy, batch)
         return self.objective.loss(prediction, noisy, sample_weights=batch.loss_weights, mask=batch.mask)
 
     @torch.no_grad()
@@ -383,8 +276,8 @@ class NetworkTrainer(CacheFilling):
         if not rows:
             return noisy
         with self.learner.strength.at(0.0), self.accelerator.autocast():  # no strength, no dropout
-            text = self.encoded_text(batch.captions) if self.trained_encoders else batch.text
-            prediction = self.predict(self.denoiser, noisy, text).to(noisy.target.dtype)
+            plain = replace(batch, text=self.encoded_text(batch.captions)) if self.trained_encoders else batch
+            prediction = self.predict(self.denoiser, noisy, plain).to(noisy.target.dtype)
         # of the whole batch, and put together row by row: to pick rows, or texts of their lengths, would wait for the device
         targets = [prediction[row] if row in rows else own for row, own in enumerate(noisy.target)]
         return replace(noisy, target=torch.stack(targets))
@@ -538,8 +431,8 @@ class NetworkTrainer(CacheFilling):
 
     def prompt_conditioning(self, text: str) -> Conditioning:
         if self.run.text_cache is not None:
-            return self.run.text_cache.load_text(text)
-        return self.encoded_text([text])
+            return self.run.text_cache.load_text(cached_prompt(text, self.run.architecture))
+        return self.encoded_text([text], as_prompts=True)
 
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:
@@ -558,11 +451,6 @@ class NetworkTrainer(CacheFilling):
         finally:
             if self.run.latent_cache is not None:
                 self.vae.to("cpu")
-
-    def say(self, *lines: str) -> None:
-        """Lines for people, shown by the main process above the progress bar."""
-        for line in lines:
-            logger.info("%s", line)
 
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:

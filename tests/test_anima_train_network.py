@@ -80,10 +80,10 @@ class Recording(AnimaNetworkTrainer):
         self.asked = []
         super().train()
 
-    def predict(self, denoiser, noisy, text):
+    def predict(self, denoiser, noisy, batch):
         strengths = {lora.multiplier for lora in self.network.loras}
-        self.asked.append((strengths, text.prompt_embeds.detach().clone(), text.prompt_embeds.requires_grad))
-        return super().predict(denoiser, noisy, text)
+        self.asked.append((strengths, batch.text.prompt_embeds.detach().clone(), batch.text.prompt_embeds.requires_grad))
+        return super().predict(denoiser, noisy, batch)
 
 
 def test_preserved_targets_are_made_with_the_text_encoder_as_it_was(runs):

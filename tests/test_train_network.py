@@ -405,7 +405,7 @@ def test_a_network_that_cannot_scale_norms_is_told(train):
 
 
 class FullGpu(TinyTrainer):
-    def predict(self, denoiser, noisy, text):
+    def predict(self, denoiser, noisy, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total ...")
 
 
@@ -421,10 +421,10 @@ def test_a_full_gpu_is_told_with_what_would_help(train, capsys, monkeypatch):
 
 
 class FullAtTheThird(TinyTrainer):
-    def predict(self, denoiser, noisy, text):
+    def predict(self, denoiser, noisy, batch):
         if self.progress.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().predict(denoiser, noisy, text)
+        return super().predict(denoiser, noisy, batch)
 
 
 def test_the_steps_before_the_gpu_was_full_are_saved_and_gone_on_from(train, tmp_path):

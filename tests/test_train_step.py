@@ -109,9 +109,9 @@ class Strengths(TinyTrainer):
         self.seen: list[tuple[str, float]] = []
         super().train()
 
-    def predict(self, denoiser, noisy, text):
+    def predict(self, denoiser, noisy, batch):
         self.seen.append(("step" if torch.is_grad_enabled() else "validation", self.network.unet_loras[0].multiplier))
-        return super().predict(denoiser, noisy, text)
+        return super().predict(denoiser, noisy, batch)
 
     def draw_sample(self, *arguments):
         self.seen.append(("sample", self.network.unet_loras[0].multiplier))
@@ -157,8 +157,8 @@ def test_only_preserved_rows_get_the_models_own_prediction_as_target(trained):
     plain = trained.compute_loss(batch, noisy)
     mixed = trained.compute_loss(replace(batch, custom_attributes=({"diff_output_preservation": True}, {})), noisy)
     with torch.no_grad(), trained.learner.strength.at(0.0):
-        without = trained.predict(trained.denoiser, noisy, batch.text)
-    prediction = trained.predict(trained.denoiser, noisy, batch.text)
+        without = trained.predict(trained.denoiser, noisy, batch)
+    prediction = trained.predict(trained.denoiser, noisy, batch)
     assert mixed[1] == plain[1]
     assert torch.allclose(mixed[0], ((prediction - without)[0] ** 2).mean(), rtol=1e-6)
     assert mixed[0] != plain[0] and gradient(trained, mixed[0]).abs().max() > 0
@@ -196,7 +196,7 @@ def test_dropout_is_off_in_the_targets_of_preserved_images(runs):
     for lora in trainer.network.unet_loras:
         lora.lora_up.weight.data.fill_(1.0)
     expected = 0.5 * noisy.latents + 0.001 * batch.text.lengths[:, :, None, None]  # TinyDenoiser without a LoRA
-    assert not torch.allclose(trainer.predict(trainer.denoiser, noisy, batch.text), expected)
+    assert not torch.allclose(trainer.predict(trainer.denoiser, noisy, batch), expected)
     targets = trainer.with_preserved_targets(batch, noisy).target
     assert torch.allclose(targets[0], expected[0], atol=1e-6) and torch.equal(targets[1], noisy.target[1])
 

@@ -24,6 +24,11 @@ class TinyArchitecture:
     name, bucket_step = "tiny", 16
     prompt_settings = frozenset({"prompt", "negative_prompt", "width", "height", "seed"})
 
+    prompts_apart = False
+
+    def warnings_of(self, layouts, options):
+        return ()
+
     def read_layouts(self, options, parts=()):
         return SimpleNamespace()
 
@@ -129,7 +134,7 @@ class TinyTrainer(NetworkTrainer):
     def conditioning_type(self):
         return TinyConditioning
 
-    def encode_images(self, vae, pixels):
+    def encode_images(self, vae, pixels, seeds):
         return vae(pixels)
 
     def encode_text(self, text_encoder, captions):
@@ -138,8 +143,8 @@ class TinyTrainer(NetworkTrainer):
     def create_objective(self):
         return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
 
-    def predict(self, denoiser, noisy, text):
-        return denoiser(noisy.latents, text.lengths * 0.001)
+    def predict(self, denoiser, noisy, batch):
+        return denoiser(noisy.latents, batch.text.lengths * 0.001)
 
     def plan_sample(self, prompt, seed):
         return Picture(prompt=prompt.prompt, negative_prompt="", width=8, height=8, seed=seed, steps=1, scale=1.0, shift=1.0,

@@ -42,6 +42,8 @@ class AnimaArchitecture:
          "sample_sampler=euler", "sample_sampler=er_sde"}
     )  # fmt: skip
 
+    prompts_apart: ClassVar[bool] = False
+
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> AnimaLayouts:
         model, anima = options.model, options.anima
         problems = ProblemList()
@@ -63,6 +65,9 @@ class AnimaArchitecture:
         if misfits := list(fit_problems(layouts)):
             raise CheckpointError(*misfits)
         return layouts
+
+    def warnings_of(self, layouts: AnimaLayouts, options: Any) -> tuple[str, ...]:
+        return ()
 
     def latent_recipe(self, layouts: AnimaLayouts, options: Any) -> LatentRecipe:
         dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype

@@ -40,6 +40,7 @@ class Batch:
     positions: tuple[int, ...]
     global_size: int
     item_keys: tuple[str, ...]
+    latent_seeds: tuple[int, ...] = ()  # of the images, for what their encoding draws at random; none with cached latents
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         return self._with_tensors(lambda value: value.to(device, non_blocking=non_blocking))

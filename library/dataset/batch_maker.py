@@ -78,6 +78,7 @@ class BatchMaker:
             positions=positions,
             global_size=global_size,
             item_keys=tuple(showing.item.key for showing in showings),
+            latent_seeds=() if pixels is None else tuple(showing.item.latent_seed for showing in showings),
         )
         return batch.pin_memory() if self.pin_memory else batch
 

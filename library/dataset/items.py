@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.randomness import derive_seed
+
 if TYPE_CHECKING:
     from library.dataset.image_records import ImageRecords
 
@@ -95,6 +97,11 @@ class Item:
     def scale(self) -> float:
         """How much the image grows (above 1) or shrinks on its way into the bucket."""
         return max(self.resized_wh[0] / self.size_wh[0], self.resized_wh[1] / self.size_wh[1])
+
+    @property
+    def latent_seed(self) -> int:
+        """For what an image coder draws at random: the same for all items that are one file at one size."""
+        return derive_seed("latents", self.path.name, *self.bucket_wh)
 
     @property
     def is_masked(self) -> bool:

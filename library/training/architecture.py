@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ class Architecture(Protocol):
     name: ClassVar[str]  # in cache file names and messages
     bucket_step: ClassVar[int]  # bucket sides are multiples of it, in pixels
     prompt_settings: ClassVar[frozenset[str]]  # fields of SamplePrompt that its sampler uses, or field=value
+    prompts_apart: ClassVar[bool]  # whether sample prompts are encoded otherwise than captions
 
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> Any:
         """Reads the headers of the model files of ``parts`` and checks them against the architecture.
@@ -25,6 +26,9 @@ class Architecture(Protocol):
         Returns the architecture's own layouts object, which the trainer gets back; what was not asked for is None in it, and its
         flags may be missing. Raises CheckpointError with the problems of all files together.
         """
+
+    def warnings_of(self, layouts: Any, options: Any) -> Iterable[str]:
+        """What is allowed but probably not meant, as the model files show."""
 
     def latent_recipe(self, layouts: Any, options: Any) -> LatentRecipe:
         """All that cached latents depend on besides the image. ``layouts`` has at least the VAE's."""

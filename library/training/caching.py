@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.dataset.caches.reference_caches import reference_latents, reference_text
+from library.dataset.caches.text_files import PROMPT_MARK
+from library.dataset.conditioning import Conditioning
 from library.errors import OptionError, OutputError, found_by_all
 from library.training.hooks import ArchitectureHooks
 from library.training.models import networks
@@ -131,7 +134,7 @@ class CacheFilling(ArchitectureHooks):
     def fill_latent_cache(self, cache: LatentCache) -> None:
         vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
         cache.fill(
-            lambda pixels: self.encode_images(vae, pixels.to(self.device)),
+            lambda pixels, seeds: self.encode_images(vae, pixels.to(self.device), seeds),
             batch_size=self.options.caches.vae_batch_size,
             workers=worker_count(self.options),
             **self.cache_shares(),
@@ -144,10 +147,16 @@ class CacheFilling(ArchitectureHooks):
         self.load_text_encoder(text_encoder, device=self.device, dtype=self.weight_dtype)
         networks.merge_base_weights(self.options.network, None, models, self.weight_dtype)
         cache.fill(
-            lambda captions: self.encode_text(text_encoder, captions).to("cpu"),
+            lambda texts: self.encode_cached(text_encoder, texts).to("cpu"),
             batch_size=self.options.caches.text_encoder_batch_size or self.options.dataset.train_batch_size,
             **self.cache_shares(),
         )
+
+    def encode_cached(self, text_encoder: Any, texts: Sequence[str]) -> Conditioning:
+        """Captions, or sample prompts that are marked as such; never both at once."""
+        if not texts[0].startswith(PROMPT_MARK):
+            return self.encode_text(text_encoder, texts)
+        return self.encode_prompts(text_encoder, [text.removeprefix(PROMPT_MARK) for text in texts])
 
     def after_caching(self) -> None:
         self.group.wait()

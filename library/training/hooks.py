@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
@@ -72,21 +73,30 @@ class ArchitectureHooks(ABC):
         """The class that ``encode_text`` returns."""
 
     @abstractmethod
-    def encode_images(self, vae: Any, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8). The caller sets gradient mode."""
+    def encode_images(self, vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8). The caller sets gradient mode.
+
+        What is drawn at random for an image depends on its one of the B ``seeds`` alone: neither on its batch nor on the time.
+        """
 
     @abstractmethod
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Conditioning:
         """Conditioning of the captions. The caller sets gradient mode."""
+
+    def encode_prompts(self, text_encoder: Any, prompts: Sequence[str]) -> Conditioning:
+        """The same for prompts of sample pictures. An architecture that takes them another way (``prompts_apart``) answers this
+        too, and is asked for one prompt at a time where it is going to be cached."""
+        return self.encode_text(text_encoder, prompts)
 
     @abstractmethod
     def create_objective(self) -> Objective:
         """How latents are corrupted, what the target is, and the loss."""
 
     @abstractmethod
-    def predict(self, denoiser: Any, noisy: NoisyLatents, text: Any) -> Tensor:
+    def predict(self, denoiser: Any, noisy: NoisyLatents, batch: Batch) -> Tensor:
         """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
 
+        ``batch`` has the text, and what else a denoiser may be told: the sizes of the images and where they were cut.
         Used for training and validation; the caller sets autocast and gradient mode.
         """
 

@@ -159,7 +159,13 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         settings=settings,
         latent_cache=latent_cache,
         text_cache=text_cache,
-        warnings=(*changes, *option_warnings(options), *training_set.warnings, *prompt_warnings(prompts, architecture)),
+        warnings=(
+            *changes,
+            *option_warnings(options),
+            *architecture.warnings_of(layouts, options),
+            *training_set.warnings,
+            *prompt_warnings(prompts, architecture),
+        ),
     )
 
 
@@ -300,16 +306,24 @@ def make_caches(options: Any, architecture: Architecture, layouts: Any, training
             training_set,
             with_base_weights(architecture.text_recipe(layouts, options), options.network),
             variants=variants,
-            extra_texts=prompt_texts(prompts),
+            extra_texts=prompt_texts(prompts, architecture),
             on_disk=caches.cache_text_encoder_outputs_to_disk,
             **where,
         )
     return latent_cache, text_cache
 
 
-def prompt_texts(prompts: tuple[SamplePrompt, ...]) -> tuple[str, ...]:
+def prompt_texts(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> tuple[str, ...]:
     """Texts besides captions whose conditioning a run needs; the empty one, for dropout, every cache has by itself."""
-    return tuple(text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or ""))
+    texts = (text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or ""))
+    return tuple(cached_prompt(text, architecture) for text in texts)
+
+
+def cached_prompt(text: str, architecture: Architecture) -> str:
+    """What a sample prompt is called in the cache of texts."""
+    from library.dataset.caches.text_files import PROMPT_MARK
+
+    return PROMPT_MARK + text if architecture.prompts_apart else text
 
 
 def check_disk(training_set: TrainingSet, caches: Sequence[LatentCache | TextCache | None], options: Any) -> None:

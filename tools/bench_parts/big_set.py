@@ -7,7 +7,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -128,7 +128,7 @@ def files_need_not_last() -> Iterator[None]:
         yield
 
 
-def made_up_latents(pixels: torch.Tensor) -> torch.Tensor:
+def made_up_latents(pixels: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
     return torch.zeros(pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8)  # (B, 16, h, w)
 
 

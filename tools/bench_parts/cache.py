@@ -55,11 +55,11 @@ class CountingTrainer(AnimaNetworkTrainer):
         with self.adding_time_to("latents_s"):
             super().fill_latent_cache(cache)
 
-    def encode_images(self, vae: Any, pixels: Tensor) -> Tensor:
+    def encode_images(self, vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         self.work.images += len(pixels)
         self.work.image_calls += 1
         with self.adding_time_to("vae_s"):
-            return super().encode_images(vae, pixels)
+            return super().encode_images(vae, pixels, seeds)
 
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Any:
         self.work.text_calls += 1

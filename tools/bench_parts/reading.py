@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def files_need_not_last() -> Iterator[None]:
         yield
 
 
-def noise_latents(pixels: torch.Tensor) -> torch.Tensor:
+def noise_latents(pixels: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
     return torch.randn(pixels.shape[0], 16, pixels.shape[2] // 8, pixels.shape[3] // 8)  # (B, 16, h, w)
 
 

@@ -120,7 +120,7 @@ class BareStep:
 
         def work() -> None:
             with trainer.accelerator.autocast():
-                prediction = trainer.predict(trainer.denoiser, noisy, batch.text)
+                prediction = trainer.predict(trainer.denoiser, noisy, batch)
             F.mse_loss(prediction.float(), noisy.target).backward()
             self.optimizer.step()
 

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
 ADOPTERS = 2  # threads that read entries of another program
 
-Encode = Callable[["Tensor"], "Tensor"]  # (B, 3, H, W) float32 in [-1, 1] -> (B, C, h, w) scaled latents
+# (B, 3, H, W) float32 in [-1, 1], and a seed of each image for what is drawn at random -> (B, C, h, w) scaled latents
+Encode = Callable[["Tensor", Sequence[int]], "Tensor"]
 # An item and the names of the tensors that are wanted -> tensors that another program made, or why there are none
 ReadForeign = Callable[[Item, tuple[str, ...]], "dict[str, Tensor] | str"]
 
@@ -345,7 +346,7 @@ class LatentCache:
         import numpy as np
         import torch
 
-        latents = encode(torch.from_numpy(np.ascontiguousarray(pixels)))
+        latents = encode(torch.from_numpy(np.ascontiguousarray(pixels)), [entry.item.latent_seed for entry in entries])
         latents = latents.detach().to(device="cpu", dtype=getattr(torch, self.recipe.dtype))
         if latents.shape[0] != len(entries):
             raise ValueError(f"the encoder gave {latents.shape[0]} latents for {len(entries)} images")

@@ -24,6 +24,7 @@ from library.dataset.caches.rows import Column, MemoryEntry, RowReader, RowSourc
 from library.dataset.caches.share import ROUND_BYTES, Gather, shared
 from library.dataset.caches.text_files import (
     EMPTY,
+    PROMPT_MARK,
     Tensors,
     TextFile,
     TextFileCheck,
@@ -51,7 +52,7 @@ MAX_VARIANTS = 32  # per image, unless the user asks for more
 HEADER_BYTES = 1024  # about what a cache file's header takes
 ADOPTERS = 2  # threads that read entries of another program
 
-Encode = Callable[[list[str]], Conditioning]  # B captions -> their conditioning
+Encode = Callable[[list[str]], Conditioning]  # B captions, or one text with a PROMPT_MARK -> their conditioning
 # An item and a text of it -> the text's tensors as another program made them, or why there are none
 ReadForeign = Callable[[Item, str], "Tensors | str"]
 Judged = tuple[TextFile, Mapping[str, Verdict]]
@@ -173,7 +174,9 @@ class TextCache:
         started = time.monotonic()
         self._forget()
         all_texts = self._files.texts()
-        groups = [all_texts[start : start + batch_size] for start in range(0, len(all_texts), batch_size)]
+        captions = [text for text in all_texts if not text.startswith(PROMPT_MARK)]
+        groups = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
+        groups += [[text] for text in all_texts if text.startswith(PROMPT_MARK)]
         bar = partial(progress_bar, "caching text", "text", shown=progress and rank == 0)
         if self.on_disk:
             written, reused = self._fill_files(encode, groups, bar=bar, share=_share_of(self._files.all, rank, processes))

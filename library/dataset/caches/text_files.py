@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EMPTY = ""  # always cached: caption dropout is decided while training, whatever its rate was when the cache was made
+PROMPT_MARK = "\x1e"  # before a text that is encoded as a sample prompt, where that is not how captions are
 # Valid texts of a file that this run does not use, at least: another run may be training on them, and switching caption settings
 # back and forth stays cheap. As many as the run itself needs where that is more: the other one may need as many.
 KEEP_UNUSED = 64

@@ -156,9 +156,9 @@ class Counting(TinyTrainer):
         self.images: list[int] = []
         self.captions: list[int] = []
 
-    def encode_images(self, vae, pixels):
+    def encode_images(self, vae, pixels, seeds):
         self.images.append(len(pixels))
-        return super().encode_images(vae, pixels)
+        return super().encode_images(vae, pixels, seeds)
 
     def encode_text(self, text_encoder, captions):
         self.captions.append(len(captions))

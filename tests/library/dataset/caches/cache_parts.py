@@ -79,13 +79,15 @@ def with_masks(training_set: TrainingSet, folder: str = "masks") -> TrainingSet:
 
 @dataclass
 class TinyVae:
-    """(B, 3, H, W) -> (B, 4, H/8, W/8): a strided convolution with fixed weights. Notes the batches it has seen."""
+    """(B, 3, H, W) -> (B, 4, H/8, W/8): a strided convolution with fixed weights. Notes the batches and seeds it has seen."""
 
     delay_s: float = 0.0
     batches: list[Tensor] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, seeds: Sequence[int] = ()) -> Tensor:
         self.batches.append(pixels.clone())
+        self.seeds += seeds
         time.sleep(self.delay_s)
         weight = torch.linspace(-1, 1, 4 * 3 * 64).reshape(4, 3, 8, 8)
         return torch.nn.functional.conv2d(pixels, weight, stride=8) / 8

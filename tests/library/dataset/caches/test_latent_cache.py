@@ -263,7 +263,7 @@ def test_a_cache_folder_is_made_and_used(tmp_path: Path) -> None:
 def test_latents_that_are_not_finite_stop_with_the_image(tmp_path: Path, on_disk: bool) -> None:
     training_set = make_training_set(tmp_path)
 
-    def broken(pixels: Tensor) -> Tensor:
+    def broken(pixels: Tensor, seeds: object) -> Tensor:
         latents = TinyVae()(pixels)
         if pixels.shape[-1] == 96:
             latents[-1, 0, 0, 0] = float("nan")
@@ -288,7 +288,7 @@ def test_interrupted_by_the_user_what_is_written_stays(tmp_path: Path) -> None:
     training_set = make_training_set(tmp_path)
     vae = TinyVae()
 
-    def interrupted(pixels: Tensor) -> Tensor:
+    def interrupted(pixels: Tensor, seeds: object) -> Tensor:
         if len(vae.batches) == 2:
             raise KeyboardInterrupt
         return vae(pixels)
@@ -421,3 +421,17 @@ def start_fill(folder: Path, *, delay_s: float, rank: int = 0, processes: int = 
     assert process.stdout is not None
     assert process.stdout.readline() == "filling\n"
     return process
+
+
+def test_what_an_encoder_draws_depends_on_the_file_and_its_size_alone(tmp_path):
+    """Not on the group that is encoded together, nor on which other files there are: cached and live latents are the same."""
+    together, alone = TinyVae(), TinyVae()
+    training_set = make_training_set(tmp_path)
+    fill(latent_cache(training_set, on_disk=False), together, batch_size=3)
+    fill(latent_cache(training_set, on_disk=False), alone, batch_size=1)
+    assert (
+        sorted(set(together.seeds)) == sorted(set(alone.seeds)) == sorted({item.latent_seed for item in training_set.all_items})
+    )
+    moved = replace(training_set.items[0], path=tmp_path / "elsewhere" / training_set.items[0].path.name)
+    assert moved.latent_seed == training_set.items[0].latent_seed
+    assert replace(moved, bucket_wh=(8, 8)).latent_seed != moved.latent_seed

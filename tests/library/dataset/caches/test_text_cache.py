@@ -17,6 +17,7 @@ import torch
 
 from library.dataset.caches import text_files
 from library.dataset.caches.text_cache import TextCache, default_variants, text_hash
+from library.dataset.caches.text_files import PROMPT_MARK
 from library.dataset.captions import caption_variant
 from library.dataset.items import TrainingSet
 from library.errors import DatasetError
@@ -353,3 +354,21 @@ def start_fill(folder: Path, *, delay_s: float, rank: int = 0, processes: int = 
     assert process.stdout is not None
     assert process.stdout.readline() == "filling\n"
     return process
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_marked_prompts_are_encoded_alone_and_apart_from_captions(tmp_path, on_disk):
+    training_set, asked = make_training_set(tmp_path), []
+
+    def encode(texts: list[str]) -> TinyConditioning:
+        asked.append(texts)
+        return TinyTextEncoder()(texts)
+
+    fill(
+        text_cache(training_set, on_disk=on_disk, extra_texts=(PROMPT_MARK + "one", PROMPT_MARK + "two", "plain")),
+        encode,
+        batch_size=3,
+    )
+    assert [PROMPT_MARK + "one"] in asked and [PROMPT_MARK + "two"] in asked
+    assert all(len(texts) == 1 or not any(text.startswith(PROMPT_MARK) for text in texts) for texts in asked)
+    assert any("plain" in texts for texts in asked)

@@ -24,7 +24,7 @@ from tests.library.dataset.caches.cache_parts import (
 
 
 def fill(cache: Any, offset: float = 0.0) -> None:
-    cache.fill(lambda pixels: TinyVae()(pixels) + offset, batch_size=2, workers=1, progress=False)
+    cache.fill(lambda pixels, seeds: TinyVae()(pixels) + offset, batch_size=2, workers=1, progress=False)
 
 
 def test_a_file_that_another_run_replaces_at_once_is_not_noted_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
