@@ -1,0 +1,91 @@
+"""The image coder of Stable Diffusion 1.x, 2.x and SDXL: pixels <-> scaled latents. The network is diffusers' AutoencoderKL.
+
+B batch · H, W pixels · h, w = H / 8, W / 8 latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.files.weights_source import module_tensors
+from library.nn.loading import load_into
+from library.sd.layout import Part
+from library.sd.vae_layout import VaeConfig
+
+SD_SCALE, SDXL_SCALE = 0.18215, 0.13025  # what makes latents vary by about 1; SD 1.x and 2.x, and SDXL, as published
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as published
+
+
+class StableDiffusionVae(nn.Module):
+    """Encoder and decoder. Frozen: both directions run without gradients."""
+
+    def __init__(self, config: VaeConfig, *, scale: float):
+        from diffusers import AutoencoderKL
+
+        super().__init__()
+        self.config, self.scale = config, scale
+        levels = len(config.widths)
+        self.model: Any = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.widths,
+            layers_per_block=config.blocks,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_groups,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.quant_conv.weight.dtype
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], H and W multiples of 8 -> (B, 4, h, w) scaled latents, a sample of the posterior.
+
+        A row depends on its own pixels and seed alone, except for rounding: never on its batch, nor on when it is encoded.
+        """
+        moments = self.moments(pixels)
+        noise = posterior_noise(seeds, moments)
+        return (posterior_sample(moments, noise) * self.scale).to(moments.dtype)
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """(B, 8, h, w): the posterior's mean, then its log-variance, of raw latents."""
+        return self.model.quant_conv(self.model.encoder(pixels.to(self.dtype)))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4, h, w) scaled latents -> (B, 3, H, W), about [-1, 1] and not cut to it."""
+        raw = (latents.float() / self.scale).to(self.dtype)
+        return self.model.decoder(self.model.post_quant_conv(raw))
+
+
+def posterior_noise(seeds: Sequence[int], moments: Tensor) -> Tensor:
+    """(B, C, h, w) standard normal in fp32 on the device of ``moments`` (B, 2C, h, w); each row of its seed, drawn on the CPU."""
+    _, channels, height, width = moments.shape
+    shape = (channels // 2, height, width)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    if moments.is_cuda:
+        noise = noise.pin_memory()  # else the copy waits for the device
+    return noise.to(moments.device, non_blocking=True)
+
+
+def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
+    """moments (B, 2C, h, w), noise (B, C, h, w) -> ``mean + deviation * noise`` (B, C, h, w) in fp32."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return torch.addcmul(mean, torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)), noise)
+
+
+def load_vae(part: Part[VaeConfig], *, device: torch.device | str, dtype: torch.dtype, scale: float) -> StableDiffusionVae:
+    """Builds the coder and streams its weights in, tensor by tensor, in ``dtype`` on ``device``.
+
+    ``scale`` counts where the file's config says none. Raises CheckpointError where the file has changed since it was looked at.
+    """
+    with torch.device("meta"):
+        vae = StableDiffusionVae(part.config, scale=part.config.scale or scale)
+    load_into(vae.model, module_tensors(part.source, part.pieces), device=device, dtype=dtype)
+    return vae.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stubs lack it

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.errors import CheckpointError
+from library.files.open_weights import open_weights
+from library.files.safetensors_file import save_safetensors
+from library.sd.vae import SD_SCALE, load_vae
+from library.sd.vae_layout import DIFFUSERS, ORIGINAL, VaeConfig, VaePlace, find_vae, module_shapes, vae_part
+from tests.library.sd.vae_files import HEADER, TINY, file_tensors_of, module_tensors_of, write_vae, write_vae_folder
+
+
+def part_of(path: Path, *, prefix: str = "", layout: str = ORIGINAL):
+    return vae_part(open_weights(path, flag="--vae"), prefix=prefix, layout=layout)
+
+
+def test_names_are_those_of_diffusers_module():
+    from library.sd.vae import StableDiffusionVae
+
+    for config in (TINY, VaeConfig()):
+        with torch.device("meta"):
+            module = StableDiffusionVae(config, scale=1.0).model
+        assert {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == module_shapes(config)
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix", "is_old"),
+    [(ORIGINAL, "first_stage_model.", False), (ORIGINAL, "", False), (DIFFUSERS, "", False), (DIFFUSERS, "vae.", True)],
+)
+def test_every_layout_gives_the_same_weights(tmp_path, layout, prefix, is_old):
+    path = write_vae(tmp_path / "vae.safetensors", layout, prefix=prefix, is_old=is_old)
+    assert find_vae(open_weights(path, flag="--vae").shapes) == VaePlace(prefix, layout)
+    part = part_of(path, prefix=prefix, layout=layout)
+    assert part.config == TINY
+    vae = load_vae(part, device="cpu", dtype=torch.float32, scale=SD_SCALE)
+    state = vae.model.state_dict()
+    for name, tensor in module_tensors_of().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_a_pickle_is_read(tmp_path):
+    torch.save({"state_dict": file_tensors_of(ORIGINAL)}, tmp_path / "vae.ckpt")
+    with pytest.raises(CheckpointError, match="norm groups"):  # it has no header that could tell them
+        part_of(tmp_path / "vae.ckpt")
+
+
+def test_keys_of_the_coders_own_training_are_left_out(tmp_path):
+    extra = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    save_safetensors(tmp_path / "vae.safetensors", {**file_tensors_of(ORIGINAL), **extra}, HEADER)
+    part = part_of(tmp_path / "vae.safetensors")
+    assert not any(piece.key.startswith(("loss.", "model_ema.")) for piece in part.pieces.values())
+
+
+def test_missing_unexpected_and_misshapen_keys_are_told_together(tmp_path):
+    tensors = file_tensors_of(ORIGINAL)
+    del tensors["encoder.mid.attn_1.q.bias"]
+    tensors["decoder.extra.weight"] = torch.zeros(1)
+    tensors["quant_conv.bias"] = torch.zeros(3)
+    save_safetensors(tmp_path / "vae.safetensors", tensors, HEADER)
+    with pytest.raises(CheckpointError) as error:
+        part_of(tmp_path / "vae.safetensors")
+    (text,) = error.value.problems
+    for part in (
+        "1 missing: encoder.mid.attn_1.q.bias",
+        "1 unexpected: decoder.extra.weight",
+        "quant_conv.bias (3 instead of 8)",
+    ):
+        assert part in text
+
+
+def test_a_vae_of_sixteen_channels_is_another_models(tmp_path):
+    path = write_vae(tmp_path / "flux.safetensors", config=VaeConfig(widths=TINY.widths, blocks=1, latent_channels=16))
+    with pytest.raises(CheckpointError, match="16 latent channels.*SD3, FLUX"):
+        part_of(path)
+
+
+def test_a_coder_of_another_stride_is_refused(tmp_path):
+    path = write_vae(tmp_path / "upscaler.safetensors", config=VaeConfig(widths=(4, 8, 8), blocks=1))
+    with pytest.raises(CheckpointError, match="one latent of 4 pixels"):
+        part_of(path)
+
+
+def test_another_model_is_named(tmp_path):
+    save_safetensors(tmp_path / "wan.safetensors", {"encoder.middle.0.residual.0.gamma": torch.zeros(4, 1, 1, 1)})
+    with pytest.raises(CheckpointError, match="it is a Qwen-Image VAE"):
+        part_of(tmp_path / "wan.safetensors")
+    save_safetensors(tmp_path / "other.safetensors", {"weight": torch.zeros(4)})
+    with pytest.raises(CheckpointError, match="none of its keys"):
+        part_of(tmp_path / "other.safetensors")
+
+
+def test_norm_groups_that_cannot_be_are_told(tmp_path):
+    save_safetensors(tmp_path / "vae.safetensors", file_tensors_of(ORIGINAL))
+    with pytest.raises(CheckpointError, match="4 channels, which 32 norm groups do not divide"):
+        part_of(tmp_path / "vae.safetensors")
+    bad = {"config": json.dumps({"vae": {"norm_groups": 0}})}
+    save_safetensors(tmp_path / "bad.safetensors", file_tensors_of(ORIGINAL), bad)
+    with pytest.raises(CheckpointError, match="norm_groups = 0; give a positive number"):
+        part_of(tmp_path / "bad.safetensors")
+
+
+def test_a_folders_config_gives_groups_and_scale(tmp_path):
+    path = write_vae_folder(tmp_path / "vae", scaling_factor=0.5)
+    config = part_of(path, layout=DIFFUSERS).config
+    assert (config.norm_groups, config.scale) == (TINY.norm_groups, 0.5)
+
+
+def test_the_config_of_another_model_beside_the_file_does_not_count(tmp_path):
+    path = write_vae(tmp_path / "vae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet", "scaling_factor": 9}), encoding="utf-8")
+    assert part_of(path).config == TINY
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert part_of(path).config == TINY  # the header already says what there is to know
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl_base"])
+def test_published_files_fit(name):
+    specs = Path(os.environ.get("SPECS_DIR", "")) / "checkpoints" / f"{name}.json.gz"
+    if not os.environ.get("SPECS_DIR") or not specs.is_file():
+        pytest.skip("the list of published keys is not here")
+    entries = json.loads(gzip.decompress(specs.read_bytes()))["tensors"]
+    source = ListedKeys({key: tuple(shape) for key, (_, shape) in entries.items()})
+    part = vae_part(source, prefix="first_stage_model.", layout=ORIGINAL)
+    assert part.config == VaeConfig()
+    used = {piece.key for piece in part.pieces.values()}
+    assert used == {key for key in entries if key.startswith("first_stage_model.")}
+
+
+class ListedKeys:
+    """A source of names and shapes alone."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.shapes, self.path, self.metadata = shapes, Path("listed.safetensors"), {}
+
+    def tensors(self, names):
+        raise AssertionError("only looked at")
