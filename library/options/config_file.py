@@ -14,7 +14,7 @@ from typing import Any
 
 from library.errors import OptionError, os_error_text
 from library.options.declare import Option, opt
-from library.options.given import Given, near_names, questioned
+from library.options.given import Given, belongs_to_scripts, near_names, questioned
 from library.options.kinds import STEPS_OR_SHARE
 
 NEVER_IN_FILE = ("config_file", "output_config", "dry_run")
@@ -108,8 +108,10 @@ def _take_key(given: Given, key: str, value: object, known: Mapping[str, Option]
     elif key in NEVER_IN_FILE[:2]:
         given.problems.append(f"{place}: {key} works on the command line only: take it out of the file")
     elif key not in known:
-        near = near_names(key, known)
-        given.problems.append(f"{place}: unknown key {key}{questioned(near) or ': keys are named as the flags, see --help'}")
+        belongs = belongs_to_scripts(key)
+        near = [] if belongs else near_names(key, known)
+        hint = "; take it out" if belongs else questioned(near) or ": keys are named as the flags, see --help"
+        given.problems.append(f"{place}: unknown key {key}{belongs}{hint}")
         given.doubtful.update(near)
     else:
         given.take(known[key], value, place=place)

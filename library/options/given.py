@@ -10,6 +10,7 @@ from typing import Any
 from library.files.user_path import PathProblem
 from library.options.declare import Option
 from library.options.kinds import PATH, TEXT, Unfit
+from library.options.scripts import scripts_with
 
 
 @dataclass(slots=True)
@@ -52,6 +53,14 @@ def near_names(name: str, known: Iterable[str]) -> list[str]:
 def questioned(names: list[str], *, dashes: str = "") -> str:
     """``" (did you mean a or b?)"``, or an empty text for no names."""
     return f" (did you mean {' or '.join(dashes + name for name in names)}?)" if names else ""
+
+
+def belongs_to_scripts(name: str) -> str:
+    """Of an option that this script does not have: ``": it belongs to x.py, not to this script"``, or an empty text."""
+    scripts = scripts_with(name)
+    if not scripts:
+        return ""
+    return f": it belongs to {', '.join(scripts[:-1])}{' and ' if scripts[1:] else ''}{scripts[-1]}, not to this script"
 
 
 def known_options(groups: Iterable[tuple[Option, ...]]) -> Mapping[str, Option]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from library.options.ddpm import ClipOptions
+from library.options.ddpm import ClipOptions, DdpmTrainingOptions
 from library.options.declare import opt
 from library.options.models import ModelOptions
 from library.options.rules import at_least
@@ -97,6 +97,7 @@ class StableDiffusionTrainOptions(TrainOptions):
 
     model: SdModelOptions = field(default_factory=SdModelOptions)
     clip: SdClipOptions = field(default_factory=SdClipOptions)
+    ddpm: DdpmTrainingOptions = field(default_factory=DdpmTrainingOptions)
 
 
 @dataclass(frozen=True, kw_only=True)

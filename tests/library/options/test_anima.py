@@ -1,7 +1,5 @@
 """The options of anima_train_network.py: as declared, and the rules between them."""
 
-import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,15 +8,14 @@ import pytest
 from library.errors import OptionError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
-from library.options.config_file import ConfigFileOptions
-from library.options.declare import Option, groups_of, options_of, warnings_of
+from library.options.declare import warnings_of
+from tests.library.options.reference import SPECS, declared, facts, is_as_in, reference_rows
 
 OURS = {
     "dry_run", "deterministic", "skip_bad_images", "cache_dir", "caption_variants", "show_captions", "save_best",
     "import_reference_caches", "save_format", "show_timesteps",
 }  # fmt: skip
 OTHER_DEFAULTS = {"sample_sampler": None}  # the reference's is for other models
-READ_AS_TEXT = {"resolution", "face_crop_aug_range"}  # kinds of their own; the reference takes any text
 REQUIRED = {
     "pretrained_model_name_or_path": "dit.safetensors",
     "qwen3": "qwen3.safetensors",
@@ -27,19 +24,14 @@ REQUIRED = {
     "output_dir": "out",
     "network_module": "networks.lora_anima",
 }
-SPECS = os.environ.get("SPECS_DIR")
-TYPES = {"true or false": "switch", "a whole number": "int", "a number": "float", "a text": "str", "a path": "Path"}
+DECLARED = declared(AnimaTrainOptions)
+ROWS = reference_rows("anima_train_network")
 
 GUIDE = """--pretrained_model_name_or_path=dit.safetensors --qwen3=qwen3.safetensors --vae=vae.safetensors
     --dataset_config=my.toml --output_dir=out --output_name=my_anima_lora --save_model_as=safetensors
     --network_module=networks.lora_anima --network_dim=8 --learning_rate=1e-4 --optimizer_type=AdamW8bit --lr_scheduler=constant
     --timestep_sampling=sigmoid --discrete_flow_shift=1.0 --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision=bf16
     --gradient_checkpointing --cache_latents --cache_text_encoder_outputs --vae_chunk_size=64 --vae_disable_cache"""
-
-
-def declared() -> dict[str, Option]:
-    groups = [ConfigFileOptions, *groups_of(AnimaTrainOptions).values()]
-    return {option.name: option for group in groups for option in options_of(group)}
 
 
 def read(*arguments: str, without: str = "") -> AnimaTrainOptions:
@@ -53,38 +45,22 @@ def problems(*arguments: str, without: str = "") -> tuple[str, ...]:
     return caught.value.problems
 
 
-def reference_rows() -> list[dict]:
-    return json.loads(Path(__file__).with_name("reference_options.json").read_text(encoding="utf-8"))
-
-
 def test_flags_are_the_reference_s_and_ours():
-    assert set(declared()) == {row["name"] for row in reference_rows()} | OURS
+    assert set(DECLARED) == {row["name"] for row in ROWS} | OURS
 
 
-@pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
 def test_type_default_and_choices_are_the_reference_s(row):
-    option = declared()[row["name"]]
-    type_name = "str" if option.name in READ_AS_TEXT else TYPES.get(option.kind.words, "int_or_float")
-    assert (type_name, option.is_list) == (row["type"], row["list"])
-    assert list(option.choices)[: len(row["choices"])] == row["choices"] and (row["choices"] or not option.choices)
-    default = OTHER_DEFAULTS.get(option.name, row["default"])
-    assert option.default == default and type(option.default) is type(default)
+    assert is_as_in(DECLARED[row["name"]], row, **OTHER_DEFAULTS)
 
 
 @pytest.mark.skipif(not SPECS, reason="SPECS_DIR names no folder of facts")
 def test_table_is_the_spec():
-    spec = json.loads((Path(str(SPECS)) / "cli" / "anima_train_network.json").read_text(encoding="utf-8"))
-    facts = {option["dest"]: option for option in spec["options"]}
-    for row in reference_rows():
-        fact = facts[row["name"]]
-        choices = [choice for choice in fact.get("choices") or [] if choice is not None]
-        kind = "switch" if fact["action"] == "store_true" else fact.get("type")
-        assert row == {
-            "name": fact["dest"], "type": kind or "str", "default": fact["default"], "list": fact.get("nargs") == "*", "choices": choices,
-        }  # fmt: skip
+    found = facts("anima_train_network")
+    assert [found[row["name"]] for row in ROWS] == ROWS
 
 
-@pytest.mark.parametrize("option", declared().values(), ids=lambda option: option.name)
+@pytest.mark.parametrize("option", DECLARED.values(), ids=lambda option: option.name)
 def test_every_option_explains_itself(option):
     assert len(option.help) > 8 and option.help.isascii() and not option.help.endswith(".")
     if option.default is None:
@@ -96,12 +72,12 @@ WITHOUT_A_DEFAULT_MEANING = {
     *REQUIRED, "config_file", "train_data_dir", "reg_data_dir", "conditioning_data_dir", "in_json", "resolution", "caption_extention", "secondary_separator",
     "lr_scheduler_args", "optimizer_args", "network_args", "lr_scheduler_min_lr_ratio", "save_n_epoch_ratio", "training_comment",
     "resume", "sample_prompts", "logging_dir", "log_tracker_config", "console_log_file", "base_weights",
-    *(name for name in declared() if name.startswith("metadata_")),
+    *(name for name in DECLARED if name.startswith("metadata_")),
 }  # fmt: skip
 
 
 def test_defaults_are_valid_choices():
-    for option in declared().values():
+    for option in DECLARED.values():
         assert not option.choices or option.default is None or option.default in option.choices
 
 
