@@ -72,8 +72,11 @@ def clip_part(source: WeightsSource, *, prefix: str, layout: Layout, keep_layers
     if not in_file:
         raise CheckpointError(f"{source.path} has no text encoder: no tensor is called {prefix}{LAYER_NAMES[layout]}0 and so on")
     layers = in_file if keep_layers is None else keep_layers % in_file if keep_layers < 0 else min(keep_layers, in_file)
-    found = {name: shape for name, shape in found.items() if _is_needed(name, layout, layers, cut=keep_layers is not None)}
-    config = _with_sizes(found, layout, layers, clip_settings(source, prefix))
+    is_cut = keep_layers is not None
+    found = {name: shape for name, shape in found.items() if _is_needed(name, layout, layers, is_cut=is_cut)}
+    # OpenCLIP always has a projection; whether transformers' does depends on what the file was made for
+    frame = ClipConfig(layers=layers, projection=1 if PROJECTION in found or (layout == "open_clip" and not is_cut) else None)
+    config = _with_sizes(frame, found, layout, clip_settings(source, prefix))
     pieces = clip_pieces(config, layout, found)
     expected = {
         prefix + pieces[name].key: _file_shape(shape, pieces[name].change) for name, shape in expected_shapes(config).items()
@@ -146,8 +149,8 @@ def _open_clip_piece(name: str, found: Container[str]) -> Piece:
     return Piece(f"{start}{OPEN_CLIP_NAMES[module]}.{kind}")
 
 
-def _is_needed(name: str, layout: Layout, layers: int, *, cut: bool) -> bool:
-    if BESIDES.fullmatch(name) or (cut and name in (PROJECTION, PROJECTION.removesuffix(".weight"))):
+def _is_needed(name: str, layout: Layout, layers: int, *, is_cut: bool) -> bool:
+    if BESIDES.fullmatch(name) or (is_cut and name in (PROJECTION, PROJECTION.removesuffix(".weight"))):
         return False
     number = _layer_number(name, layout)
     return number is None or number < layers
@@ -173,22 +176,20 @@ def _file_shape(shape: tuple[int, ...], change: str) -> tuple[int, ...]:
     return shape[::-1] if change == "transposed" else shape
 
 
-def _with_sizes(found: Shapes, layout: Layout, layers: int, settings: Mapping[str, Any]) -> ClipConfig:
-    """The model with the sizes that most tensors of ``found`` agree on and what ``settings`` says, else as published."""
-    projected = layout == "open_clip" if PROJECTION not in found else True
-    frame = ClipConfig(layers=layers, projection=1 if projected else None)
+def _with_sizes(frame: ClipConfig, found: Shapes, layout: Layout, settings: Mapping[str, Any]) -> ClipConfig:
+    """The frame's model with the sizes that most tensors of ``found`` agree on and what ``settings`` says, else as published."""
     pieces = clip_pieces(frame, layout, found)
     shapes = {name: changed_shape(found[piece.key], piece.change) for name, piece in pieces.items() if piece.key in found}
     width = _usual_side(shapes, r".*layer_norm[12]?\.weight", 0, frame.width)
     return ClipConfig(
         width=width,
-        layers=layers,
+        layers=frame.layers,
         heads=_positive(settings, "heads", max(width // HEAD_DIM, 1)),
         mlp_width=_usual_side(shapes, r".*\.mlp\.(fc1\.weight|fc1\.bias)", 0, frame.mlp_width),
         vocabulary=_usual_side(shapes, r".*\.token_embedding\.weight", 0, frame.vocabulary),
         positions=_usual_side(shapes, r".*\.position_embedding\.weight", 0, frame.positions),
         activation=_activation(settings, QUICK_GELU if layout == "hf" and width <= frame.width else GELU),
-        projection=_usual_side(shapes, re.escape(PROJECTION), 0, width) if projected else None,
+        projection=_usual_side(shapes, re.escape(PROJECTION), 0, width) if frame.projection else None,
     )
 
 
