@@ -101,7 +101,8 @@ class NetworkTrainer(ModelPreparation):
         self.start_accelerator()
         with networks.before_weights(self.options.network.network_module):
             self.create_network()
-        groups = networks.optimizer_groups(self.network, self.options.optimizer)  # now, for what it shows and refuses
+        rates = self.options.given_text_rates
+        groups = networks.optimizer_groups(self.network, self.options.optimizer, rates)  # now, for what it shows and refuses
         self.optimizer_name = try_optimizer(self.options, self.run.length.total_steps)
         self.print_plan()
         if self.options.run.dry_run:

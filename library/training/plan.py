@@ -14,7 +14,7 @@ from library.dataset.page.facts import counted, dataset_facts
 from library.dataset.page.text import dataset_lines
 from library.training.loss.preservation import is_preserved
 from library.training.preflight import CheckedRun
-from library.training.validating.validation_plan import LEVELS, ValidationSchedule, validation_batch_count, validation_timesteps
+from library.training.validating.validation_plan import ValidationSchedule, validation_batch_count, validation_timesteps
 
 if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentCache
@@ -73,8 +73,8 @@ def _validation_lines(run: CheckedRun) -> Iterator[str]:
     every = validation_batch_count(run.training_set, None)
     used = validation_batch_count(run.training_set, options.max_validation_steps)
     batches = counted(every, "batch", "batches") if used == every else f"{used} of {every} batches"
-    flow = getattr(run.options, "flow", None)
-    levels = len(validation_timesteps(flow.min_timestep, flow.max_timestep)) if flow is not None else LEVELS
+    noise_levels = getattr(run.options, "flow", run.options.ddpm)
+    levels = len(validation_timesteps(*noise_levels.timestep_bounds))
     schedule = ValidationSchedule.of(options)
     yield (
         f"  validation: {counted(len(items), 'image')}{masks}, {batches} at {counted(levels, 'timestep')} each: "
@@ -179,8 +179,7 @@ def _denoiser_training(options: Any) -> str:
 
 def _text_encoder_training(options: Any) -> str:
     if options.trains_text_encoder:
-        rates = options.optimizer.text_encoder_lr or [options.optimizer.learning_rate]
-        return f" at {' and '.join(f'{rate:g}' for rate in rates)}"
+        return f" at {' and '.join(f'{rate:g}' for rate in options.text_rates)}"
     if not options.network.trains_text_encoder:
         return ": not (--network_train_unet_only)"
     return f": not ({'its outputs are cached' if options.caches.text_cached else 'its learning rate is 0'})"

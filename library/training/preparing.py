@@ -47,15 +47,18 @@ class ModelPreparation(CacheFilling):
         self.denoiser: Any = self.build_denoiser()
         self.choose_kernels()
         prepare_fp8(self.options, self.denoiser, self.fp8_layers(), device=self.device)
+        encoders: list[nn.Module | None] = []
         if self.options.trains_text_encoder:
             self.text_encoder = self.build_text_encoder()
-            self.trained_encoders = list(self.text_models(self.text_encoder))
+            models, rates = list(self.text_models(self.text_encoder)), self.options.text_rates
+            encoders = networks.with_gaps(self.options.network.network_module, models, rates)
+            self.trained_encoders = [encoder for encoder in encoders if encoder is not None]
         self.check_base_weights()
         seed_default_generators(derive_seed(self.seed, "network"), self.device)
         self.network = networks.create_network(
             self.options.network,
             self.denoiser,
-            self.trained_encoders,
+            encoders,
             rates=getattr(self.options, "rates", None),
             others_are_trained=self.options.denoiser_rate != 0,
         )
@@ -71,7 +74,7 @@ class ModelPreparation(CacheFilling):
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
 
     def check_base_weights(self) -> None:
-        encoders = self.trained_encoders
+        encoders = self.text_models(self.text_encoder) if self.trained_encoders else []
         if not encoders and text_base_weights(self.options.network):
             encoders = self.text_models(self.build_text_encoder())
         networks.check_base_weights(self.options.network, self.denoiser, encoders)

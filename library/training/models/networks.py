@@ -122,10 +122,18 @@ def before_weights(network_module: str | None) -> Iterator[None]:
         ) from error
 
 
+def with_gaps(module_name: str, encoders: Sequence[nn.Module], rates: Sequence[float]) -> list[nn.Module | None]:
+    """The text encoders for create_network. Modules of this project get None for one that has the rate 0, so that it gets no
+    LoRA and the others keep their numbers; what others make of a gap is not known."""
+    if module_name.split(".")[0] != OWN_PACKAGE:
+        return list(encoders)
+    return [encoder if rate else None for encoder, rate in zip(encoders, rates, strict=False)]
+
+
 def create_network(
     options: NetworkOptions,
     denoiser: nn.Module,
-    text_encoders: Sequence[nn.Module],
+    text_encoders: Sequence[nn.Module | None],
     *,
     rates: Any = None,
     others_are_trained: bool = True,
@@ -253,9 +261,13 @@ def load_network_weights(network: Any, file: str | Path) -> str:
     return f"network weights loaded from {file}: {info}"
 
 
-def optimizer_groups(network: Any, options: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
-    """Parameter groups and their descriptions (the names of logged learning rates), asked in the protocol's order."""
-    text_lr: Any = options.text_encoder_lr
+def optimizer_groups(
+    network: Any, options: OptimizerOptions, text_lr: Sequence[float] | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parameter groups and their descriptions (the names of logged learning rates), asked in the protocol's order.
+
+    ``text_lr``: what is said of the text encoders' rates, None where nothing is.
+    """
     if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
         result = network.prepare_optimizer_params_with_multiple_te_lrs(text_lr, options.unet_lr, options.learning_rate)
     else:

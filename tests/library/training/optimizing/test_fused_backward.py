@@ -84,7 +84,7 @@ def learner_of(network: nn.Module, *arguments: str, fused: bool, optimizer: tupl
     name, *given = optimizer
     flags = [*BASE, f"--optimizer_type={name}", *(["--optimizer_args", *given] if given else []), *arguments]
     options = read_options(AnimaTrainOptions, flags + (["--fused_backward_pass"] if fused else []))
-    groups = optimizer_groups(network, options.optimizer)
+    groups = optimizer_groups(network, options.optimizer, None)
     return Learner(network, PlainAccelerator(), options, groups=groups, total_steps=8)
 
 
