@@ -61,6 +61,11 @@ class DdpmTrainingOptions(DdpmOptions):
         return range(low, high) if low < high else range(high, high + 1)
 
     @property
+    def timestep_bounds(self) -> tuple[int, int]:
+        """The lowest timestep that is drawn, and what all lie below."""
+        return self.drawn.start, self.drawn.stop
+
+    @property
     def _bounds(self) -> tuple[int, int]:
         return self.min_timestep or 0, TIMESTEPS if self.max_timestep is None else self.max_timestep
 

@@ -30,10 +30,14 @@ class FlowOptions:
     min_timestep: int | None = opt(None, "lowest timestep drawn, 0 to 999 (not set = 0, the clean image)")
     max_timestep: int | None = opt(None, "timesteps are drawn below this, 1 to 1000 (not set = 1000, pure noise)")
 
+    @property
+    def timestep_bounds(self) -> tuple[int, int]:
+        """The lowest and the highest timestep that are trained."""
+        return self.min_timestep or 0, TIMESTEPS if self.max_timestep is None else self.max_timestep
+
     def problems(self) -> Iterator[str]:
         yield from above_zero(self, "sigmoid_scale", "discrete_flow_shift", "logit_std")
-        low = 0 if self.min_timestep is None else self.min_timestep
-        high = TIMESTEPS if self.max_timestep is None else self.max_timestep
+        low, high = self.timestep_bounds
         for name, value in (("min_timestep", low), ("max_timestep", high)):
             if not 0 <= value <= TIMESTEPS:
                 yield f"--{name} is {value}: give a timestep from 0 to {TIMESTEPS}"

@@ -157,7 +157,7 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
 
 
 # groups whose options change what is trained, those of their options that do not, and options of other groups that do
-HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "rates")
+HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "ddpm", "rates")
 HARMLESS = ("optimizer_type", "use_8bit_adam", "use_lion_optimizer")  # they are in the identity
 HISTORY_OPTIONS = {
     "run": ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16"),

@@ -1,6 +1,6 @@
 """How far a prediction is from its target, and how much that counts.
 
-Recorded numbers: tests/golden (training_math).
+Recorded numbers: tests/golden (training_math, sd_training_math).
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ if TYPE_CHECKING:
 SMALLEST_WEIGHTED_SIGMA = 1e-3  # one step of a 1000-step table: 1/sigma^2 stays finite at sigma 0
 
 
-def elementwise_loss(prediction: Tensor, target: Tensor, options: LossOptions, *, timesteps: Tensor) -> Tensor:
-    """Loss of every element, in float32. ``timesteps`` (B,) in 0..1000 steer the Huber threshold."""
-    threshold = huber_threshold(options, timesteps) if options.loss_type in THRESHOLD_LOSSES else None
+def elementwise_loss(
+    prediction: Tensor, target: Tensor, options: LossOptions, *, timesteps: Tensor, alpha_bars: Tensor | None = None
+) -> Tensor:
+    """Loss of every element, in float32. What steers the Huber threshold: see :func:`huber_threshold`."""
+    threshold = huber_threshold(options, timesteps, alpha_bars) if options.loss_type in THRESHOLD_LOSSES else None
     return LOSSES[options.loss_type](prediction.float(), target.float(), threshold)
 
 
 def per_sample_mean(loss: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over all but the batch dimension -> (B,). ``mask`` (B, 1, h, w) in [0, 1] multiplies; its area does not matter."""
     if mask is not None:
+        assert mask.shape[-2:] == loss.shape[-2:]  # masks are made on the latent grid
         loss = loss * mask
     return loss.flatten(1).mean(1)
 
 
-def huber_threshold(options: LossOptions, timesteps: Tensor) -> Tensor:
-    """Where the Huber losses turn from square to straight, (B,). ``timesteps`` (B,) in 0..1000."""
-    return HUBER_SCHEDULES[options.huber_schedule](options, timesteps)
+def huber_threshold(options: LossOptions, timesteps: Tensor, alpha_bars: Tensor | None = None) -> Tensor:
+    """Where the Huber losses turn from square to straight, (B,). ``timesteps`` (B,) float32 in 0..1000.
+
+    ``alpha_bars`` (B,): the signal's share of the power there, which the schedule ``snr`` needs and flow models do not have.
+    """
+    return HUBER_SCHEDULES[options.huber_schedule](options, timesteps, alpha_bars)
 
 
 def _l2(prediction: Tensor, target: Tensor, threshold: Tensor | None) -> Tensor:
@@ -77,19 +83,28 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 }
 
 
-def _constant_threshold(options: LossOptions, timesteps: Tensor) -> Tensor:
+def _constant_threshold(options: LossOptions, timesteps: Tensor, alpha_bars: Tensor | None) -> Tensor:
     return torch.full_like(timesteps, options.huber_c * options.huber_scale)
 
 
-def _exponential_threshold(options: LossOptions, timesteps: Tensor) -> Tensor:
+def _exponential_threshold(options: LossOptions, timesteps: Tensor, alpha_bars: Tensor | None) -> Tensor:
     """From 1 at timestep 0 to huber_c at timestep 1000, both times huber_scale."""
     return torch.exp(math.log(options.huber_c) / 1000 * timesteps) * options.huber_scale
 
 
-# name -> threshold (B,) of (options, timesteps (B,) in 0..1000). The `snr` schedule belongs to models that have an SNR table.
-HUBER_SCHEDULES: dict[str, Callable[[LossOptions, Tensor], Tensor]] = {
+def _snr_threshold(options: LossOptions, timesteps: Tensor, alpha_bars: Tensor | None) -> Tensor:
+    """From 1 without noise to huber_c without signal, whatever huber_scale: c + (1 - c) / (1 + s)^2 with s = sqrt((1 - a) / a),
+    in the form that has no s, which is infinite without signal."""
+    assert alpha_bars is not None  # flow_problems() refuses it
+    both = alpha_bars.sqrt() + (1 - alpha_bars).sqrt()
+    return options.huber_c + (1 - options.huber_c) * alpha_bars / both**2
+
+
+# name -> threshold (B,) of (options, timesteps (B,) float32 in 0..1000, alpha bars (B,) or None)
+HUBER_SCHEDULES: dict[str, Callable[[LossOptions, Tensor, Tensor | None], Tensor]] = {
     "constant": _constant_threshold,
     "exponential": _exponential_threshold,
+    "snr": _snr_threshold,
 }
 
 

@@ -83,20 +83,32 @@ def offset_strength(latents: Tensor, options: NoiseOptions, draws: Draws) -> Ten
 
 def multires_noise(noise: Tensor, options: NoiseOptions, draws: Draws) -> Tensor:
     """Adds noise of ever lower resolution to noise (B, C, h, w); each sample is scaled to deviation 1 at the end."""
-    samples = [_multires_sample(noise[index], options, draws.sample(index)) for index in range(len(noise))]
-    return torch.stack(samples)
+    samples = [_multires_sample(noise[index : index + 1], options, draws.sample(index)) for index in range(len(noise))]
+    return torch.cat(samples)
 
 
 def _multires_sample(noise: Tensor, options: NoiseOptions, draws: Draws) -> Tensor:
-    height, width = noise.shape[-2:]  # noise (C, h, w)
-    total = noise
+    layers = []  # noise (1, C, h, w)
     for level in range(options.multires_noise_iterations or 0):
-        ratio = (2 + 2 * draws.host_uniform(0, f"multires size {level}")) ** level
-        size_hw = max(1, int(height / ratio)), max(1, int(width / ratio))
-        coarse = draws.normal(f"multires noise {level}", noise.shape[0], *size_hw)  # (1, C, h', w')
-        total = total + F.interpolate(coarse, size=(height, width), mode="bilinear")[0] * options.multires_noise_discount**level
+        size_hw = layer_size_hw(noise.shape[-2:], level, draws.host_uniform(0, f"multires size {level}"))
+        layers.append(draws.normal(f"multires noise {level}", noise.shape[1], *size_hw))  # (1, C, h', w')
         if 1 in size_hw:
             break  # nothing coarser is left
+    return with_coarse_layers(noise, layers, options.multires_noise_discount)
+
+
+def layer_size_hw(size_hw: Sequence[int], level: int, draw: float) -> tuple[int, int]:
+    """Height and width of layer number ``level``: 2 to 4 times smaller per level, by a draw from U(0, 1)."""
+    ratio = (2 + 2 * draw) ** level
+    height, width = (max(1, int(side / ratio)) for side in size_hw)
+    return height, width
+
+
+def with_coarse_layers(noise: Tensor, layers: Sequence[Tensor], discount: float) -> Tensor:
+    """noise (B, C, h, w) + layers (B, C, h', w') made as large, each weaker by ``discount``; scaled to deviation 1 as a whole."""
+    total = noise
+    for level, layer in enumerate(layers):
+        total = total + F.interpolate(layer, size=noise.shape[-2:], mode="bilinear") * discount**level
     return total / total.std()
 
 

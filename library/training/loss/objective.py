@@ -1,7 +1,8 @@
 """What a training step asks of the denoiser: how latents are corrupted, what it should answer, and how that is judged.
 
-One class for each family, with the same methods. :class:`FlowObjective` is rectified flow (Anima, Lumina, SD3):
-x_t = sigma * noise + (1 - sigma) * x_0, and the denoiser predicts the velocity noise - x_0.
+One class for each family, with the methods of :class:`Objective`. :class:`FlowObjective` is rectified flow (Anima, Lumina, SD3):
+x_t = sigma * noise + (1 - sigma) * x_0, and the denoiser predicts the velocity noise - x_0. ``DdpmObjective`` of
+library/training/loss/ddpm.py is the other one (Stable Diffusion 1, 2 and XL).
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ class NoisyLatents:
     """What the denoiser sees and what it should answer, for B samples."""
 
     latents: Tensor  # (B, C, h, w) corrupted, in the dtype asked for
-    sigmas: Tensor  # (B,) float32 in [0, 1], 1 = pure noise
-    timesteps: Tensor  # (B,) float32, sigma * 1000
+    sigmas: Tensor  # (B,) float32 in [0, 1], what the noise was multiplied with; 1 = pure noise
+    timesteps: Tensor  # (B,) flow: float32, sigma * 1000; DDPM: int64, 0..999
     target: Tensor  # (B, C, h, w) float32
-    loss_weights: Tensor  # (B,) float32, of the weighting scheme
+    loss_weights: Tensor  # (B,) float32, how much the loss at this noise level counts
 
 
 class Objective(Protocol):
-    """What training and validation need of a family; the arguments are those of :class:`FlowObjective`."""
+    """What training and validation need of a family of noise."""
 
     def corrupt(self, latents: Tensor, *, seed: int, step: int, positions: Sequence[int],
                 dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
-        """Noise and times drawn for these samples."""
+        """Latents (B, C, h, w), scaled, with noise and noise levels drawn for these samples.
 
-    def corrupt_with(self, latents: Tensor, noise: Tensor, sigmas: Tensor, *, input_noise: Tensor | None = None,
-                     dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
-        """Noise and times given."""
+        ``step``: number of the micro-batch counted over the whole run. ``positions``: place of each sample in the global batch
+        of that step, so that N processes with B samples draw what one process with N * B draws.
+        """
 
     def validation_timesteps(self) -> tuple[int, ...]:
         """The fixed timesteps at which validation looks, in the family's own count of 1000."""
@@ -56,7 +57,10 @@ class Objective(Protocol):
         """Noise given and one of ``validation_timesteps`` for all samples."""
 
     def loss(self, prediction: Tensor, noisy: NoisyLatents, *, sample_weights: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Loss of each sample (B,)."""
+        """Loss of each sample (B,), float32. ``prediction`` (B, C, h, w), ``sample_weights`` (B,), ``mask`` (B, 1, h, w)."""
+
+    def loss_settings(self) -> tuple[object, ...]:
+        """The options that the loss at a given timestep depends on: under others it is another quantity."""
 
 
 class FlowObjective:
@@ -71,11 +75,6 @@ class FlowObjective:
 
     def corrupt(self, latents: Tensor, *, seed: int, step: int, positions: Sequence[int],
                 dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
-        """Latents (B, C, h, w), scaled -> noisy ones.
-
-        ``step``: number of the micro-batch counted over the whole run. ``positions``: place of each sample in the global batch
-        of that step, so that N processes with B samples draw what one process with N * B draws.
-        """
         draws = Draws(seed, step, positions, latents.device)
         sigmas = self._draw_sigmas(draws, latent_hw=(latents.shape[-2], latents.shape[-1]))
         noise = training_noise(latents, self.noise, draws)
@@ -84,7 +83,7 @@ class FlowObjective:
 
     def corrupt_with(self, latents: Tensor, noise: Tensor, sigmas: Tensor, *, input_noise: Tensor | None = None,
                      dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip
-        """The same with given noise (B, C, h, w) and sigmas (B,), for validation and for golden numbers.
+        """The same with given noise (B, C, h, w) and sigmas (B,).
 
         ``input_noise`` replaces the noise in the model's input, but not in the target.
         """
@@ -100,17 +99,18 @@ class FlowObjective:
 
     def validation_timesteps(self) -> tuple[int, ...]:
         """Timesteps in 0..1000, sigma * 1000."""
-        return validation_timesteps(self.flow.min_timestep, self.flow.max_timestep)
+        return validation_timesteps(*self.flow.timestep_bounds)
 
     def corrupt_at(self, latents: Tensor, noise: Tensor, timestep: int, *, dtype: torch.dtype = torch.float32) -> NoisyLatents:
         sigmas = torch.full((latents.shape[0],), timestep / TIMESTEPS, device=latents.device)
         return self.corrupt_with(latents, noise, sigmas, dtype=dtype)
 
     def loss(self, prediction: Tensor, noisy: NoisyLatents, *, sample_weights: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Loss of each sample (B,), float32. ``prediction`` (B, C, h, w), ``sample_weights`` (B,), ``mask`` (B, 1, h, w)."""
         loss = elementwise_loss(prediction, noisy.target, self.loss_options, timesteps=noisy.timesteps)
-        assert mask is None or mask.shape[-2:] == loss.shape[-2:]  # masks are made on the latent grid
         return per_sample_mean(loss, mask) * noisy.loss_weights * sample_weights
+
+    def loss_settings(self) -> tuple[object, ...]:
+        return self.loss_options, self.flow.weighting_scheme
 
     def _draw_sigmas(self, draws: Draws, latent_hw: tuple[int, int]) -> Tensor:
         raw = draws.normal("timestep") if sigma_sampler(self.flow).draw == "normal" else draws.uniform("timestep")

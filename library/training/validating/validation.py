@@ -17,6 +17,8 @@ from torch import Tensor
 
 from library.dataset.batch import Batch
 from library.dataset.captions import caption_variant
+from library.options.ddpm import DdpmOptions
+from library.options.declare import options_of
 from library.randomness import derive_seed, torch_generator
 from library.training.files.state import base_model_fingerprint
 from library.training.loss.objective import NoisyLatents, Objective
@@ -35,7 +37,11 @@ Losses = list[Tensor]  # of each batch: (T, B) float64 on the CPU, T timesteps
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], object]]]  # (what, how many) -> a progress bar's step
 FULL, OFF = 1.0, 0.0  # strength of the network
 # of a state's history: what may be the reason that losses cannot be compared, to be named
-REASONS = ("--loss_type", "--huber_c", "--huber_scale", "--huber_schedule", "--weighting_scheme", "the base model's fingerprint")
+REASONS = (
+    *("--loss_type", "--huber_c", "--huber_scale", "--huber_schedule", "--weighting_scheme"),
+    *(f"--{option.name}" for option in options_of(DdpmOptions)),
+    "the base model's fingerprint",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +250,8 @@ class Validation:
     def _meaning(self) -> tuple[object, ...]:
         """What else the loss of an image depends on."""
         run, options = self._run, self._run.options
-        flow = getattr(options, "flow", None)
         return (
-            options.loss,
-            flow.weighting_scheme if flow is not None else None,
+            *self._losses.objective.loss_settings(),
             base_model_fingerprint(options),
             run.architecture.latent_recipe(run.layouts, options),
             run.architecture.text_recipe(run.layouts, options),

@@ -11,17 +11,14 @@ from library.options.validation import ValidationOptions
 from library.training.steps import Progress, RunLength
 
 LEVELS = 4  # noise levels at which each image is shown
-HIGHEST_TIMESTEP = 1000
 
 
-def validation_timesteps(low: int | None, high: int | None) -> tuple[int, ...]:
-    """Timesteps spread evenly inside [``low``, ``high``], which stand for 0 and 1000 where they are None.
+def validation_timesteps(low: int, high: int) -> tuple[int, ...]:
+    """Timesteps spread evenly inside [``low``, ``high``].
 
     The inner ones of six, rounded down, as in the reference: 200, 400, 600, 800. A range of less than five has fewer.
     """
-    first = low or 0
-    width = (HIGHEST_TIMESTEP if high is None else high) - first
-    return tuple(dict.fromkeys(first + width * n // (LEVELS + 1) for n in range(1, LEVELS + 1)))
+    return tuple(dict.fromkeys(low + (high - low) * n // (LEVELS + 1) for n in range(1, LEVELS + 1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ LENGTH = RunLength(batches_per_epoch=5, accumulation=2, total_steps=10)  # 3 ste
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (None, None, (200, 400, 600, 800)),
+        (0, 1000, (200, 400, 600, 800)),
         (0, 500, (100, 200, 300, 400)),
-        (600, None, (680, 760, 840, 920)),
+        (600, 1000, (680, 760, 840, 920)),
         (0, 999, (199, 399, 599, 799)),  # as torch.linspace(0, 999, 6, dtype=torch.int) counts
         (100, 102, (100, 101)),
         (500, 501, (500,)),
