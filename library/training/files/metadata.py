@@ -23,6 +23,7 @@ from library.dataset.buckets import Buckets
 from library.dataset.items import DatasetSettings, Item, SubsetSettings
 from library.files.model_hash import MISSING, new_hash, old_hash
 from library.options.declare import groups_of, options_of
+from library.options.hub import REPO_ID
 from library.options.reference_table import as_dict
 from library.training.models.networks import network_arguments
 from library.training.preflight import CheckedRun
@@ -52,7 +53,8 @@ GIVEN_KEYS = (
     "network_train_text_encoder_only", "network_weights", "dim_from_weights", "lr_scheduler_type", "lr_scheduler_args",
     "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio", "lr_decay_steps",
     "full_bf16", "attn_mode", "xformers", "split_attn", "torch_compile", "caption_variants", "llm_adapter_path",
-    "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length",
+    "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length", "v_parameterization",
+    "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "weighted_captions", "no_half_vae",
 )  # fmt: skip
 # written only where the dataset is described by flags instead of a file
 FLAG_DATASET_KEYS = (
@@ -90,7 +92,7 @@ class LoraMetadata:
             "ss_debiased_estimation": str(self._values.get("debiased_estimation_loss", False)),
             **{f"ss_{name}": str(self._values.get(name, default)) for name, default in OPTION_KEYS.items()},
             **_counts(run),
-            **_text_encoder_lr(self._values),
+            **_text_encoder_lr(run.options),
             **_model_names(self._values),
             **_network_args(self._values),
             **_given_keys(run.options),
@@ -145,10 +147,10 @@ def _counts(run: CheckedRun) -> dict[str, str]:
     }
 
 
-def _text_encoder_lr(values: dict[str, Any]) -> dict[str, str]:
+def _text_encoder_lr(options: Any) -> dict[str, str]:
     """The list where the network module takes one rate per text encoder, as ours do; of others' the first one."""
-    rates = values.get("text_encoder_lr") or None
-    several = str(values["network_module"]).startswith("networks.")
+    rates = options.optimizer.text_encoder_lr or options.given_text_rates
+    several = str(options.network.network_module).startswith("networks.")
     return {"ss_text_encoder_lr": str(rates if several or rates is None else rates[0])}
 
 
@@ -291,7 +293,12 @@ def _bucket_info(dataset: DatasetSettings, items: Sequence[Item]) -> dict[str, A
 
 
 def _model_names(values: dict[str, Any]) -> dict[str, str]:
-    return {f"ss_{key}_name": Path(values[option]).name for option, key in MODEL_FILES.items() if values.get(option)}
+    return {f"ss_{key}_name": _model_name(values[option]) for option, key in MODEL_FILES.items() if values.get(option)}
+
+
+def _model_name(place: str) -> str:
+    """The base name of a file or folder; a repository of the hub, OWNER/NAME, as it is."""
+    return place if REPO_ID.fullmatch(place) and not Path(place).exists() else Path(place).name
 
 
 class ModelHashes:

@@ -18,6 +18,8 @@ from library.errors import UserError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.options.declare import groups_of, options_of
+from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.sd.metadata import describe
 from library.training.files import metadata
 from library.training.files.metadata import GIVEN_KEYS, MINIMUM_KEYS, OPTION_KEYS, LoraMetadata
 from library.training.preflight import check_run
@@ -153,8 +155,9 @@ def test_what_else_it_takes_to_repeat_a_run(with_file, pictures, tmp_path):
 
 
 def test_every_option_that_is_recorded_is_there():
-    names = {option.name for group in groups_of(AnimaTrainOptions).values() for option in options_of(group)}
-    assert set(GIVEN_KEYS) <= names and not set(GIVEN_KEYS) & set(OPTION_KEYS)
+    sets = (AnimaTrainOptions, SdxlTrainOptions)
+    names = {option.name for options in sets for group in groups_of(options).values() for option in options_of(group)}
+    assert set(GIVEN_KEYS) | set(OPTION_KEYS) <= names and not set(GIVEN_KEYS) & set(OPTION_KEYS)
 
 
 def test_datasets_are_described(with_file, pictures):
@@ -418,3 +421,73 @@ def test_what_is_never_written_is_not_hashed(small, monkeypatch, rank, flags):
 def test_a_file_that_is_not_there_has_no_hash(small, tmp_path):
     keys = small(f"--vae={tmp_path / 'gone.safetensors'}").at(step=1, epoch=0)
     assert keys["ss_vae_name"] == "gone.safetensors" and "ss_vae_hash" not in keys and "ss_new_vae_hash" not in keys
+
+
+# ---------------------------------------------------------------- Stable Diffusion
+
+
+@pytest.fixture
+def of_sd(pictures, tmp_path):
+    """``of_sd("--flag=x", ..., sdxl=..., model=place)``: a run of one picture with Stable Diffusion's options."""
+    pictures("train/1_cat", "a")
+    (tmp_path / "sd.safetensors").write_bytes(MODEL_BYTES)
+
+    def describe_run(*flags: str, sdxl: bool = False, model: str | Path = tmp_path / "sd.safetensors") -> dict[str, str]:
+        base = [f"--pretrained_model_name_or_path={model}", f"--output_dir={tmp_path / 'out'}", "--output_name=mine",
+                "--network_module=networks.lora", "--caption_extension=.txt", "--max_train_steps=5"]  # fmt: skip
+        options = read_options(
+            SdxlTrainOptions if sdxl else StableDiffusionTrainOptions, [*base, *by_flags(tmp_path / "train"), *flags]
+        )
+        run = check_run(options, TinyArchitecture())
+        return LoraMetadata(run, seed=7, model=describe(options, sdxl=sdxl), optimizer="x").at(step=1, epoch=0)
+
+    return describe_run
+
+
+@pytest.mark.parametrize(
+    ("sdxl", "flags", "expected"),
+    [
+        (False, (), {"ss_v2": "False", "ss_base_model_version": "sd_v1", "ss_clip_skip": "None", "ss_max_token_length": "None"}),
+        (False, ("--clip_skip=2", "--max_token_length=225"), {"ss_clip_skip": "2", "ss_max_token_length": "225"}),
+        (False, ("--v2", "--v_parameterization", "--zero_terminal_snr"),
+         {"ss_v2": "True", "ss_base_model_version": "sd_v2_v", "ss_zero_terminal_snr": "True", "ss_v_parameterization": "True"}),
+        (True, ("--v_parameterization", "--scale_v_pred_loss_like_noise_pred"),
+         {"ss_base_model_version": "sdxl_base_v1-0", "ss_scale_v_pred_loss_like_noise_pred": "True"}),
+        (True, ("--min_snr_gamma=5", "--debiased_estimation_loss", "--noise_offset=0.05", "--adaptive_noise_scale=0.1"),
+         {"ss_min_snr_gamma": "5.0", "ss_debiased_estimation": "True", "ss_noise_offset": "0.05", "ss_adaptive_noise_scale": "0.1"}),
+        (True, ("--text_encoder_lr", "1e-5", "0"), {"ss_text_encoder_lr": "[1e-05, 0.0]"}),
+        (True, ("--text_encoder_lr1=1e-5", "--text_encoder_lr2=0"), {"ss_text_encoder_lr": "[1e-05, 0.0]"}),
+        (True, (), {"ss_text_encoder_lr": "None", "ss_vae_name": None, "ss_v_parameterization": None, "ss_v2": "False"}),
+    ],
+)  # fmt: skip
+def test_options_of_stable_diffusion_are_recorded(of_sd, sdxl, flags, expected):
+    keys = of_sd(*flags, sdxl=sdxl)
+    assert {key: keys.get(key) for key in expected} == expected
+
+
+def test_modelspec_of_stable_diffusion(of_sd):
+    keys = of_sd("--v2", "--clip_skip=1", "--min_timestep=100")
+    found = {key.removeprefix("modelspec."): value for key, value in keys.items() if key.startswith("modelspec.")}
+    found.pop("date")
+    assert found == {"sai_model_spec": "1.0.1", "architecture": "stable-diffusion-v2-512/lora", "implementation": "diffusers",
+                     "title": "mine", "resolution": "64x64", "implementation_version": "atelier/1", "prediction_type": "epsilon",
+                     "encoder_layer": "1", "timestep_range": "100,1000"}  # fmt: skip
+
+
+def test_minimum_of_stable_diffusion(of_sd):
+    keys = of_sd("--no_metadata", "--v2")
+    assert {key for key in keys if key.startswith("ss_")} == set(MINIMUM_KEYS) - {"ss_network_args"}
+    assert (keys["ss_v2"], keys["ss_base_model_version"]) == ("True", "sd_v2")
+
+
+def test_a_folder_has_no_hash_of_its_own_and_its_base_name(of_sd, tmp_path):
+    (tmp_path / "my_model").mkdir()
+    keys = of_sd(model=tmp_path / "my_model")
+    assert (keys["ss_sd_model_name"], keys["ss_sd_model_hash"]) == ("my_model", "IsADirectory")
+    assert keys["ss_new_sd_model_hash"] == "IsADirectory" and str(tmp_path) not in str(keys)
+
+
+def test_a_model_of_the_hub_has_its_whole_name_and_no_hash(of_sd):
+    keys = of_sd(model="stabilityai/stable-diffusion-xl-base-1.0", sdxl=True)
+    assert keys["ss_sd_model_name"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert not {"ss_sd_model_hash", "ss_new_sd_model_hash"} & set(keys)
