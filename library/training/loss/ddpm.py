@@ -108,13 +108,7 @@ class NoiseLevels:
         alpha_bars = zero_terminal_snr(published) if ddpm.zero_terminal_snr else published
         # the weights keep the SNR of the published levels, as in the reference: none of these is 0
         weights = ddpm_loss_weights(ddpm, signal_to_noise(published))
-        tables = {
-            "alpha_bars": alpha_bars,
-            "signal": alpha_bars.sqrt(),
-            "noise": (1 - alpha_bars).sqrt(),
-            "loss_weights": weights,
-        }
-        return cls(**{name: table.float() for name, table in tables.items()})
+        return cls(alpha_bars=alpha_bars, signal=alpha_bars.sqrt(), noise=(1 - alpha_bars).sqrt(), loss_weights=weights)
 
     def to(self, device: torch.device) -> NoiseLevels:
         return NoiseLevels(**{table.name: getattr(self, table.name).to(device) for table in fields(self)})
@@ -131,10 +125,14 @@ def _each(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1, 1)  # (B, 1, 1, 1)
 
 
+def published_betas() -> Tensor:
+    """(1000,) float32, how much noise each step adds: their square roots lie evenly between those of the first and the last."""
+    return torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TIMESTEPS) ** 2
+
+
 def published_alpha_bars() -> Tensor:
-    """(1000,) float64: the square roots of the betas lie evenly between those of the first and the last."""
-    betas = torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TIMESTEPS, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0)
+    """(1000,) float32. With more digits the SNR of the first timesteps, where 1 - a is small, would not be everybody's."""
+    return (1 - published_betas()).cumprod(0)
 
 
 def zero_terminal_snr(alpha_bars: Tensor) -> Tensor:
