@@ -23,7 +23,7 @@ from library.options.command_line import read_options
 from library.options.config_file import ConfigFileOptions, read_config
 from library.options.dataset import DatasetOptions
 from library.options.declare import groups_of, options_of
-from library.options.given import known_options
+from library.options.scripts import OPTION_SETS, option_set_of
 from library.options.train import TrainOptions
 from library.sampling.prompts import FLAGS, read_prompts
 from tools.make_reference_tables import END, START, TABLES, key_row, with_tables
@@ -56,9 +56,9 @@ def code_of(page: Path) -> Iterator[str]:
 
 @cache
 def script_options():
-    return known_options(
-        [options_of(ConfigFileOptions), options_of(CacheToolOptions), *map(options_of, groups_of(AnimaTrainOptions).values())]
-    )
+    """Name -> option of all training scripts and of the caching tools."""
+    groups = [group for script in OPTION_SETS for group in groups_of(option_set_of(script)).values()]
+    return {option.name: option for group in (ConfigFileOptions, CacheToolOptions, *groups) for option in options_of(group)}
 
 
 def flags_in_source(path: Path) -> set[str]:

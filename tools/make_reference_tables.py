@@ -22,6 +22,7 @@ from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.reference_table import markdown
+from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 START = "<!-- start of the tables: made by tools/make_reference_tables.py -->"
@@ -59,6 +60,8 @@ def key_tables() -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
+    "train_network.md": partial(option_tables, StableDiffusionTrainOptions),
+    "sdxl_train_network.md": partial(option_tables, SdxlTrainOptions),
     "anima_train_network.md": partial(option_tables, AnimaTrainOptions),
     "making_pictures.md": partial(option_tables, AnimaInferenceOptions),
     "dataset_config.md": key_tables,
