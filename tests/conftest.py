@@ -57,6 +57,24 @@ def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_anima(tmp_path_factory.mktemp("tiny_anima"), qwen3_folder=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny Stable Diffusion checkpoints in the real layouts. Read only.
+
+    Single files under ``sd1``, ``sd2`` and ``sdxl``, ``sd1_ckpt``; diffusers folders under ``sd1_folder``, ``sd2_folder`` and
+    ``sdxl_folder``; other VAEs (of another seed) under ``vae`` (a file) and ``vae_folder``.
+    """
+    from tools.tiny_sd import make_sd
+
+    folder = tmp_path_factory.mktemp("tiny_sd")
+    paths = {}
+    for kind, layouts in {"sd1": ("file", "ckpt", "folder"), "sd2": ("file", "folder"), "sdxl": ("file", "folder")}.items():
+        made = make_sd(folder, kind, layouts=layouts)
+        paths.update({kind if layout == "file" else f"{kind}_{layout}": path for layout, path in made.items()})
+    other = make_sd(folder / "other", "sd1", seed=1, layouts=("vae", "vae_diffusers"))
+    return {**paths, "vae": other["vae"], "vae_folder": other["vae_diffusers"]}
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     """``picture_folder(count=4, scale=0.25, name="pictures", captions=True)``: drawn pictures of mixed sizes and formats.

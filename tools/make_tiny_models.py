@@ -1,22 +1,26 @@
 """Writes tiny checkpoints in the layout of the real ones, for the quick start, the tests and the benchmark.
 
-    python tools/make_tiny_models.py OUT_DIR [--size tiny|bench] [--seed 0] [--dtype bf16|fp32] [--qwen3_folder]
+    python tools/make_tiny_models.py OUT_DIR [--model anima|sd1|sd2|sdxl] [--size tiny|bench] [--seed 0] [--dtype bf16|fp16|fp32]
 
-The weights are random, a pure function of the seed and the tensor's name, and scaled so that no layer is dead. The
-autoencoder is the exception: its main path carries the colours of 8x8 pixel cells, so that samples look like something.
+``--qwen3_folder`` adds Anima's text encoder as a folder, ``--layouts`` says in which forms Stable Diffusion is written. The
+weights are random, a pure function of the seed and the tensor's name, and scaled so that no layer is dead. Anima's autoencoder is
+the exception: its main path carries the colours of 8x8 pixel cells, so that samples look like something.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.tiny_anima import SIZES, make_anima
+from tools.tiny_sd import LAYOUTS, MODELS, make_sd, report_lines
+
+DTYPES = {"anima": ("bf16", "fp32"), **dict.fromkeys(MODELS, ("fp16", "bf16", "fp32"))}  # the first is the default
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,27 +28,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options = _parser().parse_args(argv)
     with user_errors_end_the_script():
-        paths = make_anima(
-            options.out_dir, size=options.size, seed=options.seed, dtype=options.dtype, qwen3_folder=options.qwen3_folder
-        )
-        for line in _report(paths):
+        for line in report_lines(_made(options)):
             print(line)
 
 
+def _made(options: argparse.Namespace) -> dict[str, Path]:
+    from library.errors import OptionError
+
+    dtype = options.dtype or DTYPES[options.model][0]
+    sizes = SIZES if options.model == "anima" else MODELS[options.model]
+    for flag, value, allowed in (("--dtype", dtype, DTYPES[options.model]), ("--size", options.size, sizes)):
+        if value not in allowed:
+            raise OptionError(f"{flag} {value} is not there for {options.model}: give one of {', '.join(allowed)}")
+    shared = {"size": options.size, "seed": options.seed, "dtype": dtype}
+    if options.model == "anima":
+        return make_anima(options.out_dir, qwen3_folder=options.qwen3_folder, **shared)
+    return make_sd(options.out_dir, options.model, layouts=options.layouts, v_prediction=options.v_prediction, **shared)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Write tiny Anima checkpoints in the layout of the real ones.")
+    parser = argparse.ArgumentParser(description="Write tiny checkpoints in the layout of the real ones.")
     parser.add_argument("out_dir", type=Path, help="folder for the checkpoints; made if missing")
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny", help="tiny: for tests; bench: wide enough to time")
+    parser.add_argument("--model", choices=("anima", *MODELS), default="anima", help="which model")
+    parser.add_argument("--size", default="tiny", help="tiny: for tests; bench: wide enough to time; deep: SDXL's real depth")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="number format of the weights")
-    parser.add_argument("--qwen3_folder", action="store_true", help="also write the text encoder as a Hugging Face folder")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="number format of the weights (fp16; Anima: bf16)")
+    parser.add_argument("--qwen3_folder", action="store_true", help="also write Anima's text encoder as a Hugging Face folder")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["file"], help="forms of Stable Diffusion to write")
+    parser.add_argument("--v_prediction", action="store_true", help="mark Stable Diffusion as a model that predicts velocity")
     return parser
-
-
-def _report(paths: dict[str, Path]) -> Iterator[str]:
-    for role, path in paths.items():
-        files = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
-        yield f"{role}: {path} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)"
 
 
 if __name__ == "__main__":
