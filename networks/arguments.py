@@ -14,7 +14,7 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -38,21 +38,21 @@ def parse_bool(value: Any) -> bool:
 
 
 def parse_probability(value: Any) -> float:
-    number = _number(value, float)
+    number = parse_number(value, float)
     if not 0.0 <= number < 1.0:
         raise ValueError("give a number from 0 up to, but not including, 1")
     return number
 
 
 def parse_ratio(value: Any) -> float:
-    number = _number(value, float)
+    number = parse_number(value, float)
     if not (0.0 < number < math.inf):
         raise ValueError("give a number above 0; LoRA+ papers use 16")
     return number
 
 
 def parse_rate(value: Any) -> float:
-    number = _number(value, float)
+    number = parse_number(value, float)
     if not 0.0 <= number < math.inf:
         raise ValueError("give a learning rate: a number, 0 or more")
     return number
@@ -101,7 +101,7 @@ def _pattern_table(value: Any, kind: Callable[[str], Any], wanted: str) -> Patte
         if not found or not pattern.strip():
             raise ValueError(f"{pair!r} is not a pair 'regex=value'; put a regex that contains a comma in quotes")
         try:
-            parsed = _number(number, kind)
+            parsed = parse_number(number, kind)
         except ValueError:
             parsed = None
         if parsed is None or parsed < 0 or not math.isfinite(parsed):
@@ -128,7 +128,7 @@ def _unquoted(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
-def _number(value: Any, kind: Callable[[Any], Any]) -> Any:
+def parse_number(value: Any, kind: Callable[[Any], Any]) -> Any:
     try:
         return kind(value)
     except (TypeError, ValueError) as error:
@@ -156,6 +156,7 @@ class NetworkArguments:
     """The arguments that every network of this project understands."""
 
     NAMES: ClassVar[NameTable | None] = None  # of the architecture's modules in files of other programs, where it has one
+    SELECTING: ClassVar[tuple[str, ...]] = ("exclude_patterns", "include_patterns", "network_reg_dims")  # a file answers them
 
     exclude_patterns: Patterns = argument(parse_patterns, "modules that get no LoRA", default=())
     include_patterns: Patterns = argument(parse_patterns, "modules that get one although they are excluded", default=())
@@ -174,6 +175,25 @@ class NetworkArguments:
         """{component: learning rate} of those that are given."""
         rates = {item.metadata["component"]: getattr(self, item.name) for item in fields(self) if "component" in item.metadata}
         return {component: rate for component, rate in rates.items() if rate is not None}
+
+    def size_of(self, block: int | None, *, wide: bool, rank: int, alpha: float) -> tuple[int, float]:
+        """(rank, alpha) of a module of this block, where ``rank`` and ``alpha`` are the run's; rank 0 = no LoRA.
+
+        ``block`` None: of a model whose blocks are not counted. ``wide``: a convolution other than 1x1.
+        """
+        return rank, alpha
+
+    def block_factor(self, block: int | None) -> float | None:
+        """What the learning rate is multiplied by in this block; None where blocks have no rates of their own."""
+        return None
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the values as they stand together."""
+        yield from ()
+
+    def warnings(self) -> Iterator[str]:
+        """What is taken, but in another way than it is written."""
+        yield from ()
 
 
 def parse_arguments(kind: type[A], given: Mapping[str, Any]) -> A:
@@ -194,6 +214,7 @@ def parse_arguments(kind: type[A], given: Mapping[str, Any]) -> A:
             except ValueError as error:
                 place = f"--{name}" if name in flags else f"--network_args: {name}"
                 problems.append(f"{place}={value} cannot be used: {error}")
-    if problems:
+    made = kind(**values)
+    if problems := [*problems, *made.problems()]:
         raise NetworkError(*problems)
-    return kind(**values)
+    return made

@@ -24,7 +24,7 @@ ENDINGS: dict[str, dict[str, str]] = {
 }
 TITLES = {OURS: "the names of kohya-ss/sd-scripts", COMFY: "ComfyUI's names", DIFFUSERS: "diffusers' names"}
 NUMBER = "{n}"  # stands for a block's number in the names of a table
-BLOCK_NUMBER = re.compile(r"(?<=blocks[._]|layers[._])\d+(?=[._])")
+BLOCK_NUMBER = r"(?<=blocks[._]|layers[._])\d+(?=[._])"
 # every ending that ComfyUI's comfy/weight_adapter/lora.py takes, whatever the module's name
 KEY = re.compile(
     r"(?P<name>.+?)(?:"
@@ -61,7 +61,8 @@ class Module:
 
     part: str  # of the model: "denoiser", "text encoder"
     names: Mapping[str, str]
-    aliases: tuple[str, ...] = ()  # further names in ComfyUI's layout, which are read and never written
+    aliases: tuple[str, ...] = ()  # further names, which are read and never written
+    linear_in: frozenset[str] = frozenset()  # layouts in which it is a Linear, although ours may be a 1x1 convolution
 
 
 class Key(NamedTuple):
@@ -81,11 +82,17 @@ class Key(NamedTuple):
 
 
 class NameTable:
-    """All names of one architecture's modules."""
+    """All names of one architecture's modules.
 
-    def __init__(self, architecture: str, modules: Iterable[Module]):
+    ``block_number``: a regex for the number that ``{n}`` stands for; ``as_ours``: layouts in which our own names are written.
+    """
+
+    def __init__(self, architecture: str, modules: Iterable[Module], *, block_number: str = BLOCK_NUMBER,
+                 as_ours: tuple[str, ...] = ()):  # fmt: skip
         self.architecture = architecture
         self.modules = tuple(modules)
+        self.as_ours = as_ours
+        self._block_number = re.compile(block_number)
         self._known: dict[str, tuple[Module, str]] = {}
         for module in self.modules:
             for layout, name in (*module.names.items(), *((COMFY, alias) for alias in module.aliases)):
@@ -97,28 +104,31 @@ class NameTable:
         match = KEY.fullmatch(key)
         if match is None:
             return None
-        name, number = general_name(match["name"])
+        name, number = self.general_name(match["name"])
         found = self._known.get(name)
         return None if found is None else Key(found[0], number, str(match.lastgroup), found[1])
 
     def near(self, module: str) -> str:
         """`` (did you mean ...?)`` for a module's name that is not known, or an empty text."""
-        name, number = general_name(module)
+        name, number = self.general_name(module)
         return did_you_mean(name, self._known).replace(NUMBER, number)
+
+    def general_name(self, name: str) -> tuple[str, str]:
+        """A module's name with ``{n}`` in place of its block's number, and that number."""
+        match = self._block_number.search(name)
+        if match is None:
+            return name, ""
+        return f"{name[: match.start()]}{NUMBER}{name[match.end() :]}", match[0]
+
+    def written_layout(self, layout: str) -> str:
+        """The layout whose names a file for ``layout`` gets."""
+        return OURS if layout in self.as_ours else layout
 
 
 def module_name(key: str) -> str:
     """The key without its ending; all of it where it has none of a LoRA."""
     match = KEY.fullmatch(key)
     return match["name"] if match else key
-
-
-def general_name(name: str) -> tuple[str, str]:
-    """A module's name with ``{n}`` in place of its block's number, and that number."""
-    match = BLOCK_NUMBER.search(name)
-    if match is None:
-        return name, ""
-    return f"{name[: match.start()]}{NUMBER}{name[match.end() :]}", match[0]
 
 
 def understood(file: object, keys: Iterable[str], table: NameTable) -> dict[str, Key]:

@@ -120,7 +120,8 @@ def convert(
             written, change = _folded(f"{file}: {name}", parts, dtype)
             folded, rounding = folded + (change is not None), max(rounding, change or 0.0)
         for part, tensor in written.items():
-            tensors[key.name(layout) + ENDINGS[layout][part]] = tensor.to(dtype or tensor.dtype)
+            shaped = tensor.flatten(1) if layout in key.module.linear_in and part != ALPHA else tensor
+            tensors[key.name(layout) + ENDINGS[layout][part]] = shaped.to(dtype or tensor.dtype)
     return Converted(tensors=tensors, folded=folded, rounding=rounding, left_out=len(modules) - len(chosen))
 
 
@@ -188,14 +189,15 @@ def save_network_as(network: nn.Module, path: Path, table: NameTable, layout: st
     """The network's weights in ``layout``; else as its save_weights() does. Equal weights and metadata give equal bytes."""
     tensors = {key: value.detach().cpu() for key, value in network.state_dict().items()}
     modules = by_our_name("the network", tensors, understood("the network", tensors, table))
-    write_lora_file(path, convert("the network", modules, layout, dtype=dtype).tensors, metadata)
+    write_lora_file(path, convert("the network", modules, table.written_layout(layout), dtype=dtype).tensors, metadata)
 
 
 def layout_problems(network: nn.Module, table: NameTable, layout: str) -> list[str]:
     """Why save_network_as() could not write this network; empty where it can. Looks at names alone."""
     keys = {key: table.find(key) for key in network.state_dict()}
     strange = [key for key, meaning in keys.items() if meaning is None]
-    homeless = {key.name(OURS) for key in keys.values() if key is not None and layout not in key.module.names}
+    written = table.written_layout(layout)
+    homeless = {key.name(OURS) for key in keys.values() if key is not None and written not in key.module.names}
     problems = []
     if strange:
         problems.append(

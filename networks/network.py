@@ -18,10 +18,19 @@ from torch import Tensor, nn
 from library.errors import NetworkError
 from networks.arguments import NetworkArguments
 from networks.layer import Dropouts, LoRAModule
+from networks.layout_names import OURS, TITLES
 from networks.lora_formats import in_our_layout, layout_problems, read_in_our_layout, save_network_as
 from networks.module_table import Row, table_lines
 from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
-from networks.weights_file import LoadReport, by_module, check_pairs, check_shapes, no_module_fits, write_lora_file
+from networks.weights_file import (
+    LoadReport,
+    by_module,
+    check_pairs,
+    check_shapes,
+    in_layer_shapes,
+    no_module_fits,
+    write_lora_file,
+)
 
 __all__ = ["LoRAModule", "LoRANetwork", "build_network", "build_network_from_weights"]
 
@@ -30,7 +39,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 DENOISER = "unet"  # the label of the denoiser's optimizer groups and list, whatever it is; the others are text encoders
-SELECTING = ("exclude_patterns", "include_patterns", "network_reg_dims")  # arguments that a weights file answers already
 
 Models = Sequence[tuple[nn.Module, ModelRules]]
 LearningRates = float | Sequence[float] | None
@@ -129,9 +137,9 @@ class LoRANetwork(nn.Module):
                                  default_lr: float | None = None) -> tuple[list[Group], list[str]]:  # fmt: skip
         """-> (optimizer groups {"params", "lr"}, their names in logs).
 
-        Per model: one group per network_reg_lrs pattern and per component with a rate, in the order met, then the rest; with
-        LoRA+ each split in two. A learning rate that is not given is ``default_lr``; a group of learning rate 0 is left out: its
-        parameters are frozen, but saved. With ``verbose`` logs a table of all modules.
+        Per model: one group per network_reg_lrs pattern, per component with a rate and per block where blocks have factors, in
+        the order met, then the rest; with LoRA+ each split in two. A learning rate that is not given is ``default_lr``; a group
+        of learning rate 0 is left out: its parameters are frozen, but saved. With ``verbose`` logs a table of all modules.
         """
         found = list(self._groups(text_encoder_lr, unet_lr, default_lr))
         groups: list[Group] = [{"params": params, "lr": lr} for _, lr, params, _ in found if lr]
@@ -194,10 +202,16 @@ class LoRANetwork(nn.Module):
         regular: list[LoRAModule] = []
         special: dict[tuple[str, float], list[LoRAModule]] = {}
         for lora in loras:
-            own_rate = self._targets[lora.lora_name].own_rate
-            (regular if own_rate is None else special.setdefault(own_rate, [])).append(lora)
+            target = self._targets[lora.lora_name]
+            if target.own_rate is not None:
+                special.setdefault((f"{label} {target.own_rate[0]}", target.own_rate[1]), []).append(lora)
+            elif target.block_factor is not None:
+                group = f"{label}_block{target.candidate.block}", base * target.block_factor
+                special.setdefault(group, []).append(lora)
+            else:
+                regular.append(lora)
         for (name, rate), members in special.items():
-            yield f"{label} {name}", rate, members
+            yield name, rate, members
         yield label, base, regular
 
     def get_trainable_params(self) -> list[nn.Parameter]:
@@ -242,7 +256,7 @@ class LoRANetwork(nn.Module):
         """
         tensors = read_in_our_layout(Path(file), self.arguments.NAMES)
         check_pairs(file, tensors)
-        weights = by_module(tensors)
+        weights = by_module(in_layer_shapes(tensors, [self._targets[lora.lora_name].candidate for lora in self.loras]))
         own = {lora.lora_name: lora for lora in self.loras}
         fitting = [name for name in own if name in weights]
         if not fitting:
@@ -269,6 +283,13 @@ class LoRANetwork(nn.Module):
         assert self.arguments.NAMES is not None
         save_network_as(self, Path(file), self.arguments.NAMES, layout, dtype=dtype, metadata=metadata or {})
 
+    def layout_note(self, layout: str) -> str | None:
+        """What there is to say about a ``layout`` that can be written: that it is this project's own."""
+        names = self.arguments.NAMES
+        if names is None or names.written_layout(layout) != OURS:
+            return None
+        return f"{TITLES[layout]} for a LoRA of this model are those of kohya-ss/sd-scripts, which are written anyway"
+
     def layout_problems(self, layout: str) -> list[str]:
         """Why save_weights_as() cannot write ``layout``, from the names of the applied modules; empty where it can."""
         if self.arguments.NAMES is None:
@@ -292,10 +313,13 @@ def split_for_lora_plus(loras: Sequence[LoRAModule], lr: float, ratio: float | N
 
 
 def text_encoder_rate(rates: LearningRates, label: str) -> float | None:
-    """The learning rate of "textencoder N": the Nth of the list, the last one where there are fewer, or the only number."""
+    """The learning rate of "textencoder N": the Nth of the list, the last one where there are fewer, or the only number.
+
+    A model's only text encoder may have no number.
+    """
     if not isinstance(rates, Sequence):
         return rates
-    position = int(label.rpartition(" ")[2])
+    position = int(label.rpartition(" ")[2]) if " " in label else 1
     return rates[min(position, len(rates)) - 1] if rates else None
 
 
@@ -308,6 +332,7 @@ def build_network(models: Models, arguments: NetworkArguments, *, multiplier: fl
     rank = DEFAULT_RANK if rank is None else rank
     alpha = DEFAULT_ALPHA if alpha is None else float(alpha)
     neuron_dropout = arguments.dropout if neuron_dropout is None else neuron_dropout
+    tell(arguments.warnings())
     problems = []
     if rank < 1:
         problems.append(f"--network_dim is {rank}: give a whole number from 1 on, such as 16")
@@ -341,16 +366,24 @@ def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function
     else:
         weights = weights_sd if names is None else in_our_layout(file, weights_sd, names)
     check_pairs(file, weights)
-    modules, candidates = by_module(weights), candidates_of(models)
+    candidates = candidates_of(models)
+    weights = in_layer_shapes(weights, candidates)
+    modules = by_module(weights)
     targets = targets_of_file([place for place in candidates if place.name in modules], weights, arguments)
     if not targets:
         raise no_module_fits(file, modules or weights, [place.name for place in candidates])
     check_shapes(file, [(target.candidate, target.rank) for target in targets], modules)
     used = {target.candidate.name for target in targets}
     warn_of_homeless(file, [name for name in modules if name not in used and not name.startswith(absent)])
-    if idle := [name for name in SELECTING if getattr(arguments, name)]:
+    if idle := [name for name in arguments.SELECTING if getattr(arguments, name)]:
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
+    tell(arguments.warnings())
     return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights
+
+
+def tell(warnings: Iterable[str]) -> None:
+    for line in warnings:
+        logger.warning("--network_args: %s", line)
 
 
 def warn_of_homeless(file: str | Path, names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ looked at, never their weights, so a model on the meta device does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ SHOWN = 3  # names that a message gives as examples
 class ModelRules:
     """Which modules of one model may get a LoRA, and what they are called.
 
-    ``candidates`` matches a module's whole dotted path; its first group is the path that names and the user's patterns go by.
+    ``candidates`` matches a module's whole dotted path; its first group, given to ``renamed``, is the path that names and the
+    user's patterns go by.
     """
 
     prefix: str  # of the names in a file: lora_unet, lora_te
@@ -38,6 +39,8 @@ class ModelRules:
     excludes: tuple[str, ...] = ()  # default exclusions; the user's include_patterns re-admit
     kinds: tuple[type[nn.Linear] | type[nn.Conv2d], ...] = (nn.Linear,)
     components: tuple[tuple[str, str], ...] = ()  # (name, regex on whole paths) of parts with rates of their own; first match
+    renamed: Callable[[str], str] = str  # where files go by other paths than the module has
+    block_of: Callable[[str], int | None] = lambda path: None  # the number that block-wise arguments know a path's block by
 
     def component_of(self, path: str) -> str | None:
         return next((name for name, pattern in self.components if re.fullmatch(pattern, path)), None)
@@ -52,6 +55,12 @@ class Candidate:
     module: Layer
     rules: ModelRules
     component: str | None = None  # which of the rules' components it belongs to
+    block: int | None = None  # as block-wise arguments count, where the model has such
+
+    @property
+    def is_wide(self) -> bool:
+        """A convolution that looks at neighbours, too: 3x3."""
+        return isinstance(self.module, nn.Conv2d) and any(side > 1 for side in self.module.kernel_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +74,7 @@ class Target:
     rank: int
     alpha: float  # 0 = the rank
     own_rate: tuple[str, float] | None
+    block_factor: float | None = None  # of its model's learning rate; its block is then an optimizer group of its own
 
 
 def candidates_of(models: Iterable[tuple[nn.Module, ModelRules]]) -> list[Candidate]:
@@ -80,9 +90,9 @@ def _candidates(model: nn.Module, rules: ModelRules) -> Iterator[Candidate]:
     for full_path, module in model.named_modules():
         match = pattern.fullmatch(full_path.replace(COMPILED, ""))
         if match and isinstance(module, rules.kinds):
-            path = match[1]
+            path = rules.renamed(match[1])
             yield Candidate(name=f"{rules.prefix}_{path.replace('.', '_')}", path=path, module=module, rules=rules,
-                            component=rules.component_of(path))  # fmt: skip
+                            component=rules.component_of(path), block=rules.block_of(path))  # fmt: skip
 
 
 def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank: int, alpha: float) -> list[Target]:
@@ -94,23 +104,30 @@ def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank
     targets = []
     for candidate in admitted:
         reg_dim = _first_match(arguments.network_reg_dims, candidate.path)
-        own_rank = int(reg_dim[1]) if reg_dim else rank
+        own_rank, own_alpha = arguments.size_of(candidate.block, wide=candidate.is_wide, rank=rank, alpha=alpha)
+        own_rank = int(reg_dim[1]) if reg_dim else own_rank
         if own_rank:
-            own_rate = _own_rate(candidate, arguments)
-            targets.append(Target(candidate=candidate, rank=own_rank, alpha=alpha, own_rate=own_rate))
+            targets.append(_target(candidate, arguments, own_rank, own_alpha))
     problems = [*_idle_selections(candidates, admitted, arguments), *_idle_reg_lrs(admitted, arguments),
                 *_idle_components(targets, arguments, candidates)]  # fmt: skip
     if not targets and not problems:
-        problems.append("no module is left to train: exclude_patterns, network_reg_dims and learning rates of 0 leave out every "
+        problems.append("no module is left to train: exclude_patterns, ranks of 0 and learning rates of 0 leave out every "
                         f"one of the {len(candidates)} that could get a LoRA; loosen them")  # fmt: skip
     if problems:
         raise NetworkError(*problems)
     return targets
 
 
+def _target(candidate: Candidate, arguments: NetworkArguments, rank: int, alpha: float) -> Target:
+    own_rate = _own_rate(candidate, arguments)
+    factor = arguments.block_factor(candidate.block) if own_rate is None else None
+    return Target(candidate=candidate, rank=rank, alpha=alpha, own_rate=own_rate, block_factor=factor)
+
+
 def _is_admitted(candidate: Candidate, arguments: NetworkArguments) -> bool:
     rate = arguments.component_rates.get(candidate.component or "")
-    if rate == 0 and not _first_match(arguments.network_reg_lrs, candidate.path):
+    is_idle = rate == 0 or arguments.block_factor(candidate.block) == 0
+    if is_idle and not _first_match(arguments.network_reg_lrs, candidate.path):
         return False  # whatever includes it: it would not be trained
     if any(pattern.fullmatch(candidate.path) for pattern in arguments.include_patterns):
         return True
@@ -186,8 +203,8 @@ def targets_of_file(candidates: Sequence[Candidate], weights: dict[str, Tensor],
         down = weights.get(f"{candidate.name}.{DOWN}")
         if down is not None:
             alpha = weights.get(f"{candidate.name}.{ALPHA}")
-            targets.append(Target(candidate=candidate, rank=down.shape[0], own_rate=_own_rate(candidate, arguments),
-                                  alpha=float(down.shape[0] if alpha is None else alpha)))  # fmt: skip
+            rank = down.shape[0]
+            targets.append(_target(candidate, arguments, rank, float(rank if alpha is None else alpha)))
     used = [target.candidate for target in targets]
     problems = [*_idle_reg_lrs(used, arguments), *_idle_components(targets, arguments)] if targets else []
     if problems:

@@ -112,6 +112,21 @@ def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {name: parts for name, parts in found.items() if DOWN in parts and UP in parts}
 
 
+def in_layer_shapes(weights: dict[str, Tensor], places: Iterable[Candidate]) -> dict[str, Tensor]:
+    """Pairs of Linears, (r, K) and (M, r), for 1x1 convolutions and the reverse: the same LoRA, written in another shape.
+
+    ``weights`` itself where all fit already.
+    """
+    changed = {}
+    for place in places:
+        layer = place.module.weight
+        for key in (f"{place.name}.{DOWN}", f"{place.name}.{UP}"):
+            tensor = weights.get(key)
+            if tensor is not None and tensor.ndim != layer.ndim and {*tensor.shape[2:], *layer.shape[2:]} == {1}:
+                changed[key] = tensor.reshape(*tensor.shape[:2], *[1] * (layer.ndim - 2))
+    return {**weights, **changed} if changed else weights
+
+
 def check_pairs(file: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError for a file under our names that has one half of a module's LoRA without the other."""
     halves: dict[str, set[str]] = {}
