@@ -48,16 +48,16 @@ def look_at_timesteps(options: Any, architecture: Architecture) -> None:
     """Draws them for the sizes of the dataset's pictures, where the sampling depends on sizes."""
     path = output_path(options, TIMESTEPS)
     check_writable(path.parent, "--output_dir")
-    sizes = {(0, 0): 1.0}
-    if options.flow.timestep_sampling == "flux_shift":
+    flow, sizes = getattr(options, "flow", None), {(0, 0): 1.0}
+    if flow is not None and flow.timestep_sampling == "flux_shift":
         sizes = latent_sizes(read_training_set(options, architecture))
     from library.files.atomic import write_atomically
-    from library.training.timestep_picture import draw_timesteps, shares_lines, timestep_shares
+    from library.training.timestep_picture import ddpm_shares, draw_timesteps, flow_shares, shares_lines
 
-    shares = timestep_shares(options.flow, sizes)
-    picture = draw_timesteps(shares, options.flow, sizes)
+    shares = ddpm_shares(options.ddpm) if flow is None else flow_shares(flow, sizes)
+    picture = draw_timesteps(shares)
     write_atomically(path, lambda file: picture.save(file, "PNG"))
-    _say([*shares_lines(shares, options.flow, sizes), f"picture: {path}"])
+    _say([*shares_lines(shares), f"picture: {path}"])
 
 
 def latent_sizes(training_set: TrainingSet) -> dict[tuple[int, int], float]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from library.training.loss.ddpm import NoiseLevels
 from library.training.loss.losses import flow_loss_weights
 from library.training.loss.timesteps import TABLE_STEPS, resolution_mu, sample_sigmas, sigma_sampler
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
+    from library.options.ddpm import DdpmTrainingOptions
     from library.options.flow import FlowOptions
 
 QUANTILES = 100_000
@@ -38,14 +40,16 @@ Sizes = Mapping[tuple[int, int], float]  # latent (h, w) -> how often it is trai
 @dataclass(frozen=True, slots=True)
 class TimestepShares:
     """``drawn`` (BINS,) float64: share of the training images in each of the equal parts of [0, 1]; ``weighed`` (BINS,): share
-    of the loss, were it the same at all noise levels. Both sum to 1. ``quantiles``: share -> timestep in [0, 1000]."""
+    of the loss, were it the same at all noise levels. Both sum to 1. ``quantiles``: share -> timestep in [0, 1000].
+    ``settings``: what makes them so, for people."""
 
     drawn: Tensor
     weighed: Tensor
     quantiles: dict[float, float]
+    settings: str
 
 
-def timestep_shares(flow: FlowOptions, sizes: Sizes) -> TimestepShares:
+def flow_shares(flow: FlowOptions, sizes: Sizes) -> TimestepShares:
     """How often each noise level is trained, over images of ``sizes``, and how much it counts in the loss."""
     middles = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
     draws = middles if sigma_sampler(flow).draw == "uniform" else torch.special.ndtri(middles)
@@ -53,20 +57,40 @@ def timestep_shares(flow: FlowOptions, sizes: Sizes) -> TimestepShares:
     parts = [(sample_sigmas(draws, flow, latent_hw=size).double(), times * share) for size, times in sizes.items()]
     sigmas = torch.cat([part for part, _ in parts])
     chances = torch.cat([torch.full_like(part, chance) for part, chance in parts])
-    weights = chances * flow_loss_weights(flow.weighting_scheme, sigmas.float()).double()
-    places = ((sigmas - TABLE_STEP / 2) * BINS).long().clamp(0, BINS - 1)  # the table's levels lie on the bins' borders
-    drawn, weighed = (torch.zeros(BINS, dtype=torch.float64).index_add_(0, places, part) for part in (chances, weights))
-    return TimestepShares(drawn, weighed / weighed.sum(), _quantiles(sigmas, chances))
+    weights = flow_loss_weights(flow.weighting_scheme, sigmas.float()).double()
+    return _shares(sigmas, chances, weights, _flow_settings(flow, sizes))
 
 
-def _quantiles(sigmas: Tensor, chances: Tensor) -> dict[float, float]:
-    order = sigmas.argsort()
+def ddpm_shares(ddpm: DdpmTrainingOptions) -> TimestepShares:
+    """The same for models with a table of noise levels."""
+    timesteps = torch.tensor(ddpm.drawn)
+    chances = torch.full(timesteps.shape, 1 / len(timesteps), dtype=torch.float64)
+    weights = NoiseLevels.of(ddpm).loss_weights[timesteps].double()
+    levels = (timesteps.double() + 1) / TABLE_STEPS  # "below 500" means all up to number 499
+    return _shares(levels, chances, weights, _ddpm_settings(ddpm))
+
+
+def _shares(levels: Tensor, chances: Tensor, weights: Tensor, settings: str) -> TimestepShares:
+    """Of noise levels (N,) in [0, 1], how likely each is and how much it weighs."""
+    places = ((levels - TABLE_STEP / 2) * BINS).long().clamp(0, BINS - 1)  # the table's levels lie on the bins' borders
+    drawn, weighed = (torch.zeros(BINS, dtype=torch.float64).index_add_(0, places, part) for part in (chances, chances * weights))
+    return TimestepShares(drawn, weighed / weighed.sum(), _quantiles(levels, chances), settings)
+
+
+def _quantiles(levels: Tensor, chances: Tensor) -> dict[float, float]:
+    order = levels.argsort()
     reached = chances[order].cumsum(0)
     places = [int(torch.searchsorted(reached, share).clamp_max(len(order) - 1)) for share in TOLD_SHARES]
-    return {share: 1000 * float(sigmas[order[place]]) for share, place in zip(TOLD_SHARES, places, strict=True)}
+    return {share: 1000 * float(levels[order[place]]) for share, place in zip(TOLD_SHARES, places, strict=True)}
 
 
-def settings_text(flow: FlowOptions, sizes: Sizes) -> str:
+def _ddpm_settings(ddpm: DdpmTrainingOptions) -> str:
+    given = {option.name: getattr(ddpm, option.name) for option in fields(ddpm) if getattr(ddpm, option.name)}
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    return " ".join(flags) or "all timesteps, each counting alike"
+
+
+def _flow_settings(flow: FlowOptions, sizes: Sizes) -> str:
     """The settings that act, as flags."""
     named = {"sigmoid": ("sigmoid_scale",), "shift": ("sigmoid_scale", "discrete_flow_shift"), "sigma": ("discrete_flow_shift",),
              "flux_shift": ("sigmoid_scale",)}.get(flow.timestep_sampling, ())  # fmt: skip
@@ -80,9 +104,9 @@ def settings_text(flow: FlowOptions, sizes: Sizes) -> str:
     return " ".join(parts)
 
 
-def shares_lines(shares: TimestepShares, flow: FlowOptions, sizes: Sizes) -> Iterator[str]:
+def shares_lines(shares: TimestepShares) -> Iterator[str]:
     """The curves in words, for the console."""
-    yield f"timesteps (0 = the picture, 1000 = noise) of {settings_text(flow, sizes)}"
+    yield f"timesteps (0 = the picture, 1000 = noise) of {shares.settings}"
     told = ", ".join(f"{share:.0%} below {timestep:.0f}" for share, timestep in shares.quantiles.items())
     yield f"  drawn: {told}"
     for name, values in (("drawn", shares.drawn), ("of the loss", shares.weighed)):
@@ -90,7 +114,7 @@ def shares_lines(shares: TimestepShares, flow: FlowOptions, sizes: Sizes) -> Ite
         yield f"  by hundreds of timesteps, {name}: {' '.join(f'{tenth:.1%}' for tenth in tenths)}"
 
 
-def draw_timesteps(shares: TimestepShares, flow: FlowOptions, sizes: Sizes) -> Image:
+def draw_timesteps(shares: TimestepShares) -> Image:
     """Bars: how often a timestep is drawn; line: its share of the loss."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -105,7 +129,7 @@ def draw_timesteps(shares: TimestepShares, flow: FlowOptions, sizes: Sizes) -> I
     for place, height in enumerate(heights):
         draw.rectangle((left + place * step, bottom - height, left + (place + 1) * step - 1, bottom), fill=BARS)
     draw.line(_points(shares.weighed.tolist(), highest), fill=CURVE, width=3)
-    _write_legend(draw, settings_text(flow, sizes))
+    _write_legend(draw, shares.settings)
     return picture
 
 

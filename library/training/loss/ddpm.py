@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from library.options.noise import NoiseOptions
 
 FIRST_BETA, LAST_BETA = 0.00085, 0.012  # latent diffusion, arXiv 2112.10752; all Stable Diffusion models since
-HIGHEST_SNR = 1000.0  # of the weights that divide by the SNR's like: the clearest levels count alike
+HIGHEST_SNR = 1000.0  # only the very first timesteps are above: all weights but min-SNR's take these for equally clear
 
 
 class DdpmObjective:
@@ -117,7 +117,7 @@ class NoiseLevels:
         return _each(self.signal[timesteps]) * latents + _each(self.noise[timesteps]) * noise
 
     def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What changes fastest along the way from image to noise (progressive distillation, arXiv 2202.00512, appendix D)."""
+        """How x_t changes with the angle whose cosine is the signal's factor (arXiv 2202.00512, appendix D)."""
         return _each(self.signal[timesteps]) * noise - _each(self.noise[timesteps]) * latents
 
 

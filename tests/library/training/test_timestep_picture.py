@@ -8,11 +8,13 @@ from anima_train_network import ANIMA
 from library.errors import OptionError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
+from library.options.ddpm import DdpmTrainingOptions
 from library.options.flow import TIMESTEP_SAMPLINGS, FlowOptions
+from library.options.sd import StableDiffusionTrainOptions
 from library.training.look import look
 from library.training.loss.losses import flow_loss_weights
 from library.training.loss.timesteps import sample_sigmas, sigma_sampler
-from library.training.timestep_picture import BINS, timestep_shares
+from library.training.timestep_picture import BINS, ddpm_shares, flow_shares
 
 SIZES = {(128, 128): 3.0, (64, 64): 1.0}
 
@@ -35,7 +37,7 @@ def drawn_at_random(flow: FlowOptions, count: int = 400_000) -> tuple[torch.Tens
 @pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)
 def test_curves_are_those_of_the_draws(sampling, scheme):
     flow = FlowOptions(timestep_sampling=sampling, weighting_scheme=scheme, discrete_flow_shift=2.0, min_timestep=100)
-    shares = timestep_shares(flow, SIZES)
+    shares = flow_shares(flow, SIZES)
     drawn, weighed = drawn_at_random(flow)
     assert (shares.drawn - drawn).abs().max() < 0.002 and (shares.weighed - weighed).abs().max() < 0.002
     assert float(shares.drawn.sum()) == pytest.approx(1) and float(shares.weighed.sum()) == pytest.approx(1)
@@ -43,9 +45,10 @@ def test_curves_are_those_of_the_draws(sampling, scheme):
     assert float(shares.drawn[:middle].sum()) < 0.5 + 1e-9 and float(shares.drawn[: middle + 1].sum()) > 0.5 - 1e-9
 
 
-def looked(tmp_path, *flags: str) -> None:
+def looked(tmp_path, *flags: str, option_set: type = AnimaTrainOptions) -> None:
+    """The architecture matters only where pictures are looked at."""
     base = [f"--output_dir={tmp_path / 'out'}", "--output_name=t", "--show_timesteps"]
-    look(read_options(AnimaTrainOptions, [*base, *flags]), ANIMA)
+    look(read_options(option_set, [*base, *flags]), ANIMA)
 
 
 def test_picture_and_numbers(tmp_path, capsys):
@@ -71,5 +74,24 @@ def test_flux_shift_needs_the_pictures(tmp_path):
 
 def test_the_levels_of_a_table_give_a_smooth_curve():
     flow = FlowOptions(timestep_sampling="sigma", weighting_scheme="none")
-    shares = timestep_shares(flow, SIZES)
+    shares = flow_shares(flow, SIZES)
     assert torch.allclose(shares.drawn, torch.full_like(shares.drawn, 1 / BINS))
+
+
+def test_tables_are_drawn_alike_and_weigh_by_their_snr():
+    plain = ddpm_shares(DdpmTrainingOptions())
+    assert torch.allclose(plain.drawn, torch.full_like(plain.drawn, 1 / BINS))
+    assert torch.allclose(plain.weighed, plain.drawn)
+    assert plain.quantiles[0.5] == pytest.approx(500)
+    part = ddpm_shares(DdpmTrainingOptions(min_timestep=50, max_timestep=450, min_snr_gamma=5.0))
+    assert torch.allclose(part.drawn[5:45], torch.full((40,), 1 / 40, dtype=torch.float64))
+    assert not part.drawn[:5].any() and not part.drawn[45:].any()
+    assert part.weighed[5] < 0.5 * part.weighed[44] and float(part.weighed.sum()) == pytest.approx(1)
+
+
+def test_picture_and_numbers_of_a_table(tmp_path, capsys):
+    looked(tmp_path, "--min_snr_gamma=5", "--v_parameterization", option_set=StableDiffusionTrainOptions)
+    told = capsys.readouterr().out
+    assert "50% below 500" in told and "--v_parameterization --min_snr_gamma=5.0" in told
+    with Image.open(tmp_path / "out" / "t-timesteps.png") as picture:
+        assert len(picture.getcolors(2**16)) > 4
