@@ -1,7 +1,7 @@
 """CLIP's tokenizers: captions -> rows of 77 token ids. Needs no torch.
 
-All published CLIP text encoders share one table of byte pairs, which comes with the project (configs/clip_bpe). They differ in what
-fills a row behind the text and in which characters are special. The light ``tokenizers`` package does the merging.
+All published CLIP text encoders share one table of byte pairs, which comes with the project (configs/clip_bpe). They differ in
+what fills a row behind the text and in which characters are special. The light ``tokenizers`` package does the merging.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ClipTokenizer:
         return row
 
     def prompt_rows(self, text: str) -> TokenRows:
-        """A prompt for a picture: as many rows as it needs, at most three, each with marks of its own; weights are always read."""
+        """A prompt for a picture: as many rows as it needs, at most three, each with its own marks; weights are always read."""
         ids, weights = self.weighted_ids(text, weighted=True)
         count = min(max(-(-len(ids) // PIECE), 1), PROMPT_PIECES)
         ids += [END_ID] * (count * PIECE - len(ids))

@@ -35,12 +35,22 @@ def load_golden(name: str) -> Golden:
     if not path.is_file():
         pytest.skip(f"golden file {name} is not in {golden_dir()}")
     header = read_header(path)
-    parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "inputs": {}, "outputs": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "weights_sparse": {}, "inputs": {}, "outputs": {}}
     for key, tensor in read_tensors(header):
         kind, _, rest = key.partition("/")
         if kind in parts:
             parts[kind][rest] = tensor
-    return Golden(parts["weights"], parts["inputs"], parts["outputs"], json.loads(header.metadata["golden"]))
+    about = json.loads(header.metadata["golden"])
+    for key, shape in about.get("sparse_weights", {}).items():
+        parts["weights"][key] = _dense(shape, parts["weights_sparse"][f"{key}/rows"], parts["weights_sparse"][f"{key}/values"])
+    return Golden(parts["weights"], parts["inputs"], parts["outputs"], about)
+
+
+def _dense(shape: list[int], rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """An embedding table of which only some rows are stored; the others are zero."""
+    table = torch.zeros(shape, dtype=values.dtype)
+    table[rows.long()] = values
+    return table
 
 
 def load_golden_json(name: str):

@@ -1,0 +1,119 @@
+"""CLIP's text transformer, arXiv 2103.00020: token ids -> states, the text encoder of Stable Diffusion 1, 2 and SDXL.
+
+B rows of tokens · N tokens of a row (77) · D width · H heads
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library.files.weights_source import module_tensors
+from library.nn.fp8 import use_fp8
+from library.nn.loading import load_into
+from library.sd.clip_layout import ClipConfig
+from library.sd.layout import Part
+
+FP8_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"  # not the embeddings
+NORM_EPS = 1e-5
+
+
+class ClipTextModel(nn.Module):
+    """transformers' modules under one name whatever its version, so that layers are
+    ``text_model.encoder.layers.0.self_attn.q_proj`` and so on; these names become the names in LoRA files.
+
+    Callers say which layers they need: ``model.run(model.embed(ids), 0, 11)``. Attention is causal and there is no other mask.
+    """
+
+    def __init__(self, text_model: nn.Module, config: ClipConfig):
+        super().__init__()
+        self.text_model = text_model
+        self.config = config
+        self.checkpoints = False
+        if config.projection is not None:
+            self.text_projection = nn.Linear(config.width, config.projection, bias=False, device="meta")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, N) int64 -> x (B, N, D)"""
+        return self._inner.embeddings(input_ids=ids)
+
+    def run(self, x: Tensor, first: int, end: int) -> Tensor:
+        """x (B, N, D), which layer number ``first`` takes, through the layers before ``end`` -> (B, N, D), not normed."""
+        for layer in self._inner.encoder.layers[first:end]:
+            if self.checkpoints and torch.is_grad_enabled():
+                x = checkpoint(run_layer, layer, x, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = run_layer(layer, x)
+        return x
+
+    def normed(self, x: Tensor) -> Tensor:
+        return self._inner.final_layer_norm(x)
+
+    def pooled(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (B, N, D) of the last layer, ends (B,) int64 places of the end marks -> (B, P) projected"""
+        at_end = x[torch.arange(len(x), device=x.device), ends]  # (B, D)
+        return self.text_projection(self.normed(at_end))
+
+    def activation_checkpointing_enable(self, settings: dict[str, Any] | None = None) -> None:
+        """Layers are computed again in the backward pass, wherever gradients are recorded; ``settings`` of transformers' method
+        of this name have no other meaning here."""
+        self.checkpoints = True
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20
+
+    @property
+    def _inner(self) -> Any:
+        return self.text_model
+
+
+def run_layer(layer: Any, x: Tensor) -> Tensor:
+    """One of transformers' CLIPEncoderLayers, whose own forward differs from version to version. x (B, N, D) -> (B, N, D)"""
+    attention = layer.self_attn
+    h = layer.layer_norm1(x)
+    q, k, v = (
+        projection(h).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scale 1 / sqrt(D / H)
+    x = x + attention.out_proj(h.transpose(1, 2).flatten(2))  # (B, N, D)
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
+def build_clip(config: ClipConfig, *, fp8: bool = False) -> ClipTextModel:
+    """The encoder on the meta device, in evaluation mode. ``fp8``: its layers take their weights in 8 bits."""
+    # the modules themselves, not the package: the package's lazy lookup scans every model there is
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    settings = CLIPTextConfig(
+        vocab_size=config.vocabulary,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.positions,
+        hidden_act=config.activation,
+        layer_norm_eps=NORM_EPS,
+    )
+    with torch.device("meta"):
+        built = CLIPTextModel(settings)
+    inner = getattr(built, "text_model", built)  # transformers 5 has no such level
+    inner.embeddings.position_ids = torch.arange(config.positions).expand(1, -1)  # not in files
+    model = ClipTextModel(inner, config)
+    if fp8:
+        use_fp8(model, FP8_LAYERS)
+    return model.eval()
+
+
+def load_clip(model: ClipTextModel, part: Part[ClipConfig], *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Streams the weights of ``part`` into a model built from its config, tensor by tensor, frozen."""
+    load_into(model, module_tensors(part.source, part.pieces), device=device, dtype=dtype)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On ``device``. The host does not wait, as it would for a copy from memory that is not pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
