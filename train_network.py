@@ -34,6 +34,7 @@ from library.training.loss.objective import NoisyLatents
 from library.training.loss.preservation import preserved_rows
 from library.training.models import networks
 from library.training.models.memory_estimate import advice
+from library.training.optimizing.deepspeed import DeepSpeedLearner
 from library.training.optimizing.divergence import DivergenceGuard
 from library.training.optimizing.learner import MAX_NORM_CURVES, Learner, try_optimizer
 from library.training.preflight import CheckedRun, cached_prompt, worker_count
@@ -90,6 +91,10 @@ class NetworkTrainer(ModelPreparation):
         """Asks nothing of other processes, which may be gone."""
         state = self.run.names.step_state(self.progress.step)
         self.files.save_lora(self.run.names.step_file(self.progress.step), self.progress, in_haste=True)
+        if not self.learner.can_save_alone:
+            self.files.uploads.wait()
+            self.say("saved the LoRA that was trained, but no state: with --deepspeed each process has a part of the optimizer")
+            return
         self.save_state(state)  # which a full disk may have no room for
         self.files.uploads.wait()
         self.say(f"saved what was trained; when the error below is mended: {resume_command(state)}")
@@ -114,7 +119,8 @@ class NetworkTrainer(ModelPreparation):
             self.run.text_cache.conditioning_type = self.conditioning_type()
         self.load_models()
         total = self.run.length.total_steps
-        self.learner = Learner(self.network, self.accelerator, self.options, groups=groups, total_steps=total)
+        learner_class = DeepSpeedLearner if self.options.distributed.deepspeed else Learner
+        self.learner = learner_class(self.network, self.accelerator, self.options, groups=groups, total_steps=total)
         self.resume()
         self.start_logging()
         self.start_data()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -55,6 +56,7 @@ class CacheFilling(ArchitectureHooks):
         names = trackers.tracker_names(self.options.logging)
         log_dir = trackers.run_log_dir(self.options.logging)
         minutes = self.options.distributed.ddp_timeout
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # --deepspeed: the engine is the learner's, over plain processes
         patience = [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))] if minutes else []
         try:
             self.accelerator: Accelerator = Accelerator(

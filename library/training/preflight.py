@@ -136,6 +136,7 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         batches_per_epoch=length.batches_per_epoch,
         datasets=training_set.datasets,
         validation_split=split_text(training_set, options),
+        processes=processes,
     )
     changes = list(_changes(options, begin, settings, training_set))
     latent_cache, text_cache = make_caches(options, architecture, layouts, training_set, prompts, length)

@@ -6,7 +6,9 @@ Nothing here imports torch, nor the packages it looks for.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,22 @@ from library.training.optimizing.optimizer_names import FINDS_STEP_SIZE, optimiz
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
 
+OLDEST_DEEPSPEED = (0, 19)  # from here on it skips a step whose float32 gradient is not finite
+# optimizers that treat each number by itself: of a long row of numbers, which is what DeepSpeed hands them, they make the same
+BY_NUMBER = {
+    "torch.optim": ("Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+    "lion_pytorch": ("Lion",),
+    "bitsandbytes.optim": ("PagedAdamW", "PagedAdamW32bit"),
+}
+ON_GPU_ONLY = ("bitsandbytes",)
+
 
 def run_problems(options: Any) -> Iterator[str]:
     """All problems of a training run that this file knows. ``options``: an architecture's option set."""
     yield from attention_problems(options.attention.mode)
     if options.memory.fused_backward_pass:
         yield from fused_backward_problems(options.optimizer, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    yield from deepspeed_problems(options) if options.distributed.deepspeed else launcher_problems()
 
 
 def attention_problems(mode: str) -> Iterator[str]:
@@ -55,4 +67,66 @@ def fused_backward_problems(options: OptimizerOptions, *, processes: int) -> Ite
         yield (
             f"--fused_backward_pass cannot be used with {source.class_name}, which averages all weights together, once a step: "
             "drop it, or give another --optimizer_type"
+        )
+
+
+def deepspeed_problems(options: Any) -> Iterator[str]:
+    """--deepspeed on this machine, and beside other flags."""
+    yield from deepspeed_package_problems()
+    if options.memory.fused_backward_pass:
+        yield "--fused_backward_pass cannot be used with --deepspeed, which sums all gradients before a weight changes: drop one"
+    for flag in ("full_bf16", "full_fp16"):
+        if getattr(options.run, flag):
+            yield f"--{flag} cannot be used with --deepspeed, which keeps what is trained in float32: drop one"
+    if options.distributed.shares_optimizer:
+        yield from shared_optimizer_problems(options.optimizer, on_cpu=options.distributed.offload_optimizer_device is not None)
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        file = os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+        yield (
+            f"accelerate is configured with DeepSpeed's file {file}, which is not read: give --zero_stage and the other flags "
+            "instead, and leave the file out of accelerate config"
+        )
+
+
+def deepspeed_package_problems() -> Iterator[str]:
+    instead = "without --deepspeed, accelerate launch --multi_gpu trains on several GPUs"
+    if sys.platform == "win32":
+        yield f"--deepspeed needs the package deepspeed, which does not train on Windows: drop the flag; {instead}"
+        return
+    try:
+        found = version("deepspeed") if find_spec("deepspeed") is not None else None
+    except PackageNotFoundError:
+        return  # a copy without an entry in pip's list: of any age
+    if found is None:
+        yield f"--deepspeed needs the package deepspeed, which is not installed: pip install deepspeed; {instead}"
+    elif _release(found) < OLDEST_DEEPSPEED:
+        oldest = ".".join(map(str, OLDEST_DEEPSPEED))
+        yield f"--deepspeed needs deepspeed {oldest} or newer, and {found} is installed: pip install --upgrade deepspeed"
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+def shared_optimizer_problems(options: OptimizerOptions, *, on_cpu: bool) -> Iterator[str]:
+    """Each process steps for its part of the weights, which lie in one row without their shapes."""
+    try:
+        source = optimizer_source(options)
+    except OptionError:
+        return  # optimizer_problems tells that
+    if source.class_name not in BY_NUMBER.get(source.module, ()):
+        yield (
+            f"--deepspeed cannot share {source.path} among processes: its steps may depend on how weights lie together or "
+            "on their shapes; give --optimizer_type=AdamW or another one that treats each number by itself, or --zero_stage=0, "
+            "which shares nothing"
+        )
+    elif on_cpu and source.package in ON_GPU_ONLY:
+        yield f"--offload_optimizer_device: {source.path} works on the GPU only: drop one, or give --optimizer_type=AdamW"
+
+
+def launcher_problems() -> Iterator[str]:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        yield (
+            "accelerate is configured for DeepSpeed: add --deepspeed (and --zero_stage and the like, which count here instead of "
+            "accelerate's), or choose plain multi-GPU training in accelerate config"
         )

@@ -69,9 +69,10 @@ class RunFiles:
 
     def save_state(self, folder: Path, description: StateDescription) -> None:
         self._check_weights(description.progress)
+        training = self.learner.gathered_state(self.group)
         if self.is_main:
             self.uploads.leave(folder)
-            save_state(folder, description, network=self.learner.network.state_dict(), training=self.learner.state())
+            save_state(folder, description, network=self.learner.network.state_dict(), training=training)
             logger.info("saved the state %s", folder)
         if self.uploads.takes_states:
             self.uploads.add(folder)

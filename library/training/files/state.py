@@ -167,7 +167,9 @@ HISTORY_OPTIONS = {
 }
 ADAPTER_OPTION = "llm_adapter_path"  # of the architectures that have one: a part of the frozen model
 VALIDATION_SPLIT = "the validation split"  # with another one, what was trained would validate
-ABSENT = {VALIDATION_SPLIT: NO_SPLIT}  # what an older state means that does not name a setting
+OPTIMIZER = "the optimizer as"
+ONE_PIECE = "one piece"
+ABSENT = {VALIDATION_SPLIT: NO_SPLIT, OPTIMIZER: ONE_PIECE}  # what an older state means that does not name a setting
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler")
 
 
@@ -188,12 +190,14 @@ def state_settings(
     batches_per_epoch: int,
     datasets: Sequence[DatasetSettings] = (),
     validation_split: str = NO_SPLIT,
+    processes: int = 1,
 ) -> StateSettings:
     """Options that an architecture does not have are left out."""
     names = ("network_module", "network_dim", "network_alpha", "network_args")
     identity = {f"--{name}": str(getattr(options.network, name)) for name in names}
     identity.update({"--optimizer_type": optimizer_source(options.optimizer).path, "the architecture": architecture})
     identity[VALIDATION_SPLIT] = validation_split
+    identity[OPTIMIZER] = optimizer_pieces(options, processes)
     groups = [getattr(options, name) for name in HISTORY_GROUPS if hasattr(options, name)]
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
     values.update({name: getattr(getattr(options, group), name) for group, names in HISTORY_OPTIONS.items() for name in names})
@@ -203,6 +207,12 @@ def state_settings(
         history["the base model's fingerprint"] = fingerprint
     history["the number of batches per epoch"] = str(batches_per_epoch)
     return StateSettings(identity, {**history, **dataset_history(datasets)})
+
+
+def optimizer_pieces(options: Any, processes: int) -> str:
+    """Processes that share the optimizer go on as many as they were."""
+    shared = options.distributed.shares_optimizer
+    return f"{processes} piece{'s' * (processes > 1)} of --deepspeed, one for each process" if shared else ONE_PIECE
 
 
 def base_model_fingerprint(options: Any) -> str | None:

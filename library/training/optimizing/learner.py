@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from library.options.train import TrainOptions
+    from library.training.running.processes import HostGroup
 
 MAX_NORM_CURVES = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")  # what --scale_weight_norms logs
 
@@ -55,21 +56,28 @@ class Learner:
         parameters, self._group_names = groups
         self._optimizer = create_optimizer(parameters, options.optimizer).optimizer
         self._schedule = create_schedule(self._optimizer, options.schedule, total_steps=total_steps, optimizer=options.optimizer)
+        self._trained = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        self._prepare(options)
+        self.weights = TrainedWeights(self._trained)
+
+    def _prepare(self, options: TrainOptions) -> None:
+        """One of two ways from gradients to new weights (library/training/optimizing/deepspeed.py is the third)."""
         # accelerate's wrapper does the loss scaling of fp16; without it, the optimizer itself takes less time
-        scaled = accelerator.scaler is not None
-        self._stepped = accelerator.prepare_optimizer(self._optimizer) if scaled else self._optimizer
-        trained = [weight for group in self._optimizer.param_groups for weight in group["params"]]
-        # one of two ways from gradients to new weights
+        self._stepped = self._accelerator.prepare_optimizer(self._optimizer) if self.scales_losses else self._optimizer
         self._fused = FusedBackward(self._optimizer) if options.memory.fused_backward_pass else None
-        self._gradients = None if self._fused else Gradients(trained, max_norm=options.optimizer.max_grad_norm)
-        self.weights = TrainedWeights(trained)
-        if options.run.full_fp16 and accelerator.scaler is not None:
-            allow_fp16_gradients(accelerator.scaler)
+        self._gradients = None if self._fused else Gradients(self._trained, max_norm=options.optimizer.max_grad_norm)
+        if options.run.full_fp16 and self._accelerator.scaler is not None:
+            allow_fp16_gradients(self._accelerator.scaler)
 
     @property
     def scales_losses(self) -> bool:
         """fp16: the scale of the loss is searched for, and a step that overflows is part of the search."""
         return self._accelerator.scaler is not None
+
+    @property
+    def can_save_alone(self) -> bool:
+        """Whether one process has all that a state needs, so that it can save one when the others are gone."""
+        return True
 
     def backward(self, step: int, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch of update number ``step``; with --fused_backward_pass weights change already."""
@@ -91,19 +99,20 @@ class Learner:
         Returns the gradient's norm before clipping, whether loss and gradient were finite (else the weights stay), and
         MAX_NORM_CURVES with --scale_weight_norms; all on the device.
         """
-        norm, finite = self._change_weights(step, loss) if self._fused is None else self._fused.finish(loss)
+        norm, finite = self._change_weights(step, loss)
         self.weights.keep_if(finite)
         self._schedule.step()
-        if self._gradients is not None:
-            self._gradients.zero()
         return norm.float(), finite.float(), self._keep_max_norm()
 
     def _change_weights(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        if self._fused is not None:
+            return self._fused.finish(loss)
         assert self._gradients is not None
         norm = self._gradients.clip()
         finite = self._gradients.drop_if_not_finite(loss)
         self.weights.remember(step)
         self._stepped.step()
+        self._gradients.zero()
         return norm, finite
 
     def _keep_max_norm(self) -> list[Tensor]:
@@ -147,8 +156,13 @@ class Learner:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
+    def gathered_state(self, group: HostGroup) -> dict[str, Any]:
+        """``state()`` of all processes together, in each of them. Called by all."""
+        return self.state()
+
     def load_state(self, training: dict[str, Any], network: dict[str, Tensor]) -> None:
-        """Puts back what ``state()`` and the network's ``state_dict()`` gave. Raises CheckpointError where they do not fit."""
+        """Puts back what ``gathered_state()`` and the network's ``state_dict()`` gave. Raises CheckpointError where that does not
+        fit."""
         own = self.network.state_dict()
         wrong = [name for name in own.keys() | network.keys() if name not in own or name not in network]
         if wrong:
@@ -158,6 +172,10 @@ class Learner:
                 own[name].copy_(tensor)
         load_optimizer_state(self._optimizer, training["optimizer"])
         self._schedule.load_state_dict(training["schedule"])
-        if training["scaler"] is not None and self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(training["scaler"])
-        self.weights = TrainedWeights([weight for group in self._optimizer.param_groups for weight in group["params"]])
+        if training["scaler"] is not None:
+            self._load_scale(training["scaler"])
+        self.weights = TrainedWeights(self._trained)
+
+    def _load_scale(self, saved: dict[str, Any]) -> None:
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(saved)
