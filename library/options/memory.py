@@ -24,7 +24,9 @@ class MemoryOptions:
     )
     lowram: bool = opt(False, "load models straight to the GPU, which is always done here")
     highvram: bool = opt(False, "do not give GPU memory back between encoding images and captions; faster where there is plenty")
-    disable_mmap_load_safetensors: bool = opt(False, "read model files without mapping them into memory, as is always done here")
+    disable_mmap_load_safetensors: bool = opt(
+        False, "read .safetensors files without mapping them into memory, as is always done here"
+    )
 
     @property
     def checkpointing(self) -> str | None:

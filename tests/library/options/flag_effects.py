@@ -1,20 +1,30 @@
-"""For every flag of anima_train_network.py: the tests that show what it does, or that it is refused, or that its aim is met anyway.
+"""For every flag of the training scripts: the tests that show what it does, or that it is refused, or that its aim is met anyway.
 
-``test_flag_effects.py`` holds this against the declared options and the tests there are. A new option needs a row here.
+Here is what holds for all scripts: a row counts for each of them. ``flag_effects_anima.py`` and ``flag_effects_sd.py`` have the
+rows of flags whose effect lies in one architecture's own code. ``test_flag_effects.py`` holds all of it against the declared
+options and the tests there are. A new option needs a row.
 """
 
 from __future__ import annotations
 
-# file below tests/ -> test -> the flags whose effect it shows
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effects:
+    """``shown``: file below tests/ -> test -> the flags whose effect it shows. ``refused``: flag -> a command line that is refused
+    for its sake, and what the error says. ``aim_met``: flag -> why nothing is left to do, and a test that shows it."""
+
+    shown: dict[str, dict[str, str]] = field(default_factory=dict)
+    refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    aim_met: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
 SHOWN: dict[str, dict[str, str]] = {
     # ------------------------------------------------------------ options, dataset and captions
     "library/options/test_command_line.py": {
         "test_command_line_beats_file_beats_default": "config_file",
         "test_output_config_reads_back_to_equal_options": "output_config",
-    },
-    "library/options/test_anima.py": {"test_older_flags_name_a_kernel_too": "xformers sdpa"},
-    "e2e/test_anima_training.py": {
-        "test_folders_named_with_repeats": "train_data_dir train_batch_size max_train_epochs network_module",
     },
     "library/dataset/test_toml_config.py": {
         "test_named_folders_on_the_command_line": "train_data_dir reg_data_dir train_batch_size",
@@ -23,7 +33,6 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_caption_extension_without_dot_and_misspelt_flag": "caption_extension caption_extention",
         "test_json_with_null_falls_through": "dataset_config",
     },
-    "e2e/test_anima_masks.py": {"test_half_a_mask_trains_otherwise_and_caches_hold_it": "masked_loss"},
     "library/dataset/test_masks.py": {"test_alpha_goes_the_way_of_its_image": "alpha_mask"},
     "library/dataset/test_info_file.py": {
         "test_the_file_is_made_in_the_references_form": "cache_info",
@@ -60,7 +69,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_cold_warm_and_live_give_the_same_weights": "cache_latents_to_disk cache_text_encoder_outputs_to_disk",
         "test_resume_latest_begins_anew_where_there_is_no_state_and_goes_on_where_there_is": "save_state_on_train_end resume",
         "test_resumed_equals_uninterrupted": "resume save_state",
-        "test_accumulated_batches_make_one_step": "gradient_accumulation_steps",
+        "test_accumulated_batches_make_one_step": "max_train_epochs gradient_accumulation_steps",
         "test_gradients_are_cut_at_their_norm": "max_grad_norm",
         "test_logged_rates_are_those_of_their_step": "learning_rate lr_scheduler logging_dir",
         "test_files_and_states_are_kept_and_removed_as_asked": "save_every_n_epochs save_last_n_epochs",
@@ -84,7 +93,6 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_the_page_and_its_facts": "debug_dataset",
         "test_captions_alone_write_nothing": "show_captions",
     },
-    "library/training/test_timestep_picture.py": {"test_picture_and_numbers": "show_timesteps"},
     # ------------------------------------------------------------ caches
     "library/training/test_caching.py": {
         "test_how_much_is_encoded_at_a_time": "vae_batch_size text_encoder_batch_size",
@@ -97,26 +105,6 @@ SHOWN: dict[str, dict[str, str]] = {
     "library/training/test_cache_job.py": {"test_variants_are_counted_as_training_counts_them": "caption_variants"},
     # ------------------------------------------------------------ network
     "golden/test_golden_lora.py": {"test_modules_and_optimizer_groups": "network_alpha network_args text_encoder_lr"},
-    "networks/test_lora_anima.py": {
-        "test_dropouts_reach_the_modules": "network_dropout",
-        "test_parts_have_groups_of_their_own": "self_attn_lr cross_attn_lr mlp_lr",
-        "test_mod_lr_lets_in_the_modulation_of_the_blocks_alone": "mod_lr",
-        "test_llm_adapter_lr_trains_the_adapter": "llm_adapter_lr",
-    },
-    "test_anima_networks.py": {
-        "test_parts_train_at_their_rates": "self_attn_lr mod_lr llm_adapter_lr",
-        "test_fused_updates_change_nothing": "fused_backward_pass",
-    },
-    "test_anima_train_network.py": {
-        "test_the_denoiser_alone": "network_train_unet_only",
-        "test_the_text_encoder_alone": "network_train_text_encoder_only",
-        "test_rates_of_their_own": "text_encoder_lr unet_lr",
-        "test_gradient_checkpointing_changes_nothing": "gradient_checkpointing",
-        "test_attention_kernels_that_need_no_package": "attn_mode split_attn sdpa",
-        "test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_loaded": "attn_mode",
-        "test_compiled_blocks_train_alike": "torch_compile dynamo_backend",
-        "test_a_backend_that_is_not_there_is_told_before_anything_is_loaded": "dynamo_backend",
-    },
     # ------------------------------------------------------------ run, memory and speed
     "library/training/models/test_precision.py": {
         "test_deterministic_asks_for_kernels_of_a_fixed_order": "deterministic",
@@ -125,16 +113,11 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_number_format_of_the_vae": "no_half_vae",
     },
     "library/training/models/test_model_memory.py": {
-        "test_every_arrangement_gives_the_same_numbers": "cpu_offload_checkpointing unsloth_offload_checkpointing",
+        "test_every_arrangement_gives_the_same_numbers": "cpu_offload_checkpointing",
     },
     "library/nn/test_attention_kernels.py": {
         "test_a_model_computes_with_the_kernel_it_was_given": "attn_mode",  # stand-ins for those that need a GPU
     },
-    "library/memory/test_block_swap.py": {"test_losses_and_gradients_are_those_without": "blocks_to_swap"},
-    "e2e/test_memory_savers.py": {
-        "test_lora_files_are_the_same": "blocks_to_swap cpu_offload_checkpointing unsloth_offload_checkpointing",
-    },
-    "test_anima_fp8.py": {"test_training_differs_slightly_and_resumes_exactly": "fp8_base fp8_base_unet"},
     # ------------------------------------------------------------ optimizer and schedule
     "library/training/optimizing/test_optimizer_names.py": {
         "test_names": "optimizer_type",
@@ -153,8 +136,6 @@ SHOWN: dict[str, dict[str, str]] = {
     # ------------------------------------------------------------ loss, noise and timesteps
     "golden/test_golden_training_math.py": {
         "test_losses": "loss_type huber_schedule",
-        "test_every_sampling_case": "timestep_sampling weighting_scheme",
-        "test_loss_weighting": "weighting_scheme",
     },
     "library/training/loss/test_losses.py": {
         "test_exponential_threshold_goes_from_one_to_c": "huber_schedule huber_scale",
@@ -166,13 +147,6 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_adaptive_offset_follows_the_channel_mean": "adaptive_noise_scale",
         "test_multires_noise_is_smoother_and_has_deviation_one": "multires_noise_iterations multires_noise_discount",
         "test_input_noise": "ip_noise_gamma ip_noise_gamma_random_strength",
-    },
-    "library/training/loss/test_timesteps.py": {
-        "test_sigmoid_scale_widens": "sigmoid_scale",
-        "test_shift_moves_towards_noise": "discrete_flow_shift",
-        "test_logit_normal_mean_and_deviation": "logit_mean logit_std",
-        "test_mode_scale_zero_is_uniform": "mode_scale",
-        "test_timestep_bounds": "min_timestep max_timestep",
     },
     # ------------------------------------------------------------ validation
     "library/dataset/test_validation_split.py": {
@@ -195,17 +169,13 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_old_epochs_make_way": "save_last_n_epochs save_last_n_epochs_state",
         "test_old_steps_make_way_by_steps_not_files": "save_last_n_steps save_last_n_steps_state",
     },
-    "e2e/test_anima_lora_layouts.py": {"test_diffusers_files_are_saved_and_gone_on_from_in_comfyui_s": "save_format"},
     "library/training/test_steps.py": {"test_where_a_run_begins": "initial_epoch initial_step skip_until_initial_step"},
-    "e2e/test_anima_interruption.py": {"test_a_signal_saves_and_the_run_goes_on": "resume"},
     "library/training/files/test_metadata.py": {
         "test_modelspec_of_what_the_user_says": "metadata_title metadata_author metadata_description metadata_license "
         "metadata_tags metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase "
         "metadata_preprocessor metadata_is_negative_embedding",
     },
     # ------------------------------------------------------------ samples, logging, console, hub
-    "e2e/test_anima_inference.py": {"test_samples_of_a_training_come_out_again": "sample_sampler sample_at_first"},
-    "test_anima_minimal_inference.py": {"test_latents_are_those_of_training_samples": "sample_sampler"},
     "library/sampling/test_pictures.py": {"test_is_due": "sample_every_n_steps sample_every_n_epochs sample_at_first"},
     "library/training/running/test_trackers.py": {
         "test_log_with": "log_with",
@@ -226,14 +196,6 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_tokens_with_which_nothing_can_be_uploaded": "huggingface_token",
         "test_a_run_goes_on_from_a_state_of_the_hub_as_if_it_had_not_stopped": "resume_from_huggingface resume",
     },
-    # ------------------------------------------------------------ Anima
-    "library/anima/test_architecture.py": {
-        "test_only_the_parts_that_are_asked_for_are_read": "pretrained_model_name_or_path qwen3 vae",
-        "test_tokens_are_counted_without_any_model_file": "qwen3_max_token_length t5_max_token_length",
-        "test_tokens_are_counted_by_the_tokenizers_of_the_run": "t5_tokenizer_path",
-    },
-    "library/anima/test_checkpoint.py": {"test_given_adapter_is_the_one_loaded": "llm_adapter_path"},
-    "library/anima/test_vae.py": {"test_chunked_equals_unchunked": "vae_chunk_size"},
 }
 
 # flag -> the word that stands for it in its tests
@@ -244,46 +206,33 @@ OTHER_WORDS = {
                                              "trigger_phrase", "preprocessor", "is_negative_embedding")},
 }  # fmt: skip
 
-# flag -> a command line that is refused for its sake, and what the error says
 REFUSED: dict[str, tuple[str, str]] = {
-    "v2": ("--v2", "it is about Stable Diffusion's CLIP text encoders"),
-    "clip_skip": ("--clip_skip=2", "it is about Stable Diffusion's CLIP text encoders"),
-    "max_token_length": ("--max_token_length=225", "it is about Stable Diffusion's CLIP text encoders"),
-    "weighted_captions": ("--weighted_captions", "it is about Stable Diffusion's CLIP text encoders"),
-    "v_parameterization": ("--v_parameterization", "Anima is a flow model"),
-    "zero_terminal_snr": ("--zero_terminal_snr", "Anima is a flow model"),
-    "min_snr_gamma": ("--min_snr_gamma=5", "Anima is a flow model"),
-    "scale_v_pred_loss_like_noise_pred": ("--scale_v_pred_loss_like_noise_pred", "Anima is a flow model"),
-    "v_pred_like_loss": ("--v_pred_like_loss=0.1", "Anima is a flow model"),
-    "debiased_estimation_loss": ("--debiased_estimation_loss", "Anima is a flow model"),
     "dataset_class": ("--dataset_class=my.Dataset", "needs its dataset code, which is not here"),
-    "deepspeed": ("--deepspeed", "accelerate launch --multi_gpu trains on several GPUs"),
-    "zero_stage": ("--deepspeed --zero_stage=3", "--deepspeed cannot be used"),
-    "offload_optimizer_device": ("--deepspeed --offload_optimizer_device=cpu", "--deepspeed cannot be used"),
-    "offload_optimizer_nvme_path": ("--deepspeed --offload_optimizer_nvme_path=x", "--deepspeed cannot be used"),
-    "offload_param_device": ("--deepspeed --offload_param_device=cpu", "--deepspeed cannot be used"),
-    "offload_param_nvme_path": ("--deepspeed --offload_param_nvme_path=x", "--deepspeed cannot be used"),
-    "zero3_init_flag": ("--deepspeed --zero3_init_flag", "--deepspeed cannot be used"),
-    "zero3_save_16bit_model": ("--deepspeed --zero3_save_16bit_model", "--deepspeed cannot be used"),
-    "fp16_master_weights_and_gradients": ("--deepspeed --fp16_master_weights_and_gradients", "--deepspeed cannot be used"),
+    "offload_optimizer_nvme_path": (
+        "--deepspeed --offload_optimizer_device=nvme --offload_optimizer_nvme_path=x",
+        "DeepSpeed does that only in stage 3, which is not for a LoRA",
+    ),
+    "offload_param_device": ("--deepspeed --zero_stage=3 --offload_param_device=cpu", "--zero_stage=3 cannot be used"),
+    "offload_param_nvme_path": ("--deepspeed --zero_stage=3 --offload_param_nvme_path=x", "--zero_stage=3 cannot be used"),
+    "zero3_init_flag": ("--deepspeed --zero_stage=3 --zero3_init_flag", "--zero_stage=3 cannot be used"),
+    "zero3_save_16bit_model": ("--deepspeed --zero_stage=3 --zero3_save_16bit_model", "--zero_stage=3 cannot be used"),
+    "fp16_master_weights_and_gradients": (
+        "--deepspeed --fp16_master_weights_and_gradients",
+        "in fp16 the small steps of a LoRA are rounded away",
+    ),
 }
 
-# flag -> why nothing is left to do, and a test that shows it
 AIM_MET: dict[str, tuple[str, str]] = {
     "persistent_data_loader_workers": (
         "the threads that read images always live on from one epoch to the next",
         "library/dataset/test_loader.py::test_epochs_shorter_than_what_is_made_ahead",
-    ),
-    "vae_disable_cache": (
-        "there is one frame, so that no cache of earlier frames is ever kept",
-        "library/anima/test_vae.py::test_disabled_cache_changes_nothing",
     ),
     "lowram": (
         "weights are read tensor by tensor to where they will be",
         "library/anima/test_checkpoint.py::test_peak_memory_is_the_file_and_little_more",
     ),
     "disable_mmap_load_safetensors": (
-        "no model file is ever mapped into memory",
+        "no .safetensors file is ever mapped into memory",
         "library/files/test_safetensors_file.py::test_files_are_read_and_never_mapped_into_memory",
     ),
     "mem_eff_attn": (
@@ -303,3 +252,5 @@ AIM_MET: dict[str, tuple[str, str]] = {
         "library/training/optimizing/test_gradients.py::test_a_weight_without_a_part_in_the_step",
     ),
 }
+
+EVERYWHERE = Effects(shown=SHOWN, refused=REFUSED, aim_met=AIM_MET)

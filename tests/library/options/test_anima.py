@@ -287,7 +287,7 @@ REFUSED = [
     ),
     ("--dataset_class=my.Dataset", "--dataset_class=my.Dataset cannot be used: a class written for kohya-ss/sd-scripts"),
     ("--ddp_timeout=-1", "--ddp_timeout is -1: give 0 or more"),
-    ("--deepspeed", "--deepspeed cannot be used: it spreads the memory of what is trained"),
+    ("--deepspeed --zero_stage=3", "--zero_stage=3 cannot be used: it shares weights that are trained"),
     ("--huggingface_repo_type=models", "--huggingface_repo_type is models: give one of model, dataset, space"),
     ("--huggingface_repo_id=mine", "--huggingface_repo_id is 'mine': give OWNER/NAME"),
     ("--huggingface_repo_id=a/b/c", "--huggingface_repo_id is 'a/b/c': give OWNER/NAME"),
