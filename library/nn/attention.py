@@ -12,10 +12,18 @@ from library.nn.norms import RmsNorm
 from library.nn.rope import RopeTable, apply_rope
 
 
-class NormedAttention(nn.Module):
-    """Attention with RMS norms on queries and keys. A subclass adds the output projection, which checkpoints name differently."""
+class KernelAttention:
+    """What every attention has, whichever model it is in: a mixin for modules. ``set_attention`` finds them by it."""
 
     kernel = AttentionKernel()  # one for all: other objects would be other code to a compiler
+
+    @property
+    def head_dim(self) -> int:
+        raise NotImplementedError
+
+
+class NormedAttention(nn.Module, KernelAttention):
+    """Attention with RMS norms on queries and keys. A subclass adds the output projection, which checkpoints name differently."""
 
     def __init__(self, width: int, *, key_width: int, heads: int, head_dim: int):
         super().__init__()
@@ -26,6 +34,10 @@ class NormedAttention(nn.Module):
         self.k_proj = nn.Linear(key_width, inner, bias=False)
         self.k_norm = RmsNorm(head_dim)
         self.v_proj = nn.Linear(key_width, inner, bias=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.q_norm.weight.shape[0]
 
     def mix(
         self,
@@ -59,11 +71,11 @@ def use_attention(model: nn.Module, kernel: AttentionKernel, *, device: torch.de
 
     ``dtype``: what attention computes in (autocast's, where that is on); ``trains``: gradients are wanted.
     """
-    widest = max((module.q_norm.weight.shape[0] for module in attentions(model)), default=0)
+    widest = max((module.head_dim for module in attentions(model)), default=0)
     if widest:
         check_kernel(kernel, device, dtype, trains=trains, head_dim=widest)
         set_attention(model, kernel)
 
 
-def attentions(model: nn.Module) -> Iterator[NormedAttention]:
-    return (module for module in model.modules() if isinstance(module, NormedAttention))
+def attentions(model: nn.Module) -> Iterator[KernelAttention]:
+    return (module for module in model.modules() if isinstance(module, KernelAttention))

@@ -54,10 +54,9 @@ class UNetConfig:
 
     @property
     def blocks(self) -> int:
-        """Residual blocks and spatial transformers: what ``StableDiffusionUNet.run_block`` is asked to call."""
-        resnets = self.levels * (2 * self.layers + 1) + 2
-        transformers = sum(2 * self.layers + 1 for depth in self.depths if depth) + 1
-        return resnets + transformers
+        """Residual blocks and transformer blocks: what ``StableDiffusionUNet.run_block`` is asked to call."""
+        both_ways = 2 * self.layers + 1
+        return both_ways * (self.levels + sum(self.depths)) + 2 + self.middle_depth
 
 
 def original_prefixes(config: UNetConfig) -> dict[str, str]:
