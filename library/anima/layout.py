@@ -13,7 +13,7 @@ from typing import Any
 
 from library.errors import CheckpointError
 from library.files.key_check import compare_keys
-from library.files.model_path import ANIMA_DIT, COSMOS_DIT, LLM_ADAPTER, find_model_file, recognise, with_article
+from library.files.model_path import ANIMA_DIT, COSMOS_DIT, LLM_ADAPTER, described, find_model_file, recognise, with_article
 from library.files.safetensors_file import SafetensorsHeader, read_header
 
 DIT_FLAG, ADAPTER_FLAG = "--pretrained_model_name_or_path", "--llm_adapter_path"
@@ -104,7 +104,7 @@ def dit_source(header: SafetensorsHeader) -> TensorSource:
     """The DiT's tensors in the file, whatever their prefix. Raises CheckpointError for a file of another kind."""
     kind = recognise(header)
     if kind not in (None, ANIMA_DIT, COSMOS_DIT):
-        raise CheckpointError(f"{DIT_FLAG} {header.path} is {with_article(str(kind))}, not an Anima DiT; give it the Anima DiT")
+        raise CheckpointError(f"{DIT_FLAG} {header.path} is {described(str(kind))}, not an Anima DiT; give it the Anima DiT")
     prefix = next((p for p in PREFIXES if any(is_dit_key(key, p) for key in header.tensors)), None)
     if prefix is None:
         raise CheckpointError(

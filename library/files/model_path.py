@@ -20,6 +20,13 @@ LLM_ADAPTER = "LLM adapter of Anima"
 QWEN3 = "Qwen3 text encoder"
 QWEN_IMAGE_VAE = "Qwen-Image VAE"
 LORA = "LoRA file"
+SD1 = "Stable Diffusion 1.x checkpoint"
+SD2 = "Stable Diffusion 2.x checkpoint"
+SDXL = "SDXL checkpoint"
+SDXL_REFINER = "SDXL refiner checkpoint"
+SD_UNCLIP = "Stable Diffusion unCLIP checkpoint"
+SD_VAE = "Stable Diffusion VAE"
+CONTROLNET = "ControlNet"
 
 # Kind -> patterns that all must match some key; the first kind that fits is the answer, so what is more special comes first.
 # A checkpoint of several parts (U-Net + VAE + text encoders) is named after its denoiser.
@@ -28,9 +35,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     ANIMA_DIT: (r"(^|\.)blocks\.\d+\.mlp\.layer1\.weight", r"(^|\.)llm_adapter\."),
     COSMOS_DIT: (r"(^|\.)blocks\.\d+\.mlp\.layer1\.weight",),
     LLM_ADAPTER: (r"(^|\.)llm_adapter\.|^blocks\.\d+\.cross_attn\.o_proj\.weight",),
-    "SDXL checkpoint": (r"label_emb\.0\.0\.weight|^conditioner\.embedders\.1\.|^add_embedding\.linear_1",),
-    "Stable Diffusion 2.x checkpoint": (r"^cond_stage_model\.model\.",),
-    "Stable Diffusion 1.x checkpoint": (
+    CONTROLNET: (r"^control_model\.|^input_hint_block\.|^controlnet_cond_embedding\.|^controlnet_down_blocks\.",),
+    SDXL_REFINER: (r"^conditioner\.embedders\.0\.model\.",),
+    SD_UNCLIP: (r"^cond_stage_model\.", r"label_emb\.0\.0\.weight"),
+    SDXL: (r"label_emb\.0\.0\.weight|^conditioner\.embedders\.1\.|^add_embedding\.linear_1",),
+    SD2: (r"^cond_stage_model\.model\.",),
+    SD1: (
         r"^cond_stage_model\.|input_blocks\.\d+\.\d+\.transformer_blocks|^down_blocks\.\d+\.attentions\.",
     ),
     "FLUX checkpoint": (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.",),
@@ -39,12 +49,19 @@ KINDS: dict[str, tuple[str, ...]] = {
     "Qwen-Image DiT": (r"(^|\.)transformer_blocks\.\d+\.(txt_mlp|img_mlp)\.",),
     "Wan DiT": (r"(^|\.)blocks\.\d+\.(ffn\.0|cross_attn\.norm_k)\.",),
     QWEN_IMAGE_VAE: (r"^(vae\.)?(encoder|decoder)\.[\w.]*\.gamma$",),
-    "Stable Diffusion VAE": (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(mid\.block_1|mid_block\.resnets)\.",),
+    SD_VAE: (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(mid\.block_1|mid_block\.resnets)\.",),
     "Gemma text encoder": (r"layers\.\d+\.pre_feedforward_layernorm\.",),
     QWEN3: (r"(^|\.)layers\.\d+\.self_attn\.q_norm\.weight",),
     "language model of another family": (r"^(model\.)?layers\.\d+\.self_attn\.q_proj\.weight",),
     "T5 text encoder": (r"^(encoder\.)?block\.\d+\.layer\.0\.SelfAttention\.",),
     "CLIP text encoder": (r"^(text_model\.)?(encoder\.layers\.\d+\.self_attn\.q_proj|embeddings\.position_embedding)\.",),
+}
+
+TRAINED_BY = {
+    ANIMA_DIT: "anima_train_network.py",
+    SD1: "train_network.py",
+    SD2: "train_network.py --v2",
+    SDXL: "sdxl_train_network.py",
 }
 
 
@@ -78,6 +95,11 @@ def recognise_keys(keys: Iterable[str]) -> str | None:
         if all(re.search(pattern, text, re.MULTILINE) for pattern in patterns):
             return kind
     return None
+
+
+def described(kind: str) -> str:
+    """For messages: ``an SDXL checkpoint (sdxl_train_network.py trains those)``"""
+    return with_article(kind) + (f" ({TRAINED_BY[kind]} trains those)" if kind in TRAINED_BY else "")
 
 
 def with_article(kind: str) -> str:

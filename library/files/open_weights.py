@@ -6,6 +6,7 @@ Which of the first two a file is shows in its first bytes, not in its name: peop
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHT_ENDINGS = (".safetensors", *PICKLE_ENDINGS)
-INDEX_ENDING = ".index.json"  # of "model.safetensors.index.json", which names the shard of each tensor
+INDEX = re.compile(r".+\.index(\.\w+)?\.json")  # "model.safetensors.index.json" or, of a variant, "...index.fp16.json": shards
 ZIP_START = b"PK\x03\x04"  # torch.save's since 2020
 PICKLE_STARTS = (b"\x80", b"(", b"}", b"]")  # torch.save's before, and old protocols
 
@@ -33,7 +34,7 @@ def open_weights(path: Path, *, flag: str) -> WeightsSource:
     """
     if path.is_dir():
         path = _index_in(path, flag)
-    if path.name.endswith(INDEX_ENDING):
+    if INDEX.fullmatch(path.name):
         return open_shards(path, flag=flag)
     if is_pickle(path, flag):
         from library.files.torch_checkpoint import open_torch_checkpoint
@@ -137,7 +138,7 @@ def _index_in(folder: Path, flag: str) -> Path:
     """The one index, or else the one weight file, of a folder. Raises CheckpointError where it has none or several."""
     found = sorted(path for path in folder.iterdir() if path.is_file())
     for candidates in (
-        [path for path in found if path.name.endswith(INDEX_ENDING)],
+        [path for path in found if INDEX.fullmatch(path.name)],
         [path for path in found if path.suffix == WEIGHT_ENDINGS[0]],
         [path for path in found if path.suffix in PICKLE_ENDINGS],
     ):

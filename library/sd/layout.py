@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 EPSILON, VELOCITY = "epsilon", "v"  # what a U-Net may predict
+SD_SCALE, SDXL_SCALE = 0.18215, 0.13025  # what makes latents vary by about 1; SD 1.x and 2.x, and SDXL, as published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Marks:
     prediction: str | None = None  # EPSILON or VELOCITY
     zero_terminal_snr: bool | None = None
     where: str = ""
+    is_certain: bool = True  # a metadata entry may have been copied from another file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from library.files.weights_source import module_tensors
 from library.nn.loading import load_into
-from library.sd.layout import Part
+from library.sd.layout import SD_SCALE, SDXL_SCALE, Part
 from library.sd.vae_layout import VaeConfig
 
-SD_SCALE, SDXL_SCALE = 0.18215, 0.13025  # what makes latents vary by about 1; SD 1.x and 2.x, and SDXL, as published
+__all__ = ["SDXL_SCALE", "SD_SCALE", "StableDiffusionVae", "load_vae", "posterior_noise", "posterior_sample"]
+
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as published
 
 
