@@ -31,7 +31,9 @@ class DistributedOptions:
         None, "where DeepSpeed keeps and steps the optimizer (not set = the GPU); nvme is refused", choices=OFFLOAD_DEVICES
     )
     offload_optimizer_nvme_path: str | None = opt(None, "folder for --offload_optimizer_device=nvme (not set = none)", path=True)
-    offload_param_device: str | None = opt(None, "of DeepSpeed's stage 3, which is refused", choices=OFFLOAD_DEVICES)
+    offload_param_device: str | None = opt(
+        None, "of DeepSpeed's stage 3, which is refused (not set = the GPU)", choices=OFFLOAD_DEVICES
+    )
     offload_param_nvme_path: str | None = opt(None, "folder for --offload_param_device=nvme (not set = none)", path=True)
     zero3_init_flag: bool = opt(False, "of DeepSpeed's stage 3, which is refused")
     zero3_save_16bit_model: bool = opt(False, "of DeepSpeed's stage 3, which is refused")
