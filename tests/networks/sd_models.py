@@ -1,83 +1,87 @@
-"""U-Nets and text encoders of Stable Diffusion: diffusers' and transformers' classes, of published or of tiny sizes."""
+"""U-Nets and text encoders of Stable Diffusion, of published or of tiny sizes."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-CROSS, PLAIN = "CrossAttn", ""
-SD_LEVELS = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+from library.sd.clip_layout import ClipConfig
+from library.sd.unet_names import UNetConfig
+
+KINDS = ("sd1", "sd2", "sdxl")
+SD1 = UNetConfig(
+    widths=(320, 640, 1280, 1280), depths=(1, 1, 1, 0), middle_depth=1, heads=(8, 8, 8, 8), context_width=768, time_width=1280
+)
+SDXL = UNetConfig(
+    widths=(320, 640, 1280), depths=(0, 2, 10), middle_depth=10, heads=(5, 10, 20), context_width=2048, vector_width=2816,
+    time_width=1280, linear_projections=True,
+)  # fmt: skip
+UNETS = {"sd1": SD1, "sd2": replace(SD1, heads=(5, 10, 20, 20), context_width=1024), "sdxl": SDXL}
+TINY = {"norm_groups": 4, "time_width": 32}
+TINY_SD1 = replace(SD1, widths=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_width=16, **TINY)
+TINY_UNETS = {
+    "sd1": TINY_SD1,
+    "sd2": replace(TINY_SD1, heads=(1, 2, 2, 2)),
+    "sdxl": replace(SDXL, widths=(8, 16, 16), depths=(0, 2, 3), middle_depth=3, heads=(1, 2, 2), context_width=40,
+                    vector_width=24 + 6 * 256, **TINY),
+}  # fmt: skip
+
+
+def clip(width: int, layers: int, inner: int, *, projection: int | None = None, **sizes) -> ClipConfig:
+    return ClipConfig(width=width, layers=layers, mlp_width=inner, projection=projection, **sizes)
+
+
+TEXTS = {
+    "sd1": [clip(768, 12, 3072, heads=12, vocabulary=49408, positions=77, activation="quick_gelu")],
+    "sd2": [clip(1024, 23, 4096, heads=16, vocabulary=49408, positions=77, activation="gelu")],
+    "sdxl": [
+        clip(768, 12, 3072, heads=12, vocabulary=49408, positions=77, activation="quick_gelu"),
+        clip(1280, 32, 5120, heads=20, vocabulary=49408, positions=77, activation="gelu", projection=1280),
+    ],
 }
-SDXL_LEVELS = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "addition_embed_type": "text_time",
-    "use_linear_projection": True,
+SMALL = {"heads": 2, "vocabulary": 64, "positions": 16, "activation": "gelu"}
+TINY_TEXTS = {
+    "sd1": [clip(16, 2, 32, **SMALL)],
+    "sd2": [clip(16, 2, 32, **SMALL)],
+    "sdxl": [clip(16, 2, 32, **SMALL), clip(24, 2, 32, projection=24, **SMALL)],
 }
-PUBLISHED_UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {**SD_LEVELS, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd2": {**SD_LEVELS, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)},
-    "sdxl": {
-        **SDXL_LEVELS,
-        "block_out_channels": (320, 640, 1280),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10),
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-TINY = {"norm_num_groups": 4, "sample_size": 8}
-TINY_UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {**TINY, **SD_LEVELS, "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 16, "attention_head_dim": 2},
-    "sd2": {
-        **TINY,
-        **SD_LEVELS,
-        "block_out_channels": (8, 16, 16, 16),
-        "cross_attention_dim": 16,
-        "attention_head_dim": (1, 2, 2, 2),
-    },
-    "sdxl": {
-        **TINY,
-        **SDXL_LEVELS,
-        "block_out_channels": (8, 16, 16),
-        "cross_attention_dim": 40,
-        "attention_head_dim": (1, 2, 2),
-        "transformer_layers_per_block": (1, 2, 3),
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 24 + 6 * 4,
-    },
-}
-PUBLISHED_TEXTS = {"sd1": [(768, 12, 3072)], "sd2": [(1024, 23, 4096)], "sdxl": [(768, 12, 3072), (1280, 32, 5120)]}
-TINY_TEXTS = {"sd1": [(16, 2, 32)], "sd2": [(16, 2, 32)], "sdxl": [(16, 2, 32), (24, 2, 32)]}
 
 
 def unet_of(kind: str, *, tiny: bool = False, linear: bool | None = None) -> nn.Module:
-    """Frozen; of published sizes on the meta device. ``linear`` decides what proj_in and proj_out are, else as ours has them."""
-    from diffusers import UNet2DConditionModel
+    """Of published sizes on the meta device; tiny ones have random weights. ``linear``: what proj_in and proj_out are, else as
+    single files are loaded."""
+    from library.sd.denoiser import build_unet
 
-    config = {**(TINY_UNETS if tiny else PUBLISHED_UNETS)[kind]}
-    if linear is not None:
-        config["use_linear_projection"] = linear
-    with torch.device("cpu" if tiny else "meta"):
-        return UNet2DConditionModel(**config).requires_grad_(False).eval()
+    sizes = (TINY_UNETS if tiny else UNETS)[kind]
+    unet = build_unet(sizes if linear is None else replace(sizes, linear_projections=linear))
+    return alive(unet) if tiny else unet
 
 
 def text_encoders_of(kind: str, *, tiny: bool = False) -> list[nn.Module]:
-    """transformers' classes, the second of SDXL with its projection."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from library.sd.clip import build_clip
 
-    encoders: list[nn.Module] = []
-    for width, layers, inner in (TINY_TEXTS if tiny else PUBLISHED_TEXTS)[kind]:
-        config = CLIPTextConfig(
-            hidden_size=width, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=2 if tiny else 8,
-            vocab_size=64, projection_dim=width, bos_token_id=0, eos_token_id=2, pad_token_id=1,
-        )  # fmt: skip
-        with torch.device("cpu" if tiny else "meta"):
-            made = CLIPTextModelWithProjection(config) if encoders else CLIPTextModel(config)
-        encoders.append(made.requires_grad_(False).eval())
-    return encoders
+    encoders = [build_clip(config) for config in (TINY_TEXTS if tiny else TEXTS)[kind]]
+    return [alive(encoder) for encoder in encoders] if tiny else encoders
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """With random weights, frozen, whose outputs are far from zero. Other buffers than weights keep what they hold."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    model.to_empty(device="cpu")
+    for name, buffer in buffers.items():
+        model.get_buffer(name).copy_(buffer)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.3 * parameter[0].numel() ** -0.5)
+        else:
+            nn.init.uniform_(parameter, 0.5, 1.0)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def randomize(network) -> None:
+    """So that the network does something."""
+    for made in network.loras:
+        nn.init.normal_(made.lora_up.weight, std=0.3)
