@@ -98,6 +98,7 @@ def build_clip(config: ClipConfig, *, fp8: bool = False) -> ClipTextModel:
         max_position_embeddings=config.positions,
         hidden_act=config.activation,
         layer_norm_eps=NORM_EPS,
+        attn_implementation="eager",  # only for the class: other ways had classes of their own in transformers 4.51
     )
     with torch.device("meta"):
         built = CLIPTextModel(settings)
