@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from library.options.declare import opt
 from library.options.rules import at_least
@@ -87,6 +88,8 @@ class DdpmTrainingOptions(DdpmOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipOptions:
     """Stable Diffusion's text: its CLIP encoders and tokenizers."""
+
+    CHANGES_TRAINING: ClassVar[tuple[str, ...]] = ()  # of the options: a resumed run should keep these
 
     v2: bool = opt(False, "the checkpoint is Stable Diffusion 2.x")
     clip_skip: int | None = opt(None, "use the N-th layer of CLIP counted from the end (not set = the last)")

@@ -53,7 +53,7 @@ class DistributedOptions:
         if self.zero_stage == 3:
             yield (
                 "--zero_stage=3 cannot be used: it shares weights that are trained, which of a LoRA are little, and not the "
-                "frozen model, which is not DeepSpeed's: give --zero_stage=2; --fp8_base and --blocks_to_swap are for the model"
+                "frozen model, which is not DeepSpeed's: give --zero_stage=2; --fp8_base makes the model smaller"
             )
         if self.offload_optimizer_device == "nvme":
             yield (

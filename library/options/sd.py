@@ -33,6 +33,8 @@ class SdModelOptions(ModelOptions):
 class SdClipOptions(ClipOptions):
     """Stable Diffusion's text: its CLIP encoders and tokenizers."""
 
+    CHANGES_TRAINING: ClassVar[tuple[str, ...]] = ("v2", "clip_skip", "max_token_length", "weighted_captions")
+
     max_token_length: int | None = opt(None, "CLIP tokens of a caption that count; the rest is cut off (not set = 75)",
                                        choices=(2 * CHUNK_TOKENS, 3 * CHUNK_TOKENS, CHUNK_TOKENS))  # fmt: skip
 
@@ -47,6 +49,8 @@ class SdClipOptions(ClipOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SdxlClipOptions(SdClipOptions):
     """Stable Diffusion's text: its CLIP encoders and tokenizers."""
+
+    CHANGES_TRAINING: ClassVar[tuple[str, ...]] = ("max_token_length", "weighted_captions")
 
     v2: bool = opt(False, "the checkpoint is Stable Diffusion 2.x; an error here")
     clip_skip: int | None = opt(

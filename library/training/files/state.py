@@ -157,7 +157,7 @@ def find_state(resume: str, candidates: Sequence[Path]) -> Path | None:
 
 
 # groups whose options change what is trained, those of their options that do not, and options of other groups that do
-HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "ddpm", "rates")
+HISTORY_GROUPS = ("optimizer", "schedule", "loss", "noise", "flow", "ddpm", "rates", "encoder_rates")
 HARMLESS = ("optimizer_type", "use_8bit_adam", "use_lion_optimizer")  # they are in the identity
 HISTORY_OPTIONS = {
     "run": ("gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16"),
@@ -170,7 +170,7 @@ VALIDATION_SPLIT = "the validation split"  # with another one, what was trained 
 OPTIMIZER = "the optimizer as"
 ONE_PIECE = "one piece"
 ABSENT = {VALIDATION_SPLIT: NO_SPLIT, OPTIMIZER: ONE_PIECE}  # what an older state means that does not name a setting
-RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler")
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2", "lr_scheduler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,8 @@ def state_settings(
     identity[OPTIMIZER] = optimizer_pieces(options, processes)
     groups = [getattr(options, name) for name in HISTORY_GROUPS if hasattr(options, name)]
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
-    values.update({name: getattr(getattr(options, group), name) for group, names in HISTORY_OPTIONS.items() for name in names})
+    of_groups = {**HISTORY_OPTIONS, "clip": options.clip.CHANGES_TRAINING}
+    values.update({name: getattr(getattr(options, group), name) for group, names in of_groups.items() for name in names})
     history = {f"--{name}": str(value) for name, value in values.items()}
     fingerprint = base_model_fingerprint(options)
     if fingerprint is not None:

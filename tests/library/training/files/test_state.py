@@ -17,6 +17,7 @@ from library.options.anima import AnimaTrainOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.optimizer import OptimizerOptions
+from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.training.files.state import (
     DESCRIPTION_FILE,
     HISTORY_OPTIONS,
@@ -268,3 +269,11 @@ def test_the_base_model_is_known_with_what_is_merged_into_it(tmp_path):
              fingerprint(llm_adapter_path=str(files["adapter"]))]  # fmt: skip
     assert len(set(marks)) == 4 and marks[0] == file_fingerprint(files["model"])
     assert fingerprint(base_weights=style, base_weights_multiplier=[1.0]) == marks[1]
+
+
+def test_what_changes_a_training_of_stable_diffusion_is_in_the_history():
+    sd, xl = StableDiffusionTrainOptions(), SdxlTrainOptions()
+    of_sd, of_xl = (state_settings(options, "x", batches_per_epoch=3).history for options in (sd, xl))
+    assert {"--clip_skip", "--max_token_length", "--min_snr_gamma", "--min_timestep", "--v2"} <= set(of_sd)
+    assert {"--text_encoder_lr1", "--max_token_length", "--v_parameterization"} <= set(of_xl) and "--clip_skip" not in of_xl
+    assert "--clip_skip" not in state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3).history
