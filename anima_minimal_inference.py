@@ -190,7 +190,7 @@ class AnimaPictureMaker(PictureMaker):
             initial_noises(seeds, (first.width, first.height), config.in_channels).to(self.device),
             positive=texts[0],
             negative=texts[1] if negative is not None else None,
-            settings=FlowSettings(steps=first.steps, shift=first.shift, scale=first.scale, sampler=first.sampler),
+            settings=FlowSettings(steps=first.steps, shift=first.flow_shift, scale=first.scale, sampler=first.sampler),
             seeds=seeds,
         )
 

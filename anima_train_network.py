@@ -131,7 +131,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             noise.to(self.device),
             positive=encode_context(denoiser, positive),
             negative=encode_context(denoiser, negative) if picture.is_guided else None,
-            settings=FlowSettings(steps=picture.steps, shift=picture.shift, scale=picture.scale, sampler=picture.sampler),
+            settings=FlowSettings(steps=picture.steps, shift=picture.flow_shift, scale=picture.scale, sampler=picture.sampler),
             seeds=[picture.seed],
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +9,10 @@ from pathlib import Path
 from library.options.attention import AttentionOptions
 from library.options.console import ConsoleOptions
 from library.options.declare import opt
+from library.options.inference import DeviceOptions, InferenceRules, MergeOptions, OutputOptions, PromptOptions
 from library.options.rules import above_zero, at_least, even
-from library.options.run import PRECISION_DTYPES
 
-OUTPUT_TYPES = ("images", "latent", "latent_images")
 SAMPLERS = ("euler", "er_sde")  # those of library/sampling/flow_samplers.py, which options may not import
-LONGEST_STEPS, SEED_END = 1000, 2**63
-SIDE_RANGE_PX = (64, 16384)
-DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|npu)(:\d+)?)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +37,11 @@ class AnimaFileOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeOptions:
+class AnimaMergeOptions(MergeOptions):
     """LoRA: files that are merged into the model before it draws, one after the other."""
 
     lora_weight: list[str] | None = opt(None, "LoRA files for the denoiser, the text encoder or both; any layout", path=True)
     lora_multiplier: list[float] | None = opt(None, "strength of each LoRA file, in their order; 1.0 where there is none")
-    include_patterns: list[str] | None = opt(
-        None, "regexes, found anywhere in a module's name: of each LoRA file only modules that one of them fits are merged"
-    )
-    exclude_patterns: list[str] | None = opt(None, "regexes, as --include_patterns: modules that one of them fits are left out")
-    lycoris: bool = opt(False, "read the LoRA files with the LyCORIS package: LoKr, LoHa and its other kinds")
 
     @property
     def files(self) -> list[tuple[str, float]]:
@@ -65,16 +55,7 @@ class MergeOptions:
             yield "--lora_multiplier needs --lora_weight: name the LoRA files, or drop it"
         elif strengths > files:
             yield f"--lora_multiplier has {strengths} numbers, but --lora_weight has {files}: give at most one each"
-        for name in ("include_patterns", "exclude_patterns"):
-            if getattr(self, name) and not files:
-                yield f"--{name} needs --lora_weight: name the LoRA files, or drop it"
-            for pattern in getattr(self, name) or ():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    yield f"--{name}: the regular expression {pattern!r} is not valid: {error}"
-        if self.lycoris and not files:
-            yield "--lycoris needs --lora_weight: name the LyCORIS files, or drop it"
+        yield from MergeOptions.problems(self)
 
     def warnings(self) -> Iterator[str]:
         strengths = len(self.lora_multiplier or ())
@@ -84,79 +65,37 @@ class MergeOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptOptions:
+class AnimaPromptOptions(PromptOptions):
     """Pictures: what is drawn. A prompt file and the lines of --interactive may set everything but the number of pictures."""
 
-    prompt: str | None = opt(None, 'what the picture shows; "" draws one without a prompt', may_be_empty=True)
-    negative_prompt: str = opt("", "what it does not show; without effect where --guidance_scale is 1")
-    from_file: str | None = opt(None, "file of prompts (.txt, .toml or .json), one after the other", path=True)
-    interactive: bool = opt(False, 'read prompts line by line from the console and keep the models loaded; "help" tells more')
     image_size: list[int] = opt((1024, 1024), "height and width in pixels, rounded down to multiples of 16")
-    infer_steps: int = opt(50, "steps of the sampler, 1 to 1000")
     guidance_scale: float = opt(3.5, "how strongly the prompt counts (classifier-free guidance; 1 = none, twice as fast)")
     flow_shift: float = opt(5.0, "above 1 = more of the steps at high noise; samples of a training have 3.0")
     sampler: str = opt("euler", "er_sde adds fresh noise on the way, as ComfyUI does for Anima by default", choices=SAMPLERS)
-    seed: int | None = opt(None, "seed of the first picture; further pictures of a prompt count up (not set = random)")
-    images_per_prompt: int = opt(1, "pictures of each prompt")
-    batch_size: int = opt(1, "pictures of a prompt that are drawn at once; faster and more memory, equal up to rounding")
 
     def problems(self) -> Iterator[str]:
-        # beside another source an empty prompt takes one of the config file back
-        given = [f"--{name}" for name in ("prompt", "from_file", "interactive") if getattr(self, name)]
-        if len(given) > 1:
-            yield f"{' and '.join(given)} are different sources of prompts: keep one"
-        if len(self.image_size) != 2:
-            yield f"--image_size has {len(self.image_size)} numbers: give two, HEIGHT WIDTH, for example 1216 832"
-        low, high = SIDE_RANGE_PX
-        if any(not low <= side <= high for side in self.image_size):
-            yield f"--image_size is {' '.join(map(str, self.image_size))}: give sides from {low} to {high} pixels"
-        if not 1 <= self.infer_steps <= LONGEST_STEPS:
-            yield f"--infer_steps is {self.infer_steps}: give 1 to {LONGEST_STEPS}"
-        if self.seed is not None and not 0 <= self.seed < SEED_END:
-            yield f"--seed is {self.seed}: give a whole number from 0 to 2^63 - 1"
-        yield from at_least(self, 0, "guidance_scale")
+        yield from PromptOptions.problems(self)
         yield from above_zero(self, "flow_shift")
-        yield from at_least(self, 1, "images_per_prompt", "batch_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PictureFileOptions:
+class AnimaOutputOptions(OutputOptions):
     """Output: what is written. Names are DATE-TIME_SEED.png and DATE-TIME_SEED_latent.safetensors; nothing is overwritten."""
 
     save_path: str | None = opt(None, "folder for the files; made if missing", path=True)
-    output_type: str = opt(
-        "images", "pictures, latents that --latent_path makes pictures of later, or both", choices=OUTPUT_TYPES
-    )
-    no_metadata: bool = opt(False, "leave the prompt and the settings out of the files")
-    latent_path: list[str] | None = opt(None, "make pictures of these saved latents; nothing else is done", path=True)
 
     @property
-    def wants_pictures(self) -> bool:
-        return self.output_type != "latent" or bool(self.latent_path)
-
-    @property
-    def wants_latents(self) -> bool:
-        return self.output_type != "images"
-
-    def problems(self) -> Iterator[str]:
-        if not self.save_path:
-            yield "--save_path is missing: name the folder for the pictures"
-        if self.latent_path and self.wants_latents:
-            yield f"--output_type={self.output_type} cannot be combined with --latent_path, which makes pictures: drop one"
+    def folder(self) -> str:
+        """For the files; made if missing."""
+        return self.save_path or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceOptions:
+class AnimaDeviceOptions(DeviceOptions):
     """Device: where and with which numbers the models work."""
 
-    device: str | None = opt(None, "cpu, cuda, cuda:1, mps, ... (not set = the GPU if there is one)")
-    mixed_precision: str | None = opt(
-        None, "number format of the models (not set = bf16 on a GPU, no = float32 on a CPU)", choices=tuple(PRECISION_DTYPES)
-    )
     fp8: bool = opt(False, "keep the denoiser's weights in 8 bits with a scale for each row: the same as --fp8_scaled")
     fp8_scaled: bool = opt(False, "keep the denoiser's weights in 8 bits: half the memory of bf16, slightly other pictures")
-    text_encoder_cpu: bool = opt(False, "run the text encoder on the CPU: less GPU memory, slower prompts")
-    offload: bool = opt(False, "keep each model on the GPU only while it works: least memory, slower with many prompts")
     blocks_to_swap: int | None = opt(
         None, "transformer blocks whose weights wait in CPU memory until they are needed, at most all but 2 (not set or 0 = none)"
     )
@@ -166,8 +105,7 @@ class DeviceOptions:
         return self.fp8 or self.fp8_scaled
 
     def problems(self) -> Iterator[str]:
-        if self.device is not None and not DEVICE.fullmatch(self.device):
-            yield f"--device is {self.device!r}: give cpu, cuda, cuda:1 (the second GPU), mps or xpu"
+        yield from DeviceOptions.problems(self)
         yield from at_least(self, 0, "blocks_to_swap")
         if self.blocks_to_swap and self.offload:
             yield "--blocks_to_swap and --offload are two ways to save the denoiser's memory: keep one"
@@ -178,31 +116,13 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimaInferenceOptions:
+class AnimaInferenceOptions(InferenceRules):
     """All options of anima_minimal_inference.py, in groups."""
 
     files: AnimaFileOptions = field(default_factory=AnimaFileOptions)
-    prompts: PromptOptions = field(default_factory=PromptOptions)
-    loras: MergeOptions = field(default_factory=MergeOptions)
-    output: PictureFileOptions = field(default_factory=PictureFileOptions)
-    compute: DeviceOptions = field(default_factory=DeviceOptions)
+    prompts: AnimaPromptOptions = field(default_factory=AnimaPromptOptions)
+    loras: AnimaMergeOptions = field(default_factory=AnimaMergeOptions)
+    output: AnimaOutputOptions = field(default_factory=AnimaOutputOptions)
+    compute: AnimaDeviceOptions = field(default_factory=AnimaDeviceOptions)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts of the model that are needed."""
-        drawing = () if self.output.latent_path else ("denoiser", "text")
-        return (*drawing, *(("vae",) if self.output.wants_pictures else ()))
-
-    def problems(self) -> Iterator[str]:
-        prompts = self.prompts
-        source = prompts.prompt or prompts.from_file or prompts.interactive
-        if self.output.latent_path and source:
-            yield "--latent_path makes pictures of saved latents, not of prompts: drop --prompt, --from_file and --interactive"
-        elif not self.output.latent_path and not source and prompts.prompt is None:
-            yield "there is nothing to draw: give --prompt, --from_file or --interactive (or --latent_path with saved latents)"
-
-    def warnings(self) -> Iterator[str]:
-        if self.output.latent_path and self.loras.lora_weight:
-            yield "--lora_weight does nothing with --latent_path: the pictures are drawn already"

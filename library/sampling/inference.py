@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.errors import EXIT_CTRL_C, OptionError, UserError, error_block, user_errors_end_the_script
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
-from library.sampling.picture_plan import Picture, asked_prompt, line_help, pictures_of, plan_warnings
+from library.sampling.picture_plan import FLOW_SETTINGS, Picture, asked_prompt, line_help, pictures_of, plan_warnings
 from library.sampling.pictures import dated_stem, free_stem, picture_parameters, save_picture
 from library.training.models.precision import WEIGHT_DTYPES
 
@@ -37,6 +37,7 @@ class PictureMaker(ABC):
 
     SIDE_STEP_PX: int
     SAMPLERS: Sequence[str]
+    SETTINGS: Collection[str] = FLOW_SETTINGS  # the keys of a prompt that the model draws by
 
     def __init__(self, run: CheckedPictures):
         self.run, self.options = run, run.options
@@ -45,8 +46,8 @@ class PictureMaker(ABC):
         self.dtype = WEIGHT_DTYPES[compute.mixed_precision or ("no" if self.device.type == "cpu" else "bf16")]
         self.vae_dtype = torch.float32 if self.options.files.no_half_vae else self.dtype
         self.text_device = torch.device("cpu") if compute.text_encoder_cpu else self.device
-        self.folder = Path(self.options.output.save_path)
-        self.texts: dict[str, Any] = {}
+        self.folder = Path(self.options.output.folder)
+        self.texts: dict[Hashable, Any] = {}
         self.loading_s = 0.0
         self.drawn = 0
         self.vae: Any = None
@@ -70,8 +71,12 @@ class PictureMaker(ABC):
     def load_text_encoder(self) -> None:
         """Loads the weights to ``text_device`` and merges the LoRA files' share."""
 
+    def texts_of(self, picture: Picture) -> Sequence[Hashable]:
+        """What ``encode`` is given for it: the prompt, and the negative one where it acts."""
+        return [picture.prompt, *([picture.negative_prompt] if picture.is_guided else [])]
+
     @abstractmethod
-    def encode(self, text: str) -> Any:
+    def encode(self, text: Any) -> Any:
         """The conditioning of one text, on the CPU."""
 
     @abstractmethod
@@ -88,6 +93,14 @@ class PictureMaker(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """(1, C, h, w) -> pixels (1, 3, H, W) in [-1, 1]."""
+
+    def name_of(self, picture: Picture) -> str:
+        """The name of its files, without ending; where it is taken, a number is added."""
+        return dated_stem(picture.seed, time.time())
+
+    def passes(self, picture: Picture) -> int:
+        """How many times ``draw`` ticks for it."""
+        return picture.steps
 
     @abstractmethod
     def about(self) -> dict[str, str]:
@@ -113,12 +126,12 @@ class PictureMaker(ABC):
     def draw_given(self) -> None:
         """All prompts. Every text is encoded first, so that the text encoder is gone when the denoiser comes."""
         plan = [pictures_of(prompt, self.options.prompts, side_step=self.SIDE_STEP_PX) for prompt in self.run.prompts]
-        self.prepare(texts=[text for pictures in plan for text in texts_of(pictures[0])])
+        self.prepare(texts=[text for pictures in plan for text in self.texts_of(pictures[0])])
         with self.progress(plan) as tick:
             for pictures in plan:
                 self.draw_prompt(pictures, tick)
 
-    def prepare(self, *, texts: Sequence[str] = (), keep_text_encoder: bool = False) -> None:
+    def prepare(self, *, texts: Sequence[Hashable] = (), keep_text_encoder: bool = False) -> None:
         """Loads what draws."""
         self.build()
         self.timed(self.load_text_encoder)
@@ -136,7 +149,7 @@ class PictureMaker(ABC):
         self.loading_s += time.perf_counter() - started
         return loaded
 
-    def encode_texts(self, texts: Sequence[str]) -> None:
+    def encode_texts(self, texts: Sequence[Hashable]) -> None:
         for text in texts:
             if text not in self.texts:
                 self.texts[text] = self.encode(text)
@@ -152,7 +165,7 @@ class PictureMaker(ABC):
                     self.save(picture, latent)
 
     def draw_batch(self, batch: Sequence[Picture], tick: Tick) -> Tensor:
-        positive, *negative = [self.texts[text].to(self.device) for text in texts_of(batch[0])]
+        positive, *negative = [self.texts[text].to(self.device) for text in self.texts_of(batch[0])]
         with self.working(self.denoiser_model, self.device), self.autocast():
             return self.draw(batch, positive, negative[0] if negative else None, tick)
 
@@ -174,7 +187,7 @@ class PictureMaker(ABC):
             if word in QUIT:
                 return
             if word in HELP:
-                print(line_help(self.options.prompts, self.SAMPLERS), flush=True)
+                print(line_help(self.options.prompts, self.SAMPLERS, two_prompts="prompt2" in self.SETTINGS), flush=True)
             if not word or word in HELP or line.startswith("#"):
                 continue
             try:
@@ -195,12 +208,12 @@ class PictureMaker(ABC):
         if "\ufffd" in line:
             raise OptionError(f"the line is no {sys.stdin.encoding} text: {line.strip()!r}; write it again")
         prompt = asked_prompt(line, self.SAMPLERS)
-        for warning in plan_warnings([prompt], self.options.prompts, self.SIDE_STEP_PX):
+        for warning in plan_warnings([prompt], self.options.prompts, self.SIDE_STEP_PX, self.SETTINGS):
             logger.warning("warning: %s", warning)
         pictures = pictures_of(prompt, self.options.prompts, side_step=self.SIDE_STEP_PX)
         self.texts.clear()
         with self.working(self.text_model, self.text_device):
-            self.encode_texts(texts_of(pictures[0]))
+            self.encode_texts(self.texts_of(pictures[0]))
         with self.progress([pictures]) as tick:
             self.draw_prompt(pictures, tick)
 
@@ -210,7 +223,7 @@ class PictureMaker(ABC):
         """latent (1, C, h, w). A picture and its latents have one name."""
         output = self.options.output
         endings = [*([PICTURE_END] if output.wants_pictures else []), *([LATENT_END] if output.wants_latents else [])]
-        stem = free_stem(self.folder, dated_stem(picture.seed, time.time()), endings)
+        stem = free_stem(self.folder, self.name_of(picture), endings)
         text = None if output.no_metadata else picture_parameters(picture, self.about())
         if output.wants_latents:
             about = {"parameters": text, "seed": str(picture.seed)} if text else None
@@ -277,7 +290,7 @@ class PictureMaker(ABC):
         from tqdm import tqdm
 
         size = self.options.prompts.batch_size
-        steps = sum(pictures[0].steps * -(-len(pictures) // size) for pictures in plan)
+        steps = sum(self.passes(pictures[0]) * -(-len(pictures) // size) for pictures in plan)
         with tqdm(desc="drawing", unit="step", total=steps, leave=False) as bar:
 
             def tick() -> None:
@@ -291,11 +304,6 @@ class PictureMaker(ABC):
         what = "latents of " if not self.options.output.wants_pictures else ""
         parts = [f"{what}{self.drawn} picture{plural} in {seconds:.1f} s ({self.loading_s:.1f} s of it loading models)"]
         logger.info("%s", "; ".join([*parts, *peak_memory(self.device)]))
-
-
-def texts_of(picture: Picture) -> list[str]:
-    """The prompt, and the negative one where it acts."""
-    return [picture.prompt, *([picture.negative_prompt] if picture.is_guided else [])]
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -12,7 +12,7 @@ from library.errors import CheckpointError, OptionError, ProblemList, user_error
 from library.files.model_path import LORA, recognise, with_article
 from library.files.safetensors_file import SafetensorsHeader, read_header
 from library.options.declare import warnings_of
-from library.sampling.picture_plan import given_prompts, plan_warnings
+from library.sampling.picture_plan import FLOW_SETTINGS, given_prompts, plan_warnings
 from library.sampling.prompts import SamplePrompt
 from library.training.models.networks import check_weights_file
 from library.training.preflight import check_writable
@@ -44,6 +44,7 @@ class InferenceChecks:
     latent_channels: Callable[[Any], int | None]  # layouts -> channels of the latents, where the files tell
     side_step: int  # pixels
     samplers: Collection[str]
+    settings: Collection[str] = FLOW_SETTINGS  # the keys of a prompt that the model draws by
 
 
 def checked_pictures(read: Callable[[], Any], checks: InferenceChecks) -> CheckedPictures:
@@ -64,7 +65,7 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     prompts: tuple[SamplePrompt, ...] = ()
     layouts = None
     with problems.collect():
-        check_folder(Path(options.output.save_path))
+        check_folder(Path(options.output.folder), options.output.FOLDER_FLAG)
     with problems.collect():
         prompts = given_prompts(options.prompts, checks.samplers)
     for file, _ in options.loras.files if "denoiser" in options.parts else ():
@@ -85,28 +86,30 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
 def _warnings(options: Any, prompts: tuple[SamplePrompt, ...], checks: InferenceChecks) -> Iterator[str]:
     yield from warnings_of(options)
     if not options.output.latent_path:
-        yield from plan_warnings(prompts or (SamplePrompt(prompt="", index=0),), options.prompts, checks.side_step)
+        yield from plan_warnings(
+            prompts or (SamplePrompt(prompt="", index=0),), options.prompts, checks.side_step, checks.settings
+        )
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, flag: str) -> None:
     """Makes the folder and tries to write into it. Raises OutputError, or OptionError for a file of that name."""
     if folder.exists() and not folder.is_dir():
-        raise OptionError(f"--save_path {folder} is a file: name a folder for the pictures")
-    check_writable(folder, "--save_path")
+        raise OptionError(f"{flag} {folder} is a file: name a folder for the pictures")
+    check_writable(folder, flag)
 
 
 def check_lora(file: str, options: Any, problem_of: LoraProblem) -> None:
     """A LoRA file that is missing, damaged or something else; whether it fits the model shows when that is built."""
-    path = Path(file)
+    path, flag = Path(file), options.loras.FLAG
     if path.is_dir():
-        raise CheckpointError(f"--lora_weight {path} is a folder: give the LoRA file in it")
-    check_weights_file("--lora_weight", file)
+        raise CheckpointError(f"{flag} {path} is a folder: give the LoRA file in it")
+    check_weights_file(flag, file)
     if path.suffix != ".safetensors":
         return  # a pickle, which only torch reads
     header = read_header(path)
     kind = recognise(header)
     if kind not in (None, LORA):
-        raise CheckpointError(f"--lora_weight {path} is {with_article(str(kind))}, not a LoRA file: give a LoRA file")
+        raise CheckpointError(f"{flag} {path} is {with_article(str(kind))}, not a LoRA file: give a LoRA file")
     if problem := problem_of(options, header):
         raise CheckpointError(problem)
 

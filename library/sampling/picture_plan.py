@@ -16,10 +16,12 @@ from library.sampling.prompts import MAX_STEPS, SamplePrompt, read_prompt_line, 
 FLOW_SETTINGS = frozenset(
     {"negative_prompt", "width", "height", "seed", "sample_steps", "scale", "guidance_scale", "flow_shift", "sample_sampler"}
 )
+DIFFUSION_SETTINGS = FLOW_SETTINGS - {"flow_shift"}  # the same of Stable Diffusion and SDXL
 MIN_SIDE_PX = 64
 RANDOM_SEED_BITS = 32
 EMPTY_PROMPT = '""'  # how a typed line writes it
-SAMPLE_SIDE_PX = 512  # of a picture drawn while training, where its prompt says nothing
+# of a picture drawn while training, where its prompt says nothing
+SAMPLE_SIDE_PX, SAMPLE_STEPS, SAMPLE_SCALE = 512, 30, 7.5
 LARGE_PX, USUAL_PX = 2048 * 2048, 1024 * 1024
 
 
@@ -34,8 +36,15 @@ class Picture:
     seed: int
     steps: int
     scale: float  # of classifier-free guidance, 1 = none
-    shift: float
     sampler: str
+    shift: float | None = None  # of the noise levels; None for models without
+    prompt2: str | None = None  # another text for the second text encoder
+
+    @property
+    def flow_shift(self) -> float:
+        """The shift of a flow model's picture."""
+        assert self.shift is not None, "this model has no shift"
+        return self.shift
 
     @property
     def is_guided(self) -> bool:
@@ -59,13 +68,15 @@ class PromptDefaults(Protocol):
     @property
     def guidance_scale(self) -> float: ...
     @property
-    def flow_shift(self) -> float: ...
+    def flow_shift(self) -> float | None: ...  # None for models without
     @property
     def sampler(self) -> str: ...
     @property
     def seed(self) -> int | None: ...
     @property
     def images_per_prompt(self) -> int: ...
+    @property
+    def prompt2(self) -> str | None: ...
 
 
 def given_prompts(options: PromptDefaults, samplers: Collection[str]) -> tuple[SamplePrompt, ...]:
@@ -95,7 +106,7 @@ def asked_prompt(line: str, samplers: Collection[str]) -> SamplePrompt:
     return prompt
 
 
-def line_help(options: PromptDefaults, samplers: Collection[str]) -> str:
+def line_help(options: PromptDefaults, samplers: Collection[str], *, two_prompts: bool = False) -> str:
     """What a typed line may hold, with what counts where it says nothing."""
     height, width = options.image_size
     flags = {
@@ -104,8 +115,9 @@ def line_help(options: PromptDefaults, samplers: Collection[str]) -> str:
         "--d N": f"seed [{'random' if options.seed is None else options.seed}]",
         "--s N": f"steps [{options.infer_steps}]",
         "--l X": f"scale of guidance, 1 = none [{options.guidance_scale:g}]",
-        "--fs X": f"shift of the noise levels [{options.flow_shift:g}]",
+        **({} if options.flow_shift is None else {"--fs X": f"shift of the noise levels [{options.flow_shift:g}]"}),
         "--ss NAME": f"sampler: {' or '.join(samplers)} [{options.sampler}]",
+        **({"--p2 TEXT": f"prompt of the second text encoder [{options.prompt2 or 'the same'}]"} if two_prompts else {}),
     }
     return "\n".join([
         f"a prompt, then flags for it, as in: a red house --w 832 --h 1216 --d 42; {EMPTY_PROMPT} is an empty prompt",
@@ -143,11 +155,36 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
             seed=(first + number) % 2**63,
             steps=options.infer_steps if prompt.sample_steps is None else prompt.sample_steps,
             scale=next(scale for scale in scales if scale is not None),
-            shift=options.flow_shift if prompt.flow_shift is None else prompt.flow_shift,
+            shift=None if options.flow_shift is None else prompt.flow_shift or options.flow_shift,
             sampler=prompt.sample_sampler or options.sampler,
+            prompt2=options.prompt2 if prompt.prompt2 is None else prompt.prompt2,
         )
         for number in range(options.images_per_prompt)
     ]
+
+
+def sample_picture(prompt: SamplePrompt, seed: int, *, sampler: str | None, side_step: int) -> Picture:
+    """A picture of a Stable Diffusion or SDXL training: what the prompt says, then the reference's defaults. ``sampler``: of
+    --sample_sampler."""
+    return Picture(
+        prompt=prompt.prompt,
+        negative_prompt=prompt.negative_prompt or "",
+        width=rounded_side(prompt.width or SAMPLE_SIDE_PX, side_step),
+        height=rounded_side(prompt.height or SAMPLE_SIDE_PX, side_step),
+        seed=seed,
+        steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
+        scale=max(SAMPLE_SCALE if prompt.scale is None else prompt.scale, 1.0),  # below 1 there is no guidance either
+        sampler=prompt.sample_sampler or sampler or "ddim",
+    )
+
+
+def sampler_problems(prompts: Sequence[SamplePrompt], samplers: Collection[str]) -> Iterator[str]:
+    """Prompts of a training whose model knows all samplers that there are, so that another name is a slip."""
+    for prompt in prompts:
+        name = prompt.sample_sampler
+        if name is not None and name not in samplers:
+            near = did_you_mean(name, samplers)
+            yield f"prompt {prompt.index + 1}: --ss {name} is no sampler{near}: give one of {', '.join(samplers)}"
 
 
 def drawn_steps(steps: int) -> int:
@@ -160,11 +197,13 @@ def rounded_side(side: int, step: int) -> int:
     return max(MIN_SIDE_PX, side - side % step)
 
 
-def plan_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults, side_step: int) -> Iterator[str]:
-    """What an inference script draws otherwise than the prompts seem to say."""
+def plan_warnings(
+    prompts: Sequence[SamplePrompt], options: PromptDefaults, side_step: int, settings: Collection[str] = FLOW_SETTINGS
+) -> Iterator[str]:
+    """What an inference script draws otherwise than the prompts seem to say. ``settings``: the keys that its model draws by."""
     yield from size_warnings(prompts, options, side_step)
     yield from idle_negative_warnings(prompts, options)
-    yield from unused_warnings(prompts)
+    yield from unused_warnings(prompts, settings)
 
 
 def size_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults, side_step: int) -> Iterator[str]:
@@ -195,8 +234,8 @@ def idle_negative_warnings(prompts: Sequence[SamplePrompt], options: PromptDefau
         yield f"the negative prompt {which}does nothing with a guidance scale of 1: set another scale, or drop it"
 
 
-def unused_warnings(prompts: Sequence[SamplePrompt]) -> Iterator[str]:
-    unused = sorted({name for prompt in prompts for name in prompt.unused(FLOW_SETTINGS)})
+def unused_warnings(prompts: Sequence[SamplePrompt], settings: Collection[str] = FLOW_SETTINGS) -> Iterator[str]:
+    unused = sorted({name for prompt in prompts for name in prompt.unused(settings)})
     if unused:
         yield f"the model does not use {', '.join(unused)} of a prompt: without effect"
 

@@ -75,13 +75,14 @@ def save_picture(pixels: Tensor, path: Path, parameters: str | None = None) -> N
 
 def picture_parameters(picture: Picture, about: Mapping[str, str]) -> str:
     """The text for a picture: the settings that it was drawn with, given or not. ``about``: the models, as label -> name."""
-    settings = {
+    settings: dict[str, object] = {
         "Steps": picture.steps,
         "Sampler": picture.sampler,
         "CFG scale": f"{picture.scale:g}",
         "Seed": picture.seed,
-        "Shift": f"{picture.shift:g}",
+        **({} if picture.shift is None else {"Shift": f"{picture.shift:g}"}),
         "Size": f"{picture.width}x{picture.height}",
+        **({} if picture.prompt2 is None else {"Prompt 2": picture.prompt2}),
     }
     return parameters_text(picture.prompt, picture.negative_prompt if picture.is_guided else None, {**settings, **about})
 

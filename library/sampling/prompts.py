@@ -31,7 +31,9 @@ FLAGS = {
     "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
+    "p2": "prompt2",
 }
+TEXTS = ("negative_prompt", "prompt2")  # kept as they are
 FLAG_START = re.compile(r" --(?=[A-Za-z])")  # " -- " with a space after it is a dash in the text
 
 
@@ -53,6 +55,7 @@ class SamplePrompt:
     controlnet_image: str | None = None
     cfg_trunc_ratio: float | None = None  # part of the run with guidance
     renorm_cfg: float | None = None  # cap of the guided prediction's norm, relative to the plain one
+    prompt2: str | None = None  # another text for the second text encoder of SDXL, when pictures are drawn without training
 
     def settings(self) -> dict[str, object]:
         """What the file sets besides the prompt itself, by key."""
@@ -136,7 +139,7 @@ def _parse_line(line: str) -> Entry:
         if key is None:
             unknown.append(word)
         else:
-            values[key] = value if key == "negative_prompt" else value.strip()
+            values[key] = value if key in TEXTS else value.strip()
     return Entry(values, tuple(unknown))
 
 
@@ -272,6 +275,7 @@ def _name(value: object) -> str:
 
 FIELDS: Mapping[str, Callable[[object], object]] = {  # key -> checks and converts; raises ValueError with what is allowed
     "negative_prompt": _text,
+    "prompt2": _text,
     "width": _side,
     "height": _side,
     "seed": _seed,

@@ -121,7 +121,7 @@ def draw_latents(  # noqa: PLR0913  # what a picture needs
     """Scaled latents (B, 4, h, w) in fp32 of pictures that differ in their seeds alone. The caller sets autocast, gradient mode.
 
     ``positive`` and ``negative`` (1, N, C) are on ``device``; without a ``negative`` there is no guidance. ``prediction`` is
-    EPSILON or VELOCITY of library/sd/layout.py. ``tick`` is called before each pass through the U-Net; ``passes`` tells their number.
+    EPSILON or VELOCITY of library/sd/layout.py. ``tick`` is called before each pass through the U-Net.
     """
     first, seeds = pictures[0], [picture.seed for picture in pictures]
     noise = initial_noises(seeds, (first.width, first.height))
@@ -177,7 +177,7 @@ def draw(
     seeds: Sequence[int] | None = None,
     tick: Callable[[], None] | None = None,
 ) -> Tensor:
-    """noise (B, 4, h, w) -> scaled latents (B, 4, h, w). ``seeds``: of the rows, for a scheduler that draws noise at each step."""
+    """noise (B, 4, h, w) -> scaled latents (B, 4, h, w). ``seeds``: of the rows, where noise is drawn at each step."""
     # not the seed itself: then the noise of the first step would be that which the picture starts from
     sources = [torch_generator("sampler noise", seed) for seed in seeds] if seeds is not None else None
     drawing = {} if sources is None else {"generator": sources}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from library.errors import OptionError
-from library.options.anima_inference import SAMPLERS, PromptOptions
+from library.options.anima_inference import SAMPLERS
+from library.options.anima_inference import AnimaPromptOptions as PromptOptions
 from library.sampling.picture_plan import (
     Picture,
     asked_prompt,
