@@ -95,7 +95,9 @@ class ClipOptions:
     clip_skip: int | None = opt(None, "use the N-th layer of CLIP counted from the end (not set = the last)")
     max_token_length: int | None = opt(None, "CLIP tokens of a caption that count (not set = 75)", choices=(150, 225))
     weighted_captions: bool = opt(False, "read (text:1.2) in captions as a weight")
-    tokenizer_cache_dir: str | None = opt(None, "folder that keeps downloaded tokenizers (not set = the hub's own)", path=True)
+    tokenizer_cache_dir: str | None = opt(
+        None, "folder for downloaded tokenizers; not used, as they come with the project (not set = none)", path=True
+    )
 
     def problems(self) -> Iterator[str]:
         return iter(())

@@ -13,7 +13,9 @@ from library.options.rules import above_zero, at_least, needs
 class NetworkOptions:
     """Network: the LoRA that is trained."""
 
-    network_module: str | None = opt(None, "Python module that makes the network, such as networks.lora_anima or lycoris.kohya")
+    network_module: str | None = opt(
+        None, "Python module that makes the network, such as networks.lora, networks.lora_anima or lycoris.kohya"
+    )
     network_dim: int | None = opt(
         None, "rank of the LoRA; more can learn more and makes a larger file (not set = the module's default)"
     )
