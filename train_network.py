@@ -438,7 +438,7 @@ class NetworkTrainer(ModelPreparation):
 
     def prompt_conditioning(self, text: str) -> Conditioning:
         if self.run.text_cache is not None:
-            return self.run.text_cache.load_text(cached_prompt(text, self.run.architecture))
+            return self.run.text_cache.load_text(cached_prompt(text, self.run.architecture), kind=self.prompt_type())
         return self.encoded_text([text], as_prompts=True)
 
     @contextmanager

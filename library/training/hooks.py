@@ -72,6 +72,10 @@ class ArchitectureHooks(ABC):
     def conditioning_type(self) -> type[Conditioning]:
         """The class that ``encode_text`` returns."""
 
+    def prompt_type(self) -> type[Conditioning]:
+        """The class that ``encode_prompts`` returns."""
+        return self.conditioning_type()
+
     @abstractmethod
     def encode_images(self, vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, H/8, W/8). The caller sets gradient mode.

@@ -197,24 +197,26 @@ class TextCache:
         """The conditioning (B = 1) of a caption, as ``load_batch``."""
         return self.load_batch([(item, self.text_of(item, variant))])
 
-    def load_text(self, text: str) -> Conditioning:
-        """The conditioning (B = 1) of the empty caption or of one of ``extra_texts``."""
-        return self.load_batch([(None, text)])
+    def load_text(self, text: str, *, kind: type[Conditioning] | None = None) -> Conditioning:
+        """The conditioning (B = 1) of the empty caption or of one of ``extra_texts``; ``kind``: what it is, if not what captions
+        are."""
+        return self.load_batch([(None, text)], kind=kind)
 
     def text_of(self, item: Item, variant: int = 0) -> str:
         return caption_variant(item, variant)
 
-    def load_batch(self, texts: Sequence[tuple[Item | None, str]]) -> Conditioning:
+    def load_batch(self, texts: Sequence[tuple[Item | None, str]], *, kind: type[Conditioning] | None = None) -> Conditioning:
         """The conditioning of B texts, each with the item that has it as a caption; None for the empty caption and for
         ``extra_texts``. Safe in threads.
 
         Raises DatasetError for a file damaged since the start, and deletes it so that the next start makes it again.
         """
-        if self.conditioning_type is None:
+        kind = kind or self.conditioning_type
+        if kind is None:
             raise ValueError("set conditioning_type before anything is loaded from the cache")
         columns = self._rows.load(self._sources(texts)) if self.on_disk else self._from_memory(texts)
         tensors = {name: column.tensor for name, column in columns.items()}
-        return self.conditioning_type.from_cache(tensors, {name: column.lengths for name, column in columns.items()})
+        return kind.from_cache(tensors, {name: column.lengths for name, column in columns.items()})
 
     def _sources(self, texts: Sequence[tuple[Item | None, str]]) -> list[RowSource]:
         paths = [self._files.prompts_path if item is None else self._files.path_of(item) for item, _ in texts]
