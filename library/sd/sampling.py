@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.randomness import torch_generator
 from library.sd.layout import VELOCITY
+from library.sd.text import SdPrompts, equally_long
 from library.sd.vae_layout import LATENT_CHANNELS, STRIDE
 
 if TYPE_CHECKING:
@@ -132,6 +133,14 @@ def draw_latents(  # noqa: PLR0913  # what a picture needs
         seeds=seeds if SAMPLERS[first.sampler].draws_noise else None,
         tick=tick,
     )
+
+
+def prompt_inputs(positive: SdPrompts, negative: SdPrompts | None) -> tuple[TextInputs, TextInputs | None]:
+    """A prompt and its negative (each B = 1), equally long. A negative text that does not act is None."""
+    if negative is None:
+        return TextInputs(positive.conditioning().states), None
+    with_prompt, without = equally_long(positive, negative)
+    return TextInputs(with_prompt.states), TextInputs(without.states)
 
 
 def initial_noises(seeds: Sequence[int], size_wh: tuple[int, int]) -> Tensor:

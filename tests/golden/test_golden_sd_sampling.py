@@ -11,7 +11,8 @@ from library.sd.denoiser import build_unet, load_unet
 from library.sd.layout import EPSILON, VELOCITY
 from library.sd.sampling import SAMPLERS, TextInputs, build_scheduler, draw, guided, passes
 from library.sd.unet_layout import unet_part
-from library.sdxl.sizes import size_vector
+from library.sdxl.sampling import text_inputs
+from library.sdxl.text import SdxlConditioning
 from tests.golden.golden_files import Golden, load_golden, relative_error
 
 FILES = {"sd/sd1_sampling": EPSILON, "sd/sd2_v_sampling": VELOCITY, "sdxl/sdxl_sampling": EPSILON}
@@ -116,6 +117,5 @@ def golden_text(golden: Golden) -> tuple[TextInputs, TextInputs]:
     pairs = []
     for start in ("", "uncond_"):
         context = torch.cat([inputs[f"{start}hidden1"], inputs[f"{start}hidden2"]], dim=-1)
-        sizes, corner = torch.tensor([[64, 64]]), torch.tensor([[0, 0]])
-        pairs.append(TextInputs(context, size_vector(inputs[f"{start}pooled"], sizes, corner, sizes)))
+        pairs.append(text_inputs(SdxlConditioning(context, inputs[f"{start}pooled"]), (64, 64)))
     return pairs[0], pairs[1]
