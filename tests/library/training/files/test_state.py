@@ -16,6 +16,7 @@ from library.files.safetensors_file import file_fingerprint, save_safetensors
 from library.options.anima import AnimaTrainOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
+from library.options.ddpm import DdpmTrainingOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.training.files.state import (
@@ -152,6 +153,13 @@ def test_settings_of_a_run():
     assert settings.identity["the architecture"] == "anima"
     assert settings.history["--timestep_sampling"] == "sigmoid" and settings.history["--masked_loss"] == "False"
     assert "--max_data_loader_n_workers" not in settings.history and "--flip_aug" not in settings.history
+
+
+def test_settings_of_noise_levels_are_in_the_history():
+    ddpm = DdpmTrainingOptions(min_snr_gamma=5.0, min_timestep=100, v_parameterization=True)
+    history = state_settings(StableDiffusionTrainOptions(ddpm=ddpm), "sd", batches_per_epoch=3).history
+    wanted = {"--min_snr_gamma": "5.0", "--min_timestep": "100", "--v_parameterization": "True", "--zero_terminal_snr": "False"}
+    assert wanted.items() <= history.items()
 
 
 def datasets(*subsets: SubsetSettings, **settings: object) -> tuple[DatasetSettings, ...]:
