@@ -89,7 +89,7 @@ def build_clip(config: ClipConfig, *, fp8: bool = False) -> ClipTextModel:
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    settings = CLIPTextConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=config.vocabulary,
         hidden_size=config.width,
         intermediate_size=config.mlp_width,
@@ -101,7 +101,7 @@ def build_clip(config: ClipConfig, *, fp8: bool = False) -> ClipTextModel:
         attn_implementation="eager",  # only for the class: other ways had classes of their own in transformers 4.51
     )
     with torch.device("meta"):
-        built = CLIPTextModel(settings)
+        built = CLIPTextModel(CLIPTextConfig(**sizes))
     inner = getattr(built, "text_model", built)  # transformers 5 has no such level
     inner.embeddings.position_ids = torch.arange(config.positions).expand(1, -1)  # not in files
     model = ClipTextModel(inner, config)

@@ -15,7 +15,7 @@ from library.sd.clip import ClipTextModel, build_clip, load_clip
 from library.sd.clip_layout import ClipConfig, expected_shapes
 from library.training.models.model_memory import arrange_text_encoders
 from tests.golden.golden_files import relative_error
-from tests.library.sd.clip_files import TINY_G, TINY_L, clip_source, tiny_part
+from tests.library.sd.clip_files import TINY_G, TINY_L, clip_source, their_clip, tiny_part
 
 IDS = torch.randint(0, 49000, (3, 77), generator=torch.Generator().manual_seed(1))
 
@@ -24,23 +24,6 @@ def loaded(config: ClipConfig, *, fp8: bool = False, dtype: torch.dtype = torch.
     model = build_clip(config, fp8=fp8)
     load_clip(model, tiny_part(config), device="cpu", dtype=dtype)
     return model
-
-
-def theirs(model: ClipTextModel) -> nn.Module:
-    """transformers' own class with the same weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    own = model.config
-    settings = CLIPTextConfig(
-        vocab_size=own.vocabulary, hidden_size=own.width, intermediate_size=own.mlp_width, num_hidden_layers=own.layers,
-        num_attention_heads=own.heads, hidden_act=own.activation, projection_dim=own.projection or 512,
-        bos_token_id=49406, eos_token_id=49407,
-    )  # fmt: skip
-    other = (CLIPTextModel if own.projection is None else CLIPTextModelWithProjection)(settings)
-    names = other.state_dict()
-    state = {name if name in names else name.removeprefix("text_model."): t for name, t in model.state_dict().items()}
-    assert not other.load_state_dict(state, strict=False).unexpected_keys
-    return other.eval()
 
 
 @pytest.mark.parametrize("config", [TINY_L, TINY_G])
@@ -59,7 +42,7 @@ def test_states_are_those_of_transformers(config):
     ids = IDS.clone()
     ids[:, 0], ids[:, -1] = 49406, 49407
     ids[0, 12:] = 49407
-    found = theirs(model)(input_ids=ids, output_hidden_states=True)
+    found = their_clip(model)(input_ids=ids, output_hidden_states=True)
     for number, states in enumerate(found.hidden_states[:-1]):  # transformers 5 norms the last
         assert relative_error(model.run(model.embed(ids), 0, number), states) < 1e-5
     last = model.run(model.embed(ids), 0, config.layers)
