@@ -40,9 +40,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     SD_UNCLIP: (r"^cond_stage_model\.", r"label_emb\.0\.0\.weight"),
     SDXL: (r"label_emb\.0\.0\.weight|^conditioner\.embedders\.1\.|^add_embedding\.linear_1",),
     SD2: (r"^cond_stage_model\.model\.",),
-    SD1: (
-        r"^cond_stage_model\.|input_blocks\.\d+\.\d+\.transformer_blocks|^down_blocks\.\d+\.attentions\.",
-    ),
+    SD1: (r"^cond_stage_model\.|input_blocks\.\d+\.\d+\.transformer_blocks|^down_blocks\.\d+\.attentions\.",),
     "FLUX checkpoint": (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.",),
     "SD3 or SD3.5 checkpoint": (r"(^|\.)joint_blocks\.\d+\.x_block\.|^transformer_blocks\.0\.ff_context\.",),
     "Lumina Image 2.0 checkpoint": (r"(^|\.)(cap_embedder\.0\.weight|context_refiner\.0\.)",),
