@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
 
 OLDEST_DEEPSPEED = (0, 19)  # from here on it skips a step whose float32 gradient is not finite
-# optimizers that treat each number by itself: of a long row of numbers, which is what DeepSpeed hands them, they make the same
+# optimizers that treat each number by itself (8-bit ones: with its neighbours, which are rounded together): of a long row of
+# numbers, which is what DeepSpeed hands them, they make the same
 BY_NUMBER = {
     "torch.optim": ("Adadelta", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
     "lion_pytorch": ("Lion",),
-    "bitsandbytes.optim": ("PagedAdamW", "PagedAdamW32bit"),
+    "bitsandbytes.optim": tuple(
+        f"{paged}{kind}{bits}"
+        for paged in ("", "Paged")
+        for kind in ("Adam", "AdamW", "Lion", "SGD")
+        for bits in ("", "8bit", "32bit")
+    ),
 }
 ON_GPU_ONLY = ("bitsandbytes",)
 

@@ -29,6 +29,8 @@ from library.training.optimizing.learner import Learner
 from library.training.optimizing.optimizers import optimizer_state
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from library.options.train import TrainOptions
     from library.training.running.processes import HostGroup
 
@@ -39,6 +41,10 @@ LARGEST_BUCKET = 50_000_000  # weights summed over processes at once; the engine
 
 class DeepSpeedLearner(Learner):
     """A Learner whose gradients are summed, clipped and applied by DeepSpeed's engine."""
+
+    def __init__(self, network: Any, accelerator: Accelerator, options: TrainOptions, *,
+                 groups: tuple[list[dict[str, Any]], list[str]], total_steps: int):  # fmt: skip
+        super().__init__(network, accelerator, options, groups=trainable(groups), total_steps=total_steps)
 
     def _prepare(self, options: TrainOptions) -> None:
         self._scale = LossScale() if self.scales_losses else None
@@ -133,7 +139,7 @@ class DeepSpeedLearner(Learner):
         from library.files.torch_file import torch_bytes
 
         state = self.state()
-        parts = group.gather(torch_bytes(state["optimizer"]))  # as bytes: what is on the GPU comes back on the CPU
+        parts = group.gather(bytes(torch_bytes(state["optimizer"])))  # as bytes: what is on the GPU comes back on the CPU
         return {**state, "optimizer": {"parts": [_loaded(part) for part in parts]}}
 
     def load_state(self, training: dict[str, Any], network: dict[str, Tensor]) -> None:
@@ -152,6 +158,15 @@ class DeepSpeedLearner(Learner):
     def _load_scale(self, saved: dict[str, Any]) -> None:
         if self._scale is not None and "value" in saved:  # a run without DeepSpeed had another search
             self._scale.load(saved)
+
+
+def trainable(groups: tuple[list[dict[str, Any]], list[str]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """``groups`` without weights that are not trained, and without groups that are empty then: the engine leaves those out too,
+    but schedule and rates would not hear of it."""
+    found = [({**group, "params": [p for p in group["params"] if p.requires_grad]}, name)
+             for group, name in zip(*groups, strict=True)]  # fmt: skip
+    filled = [(group, name) for group, name in found if group["params"]]
+    return [group for group, _ in filled], [name for _, name in filled]
 
 
 class LossScale:
@@ -233,5 +248,5 @@ def _launched(device: torch.device) -> Iterator[None]:
             del os.environ["LOCAL_RANK"]
 
 
-def _loaded(part: memoryview) -> Any:
+def _loaded(part: bytes) -> Any:
     return torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
