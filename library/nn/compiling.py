@@ -1,4 +1,4 @@
-"""torch.compile, block by block: what is made for one transformer block serves all of them, at every size of image.
+"""torch.compile, block by block: what is made for one block serves all blocks of its widths, at every size of image.
 
 Compiled is the block's forward alone. Around it the model calls its blocks as before, so checkpointing and whatever brings a
 block's weights to the device stay outside. How few graphs there are depends on the sizes being variables from the first call
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from library.errors import OptionError, TrainingError, UserError, did_you_mean
 from library.nn.fp8 import FP8
 
+PICTURE = 4  # axes of a tensor that convolutions take: (B, C, h, w)
 GRAPHS = 64  # one runs per batch of one and larger batches, with and without gradients, for each strength of the network, ...
 GRAPHS_PER_BLOCK = 8  # where a foreign network's layers are not alike to the compiler, so that each block has its own
 PACKAGES = {"tvm": "tvm", "onnxrt": "onnxruntime", "openxla": "torch_xla"}  # of backends that PyTorch lists without them
@@ -47,9 +48,10 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any], *, fullg
     instead of running in parts, uncompiled ones between; tests ask for it.
     ``backend`` may also be a function, as for torch.compile.
     """
-    blocks = list(model.blocks.children())  # type: ignore[union-attr,operator]
+    blocks: list[nn.Module] = list(model.blocks)  # type: ignore[arg-type]
     _allow_graphs(max(GRAPHS, GRAPHS_PER_BLOCK * len(blocks)))
-    compiler = _keeping_less(backend) if any(weight.dtype == FP8 for weight in model.blocks.parameters()) else backend  # type: ignore[union-attr]
+    in_8_bits = any(weight.dtype == FP8 for block in blocks for weight in block.parameters())
+    compiler = _keeping_less(backend) if in_8_bits else backend
     compiled: dict[type[nn.Module], Any] = {}
     for block in blocks:
         own = vars(block).get("forward")
@@ -70,16 +72,22 @@ class CompiledForward:
         self.function = function
 
     def __call__(self, x: Tensor, *inputs: Any) -> Tensor:
-        """x (B, N, D); of the inputs' tensors, in tuples or not, all axes but the last may vary: samples, tokens, rows."""
-        if torch.is_grad_enabled() and not x.requires_grad:
+        """x (B, N, D), of convolutions (B, C, h, w); of the inputs' tensors, in tuples or not, all axes but that of the channels
+        may vary: samples, tokens, rows, columns."""
+        if torch.is_grad_enabled() and not x.requires_grad and x.dim() != PICTURE:
             # What enters the first block needs no gradient, unlike what enters the others. To compute it all the same costs less
             # than half a percent of a step of 28 blocks; a second set of graphs would take as long to compile as the first one.
+            # A U-Net's first residual blocks have widths of their own, and with them graphs, and make a larger part of a step.
             x = x.detach().requires_grad_()
         for tensor in tensors_in((x, *inputs)):
-            for axis in range(tensor.dim() - 1):
+            for axis in varying_axes(tensor):
                 # One of length 1 becomes a constant all the same: batches of one have their own graph.
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         return self.function(x, *inputs)
+
+
+def varying_axes(tensor: Tensor) -> tuple[int, ...]:
+    return (0, 2, 3) if tensor.dim() == PICTURE else tuple(range(tensor.dim() - 1))
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:

@@ -73,6 +73,7 @@ class StableDiffusionUNet(UNet2DConditionModel):
     def _down(self, run: Run, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, h, w) of the finest level -> that of the coarsest, and what the way up is given again."""
         skips = [x]
+        level: Any
         for level in self.down_blocks:
             for residual, transformer in layers(level):
                 x = run(residual, x, time)
@@ -84,11 +85,12 @@ class StableDiffusionUNet(UNet2DConditionModel):
         return x, skips
 
     def _middle(self, run: Run, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        first, second = self.mid_block.resnets  # type: ignore[union-attr]
-        x = transform(run, self.mid_block.attentions[0], run(first, x, time), context)  # type: ignore[union-attr]
-        return run(second, x, time)
+        middle: Any = self.mid_block
+        x = transform(run, middle.attentions[0], run(middle.resnets[0], x, time), context)
+        return run(middle.resnets[1], x, time)
 
     def _up(self, run: Run, x: Tensor, time: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        level: Any
         for level in self.up_blocks:
             for residual, transformer in layers(level):
                 x = run(residual, torch.cat((x, skips.pop()), dim=1), time)
@@ -100,9 +102,9 @@ class StableDiffusionUNet(UNet2DConditionModel):
     def _layers(self) -> Iterator[tuple[nn.Module, ...]]:
         for level in self.down_blocks:
             yield from (_blocks_of(*layer) for layer in layers(level))
-        first, second = self.mid_block.resnets  # type: ignore[union-attr]
-        yield _blocks_of(first, self.mid_block.attentions[0])  # type: ignore[union-attr]
-        yield (second,)
+        middle: Any = self.mid_block
+        yield _blocks_of(middle.resnets[0], middle.attentions[0])
+        yield (middle.resnets[1],)
         for level in self.up_blocks:
             yield from (_blocks_of(*layer) for layer in layers(level))
 

@@ -24,6 +24,7 @@ __all__ = ["UNetConfig", "original_names", "unet_part"]
 Layout = Literal["original", "diffusers"]
 
 PREFIX = "model.diffusion_model."  # of the U-Net in a single file
+ROOTS = {"original": "input_blocks.", "diffusers": "down_blocks."}
 PUBLISHED_HEADS = 8  # of SD 1 on every level
 PUBLISHED_HEAD_DIM = 64  # of SD 2 and SDXL
 PUBLISHED_GROUPS = 32
@@ -38,6 +39,10 @@ def unet_part(source: WeightsSource, *, prefix: str, layout: Layout) -> Part[UNe
     Raises one CheckpointError that lists all tensors that are missing, unexpected or of another shape.
     """
     found = {name.removeprefix(prefix): shape for name, shape in source.shapes.items() if name.startswith(prefix)}
+    if not any(name.startswith(ROOTS[layout]) for name in found):
+        raise CheckpointError(
+            f"{source.path} has no U-Net: none of its {len(source.shapes):,} tensors is called {prefix}{ROOTS[layout]}*"
+        )
     frame = _original_frame(found) if layout == "original" else _diffusers_frame(found)
     names = _file_names(frame, layout)
     shapes = {name: found[key] for name, key in names.items() if key in found}
