@@ -128,7 +128,7 @@ class AnimaPictureMaker(PictureMaker):
         self.merges = planned_merges(
             lora_anima,
             loras.files,
-            text_encoder=self.text_encoder.model,
+            text_encoders=[self.text_encoder.model],
             denoiser=self.denoiser,
             patterns=ModulePatterns.of(loras.include_patterns, loras.exclude_patterns),
             lycoris=loras.lycoris,

@@ -42,10 +42,12 @@ OTHER_ADAPTERS = {
     "LoCon": r"\.lora_mid\.weight$",
     "full weight difference": r"\.(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)$",
 }
+STABLE_DIFFUSION = "Stable Diffusion 1.x or 2.x"  # whose modules have the same names
 # LoRA files of other models, by the names of their modules; the first that fits counts
 OTHER_MODELS = {
-    "SDXL": r"^lora_te[12]_|^lora_unet_(input|output)_blocks_|^(unet\.)?down_blocks\..+\.transformer_blocks\.[2-9]",
-    "Stable Diffusion 1.x or 2.x": r"^lora_unet_(down|up|mid)_block|^lora_te_text_model_|^(unet\.)?(down|up)_blocks\.",
+    "SDXL": r"^lora_te[12]_|^text_encoder_2\.|^lora_unet_(input_blocks|middle_block|output_blocks)_"
+    r"|^(lora_unet_|unet\.)?(down_blocks|mid_block|up_blocks)[._].*transformer_blocks[._][1-9]",
+    STABLE_DIFFUSION: r"^lora_unet_(down_blocks|up_blocks|mid_block)_|^lora_te_text_model_|^(unet\.)?(down|up)_blocks\.",
     "FLUX": r"(double|single)(_transformer)?_blocks[._]\d",
     "SD3": r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj",
     "Qwen-Image": r"transformer_blocks[._]\d+[._](img|txt)_mlp",
@@ -145,6 +147,12 @@ def not_understood(file: object, keys: list[str], unknown: list[str], table: Nam
     """The error for a file with ``unknown`` among its ``keys``: what it is, or which names cannot be used."""
     if problem := other_adapter(file, unknown):
         return CheckpointError(problem)
+    other = model_of_lora(unknown)
+    if other not in (None, table.architecture) and len(unknown) < len(keys):  # models that share some of their names
+        return CheckpointError(
+            f"{file} is a LoRA for {other}, not for {table.architecture}, which has no {module_name(unknown[0])}; choose one "
+            f"made for {table.architecture}"
+        )
     if len(unknown) < len(keys):
         modules = list(dict.fromkeys(module_name(key) for key in unknown))
         named = ", ".join(f"{name}{table.near(name)}" for name in modules[:NAMED])

@@ -207,6 +207,12 @@ def _unet_rules(arguments: BlockArguments, *, renamed: Callable[[str], str], blo
     )
 
 
+def original_paths(unet: nn.Module) -> dict[str, str]:
+    """Path of each module of an SDXL U-Net -> the original checkpoint's, which files go by; nothing for other models."""
+    modules = _modules_of(unet)
+    return original_names(unet_frame(modules)) if _is_sdxl(modules) else {}
+
+
 def unet_frame(modules: Modules) -> UNetConfig:
     """The levels, widths and depths of a U-Net of diffusers' class; its other sizes, which no name depends on, are made up."""
     levels = _count(modules, r"down_blocks\.(\d+)\.resnets\.0")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import NetworkError
+from networks.lora import original_paths
 from networks.weights_file import read_lora_file
 
 logger = logging.getLogger(__name__)
@@ -90,13 +91,15 @@ def _examples(modules: Sequence[tuple[str, ...]]) -> str:
 class OwnFile:
     """A LoRA file as the network module of this project reads it."""
 
-    def __init__(self, module: ModuleType, file: str, multiplier: float, *, text_encoder: nn.Module, denoiser: nn.Module):
+    def __init__(
+        self, module: ModuleType, file: str, multiplier: float, *, text_encoders: Sequence[nn.Module], denoiser: nn.Module
+    ):
         """The models may be on the meta device. Raises NetworkError or CheckpointError for a file that does not fit."""
         network, self.weights = module.create_network_from_weights(
-            multiplier, file, None, [text_encoder], denoiser, for_inference=True
+            multiplier, file, None, list(text_encoders), denoiser, for_inference=True
         )
         self.network: Any = network
-        paths = {id(layer): path for model in (text_encoder, denoiser) for path, layer in model.named_modules()}
+        paths = {id(layer): path for model in (*text_encoders, denoiser) for path, layer in model.named_modules()}
         self.paths = {lora.lora_name: paths[id(lora.org_module_ref[0])] for lora in network.loras}
 
     @property
@@ -118,21 +121,30 @@ class OwnFile:
 class LycorisFile:
     """A LoRA file of any kind that the LyCORIS package knows."""
 
-    def __init__(self, package: ModuleType, file: str, multiplier: float, *, text_encoder: nn.Module, denoiser: nn.Module):
+    def __init__(
+        self, package: ModuleType, file: str, multiplier: float, *, text_encoders: Sequence[nn.Module], denoiser: nn.Module
+    ):
         """Raises NetworkError where no module of the file has a place in the models."""
         self.package, self.file, self.multiplier = package, file, multiplier
         self.weights = _by_name(read_lora_file(Path(file)))
-        prefixes = {package.LycorisNetworkKohya.LORA_PREFIX_TEXT_ENCODER: text_encoder,
-                    package.LycorisNetworkKohya.LORA_PREFIX_UNET: denoiser}  # fmt: skip
-        places = {f"{prefix}_{path.replace('.', '_')}": (prefix, path)
-                  for prefix, model in prefixes.items() for path, _ in model.named_modules()}  # fmt: skip
+        self.models = self._by_prefix(text_encoders, denoiser)
+        others = original_paths(denoiser)
+        places = {f"{prefix}_{path.replace('.', '_')}": (prefix, module)
+                  for prefix, model in self.models.items() for module, _ in model.named_modules()
+                  for path in (module, *([others[module]] if model is denoiser and module in others else ()))}  # fmt: skip
         self.places = {name: places[name] for name in self.weights if name in places}
-        self.models = prefixes
         if not self.places:
             raise NetworkError(f"{file} has no module for this model (it has {', '.join(list(self.weights)[:3])}): give a file "
                                "that was made for it")  # fmt: skip
         if homeless := [name for name in self.weights if name not in places]:
             logger.warning("%s: %d modules have no place in this model: left out", file, len(homeless))
+
+    def _by_prefix(self, text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The models by what the names of their modules begin with in a file."""
+        kind = self.package.LycorisNetworkKohya
+        numbers = [""] if len(text_encoders) == 1 else [str(place + 1) for place in range(len(text_encoders))]
+        texts = {f"{kind.LORA_PREFIX_TEXT_ENCODER}{number}": model for number, model in zip(numbers, text_encoders, strict=True)}
+        return {**texts, kind.LORA_PREFIX_UNET: denoiser}
 
     @property
     def modules(self) -> list[tuple[str, ...]]:
@@ -148,15 +160,20 @@ class LycorisFile:
         return merged
 
     def _merge_names(self, model: nn.Module, prefix: str, names: Sequence[str]) -> int:
-        weights = {key: tensor for name in names for key, tensor in self.weights[name].items()}
-        is_denoiser = prefix == self.package.LycorisNetworkKohya.LORA_PREFIX_UNET
+        kind = self.package.LycorisNetworkKohya
+        is_denoiser = prefix == kind.LORA_PREFIX_UNET
+        own = kind.LORA_PREFIX_UNET if is_denoiser else kind.LORA_PREFIX_TEXT_ENCODER  # which the package gives a lone encoder
+        paths = {f"{own}_{self.places[name][1].replace('.', '_')}": self.places[name][1] for name in names}
+        weights = {own_name + key[len(name) :]: tensor
+                   for own_name, name in zip(paths, names, strict=True)
+                   for key, tensor in self.weights[name].items()}  # fmt: skip
         network, _ = self.package.create_network_from_weights(
             self.multiplier, self.file, None, None if is_denoiser else model, model if is_denoiser else nn.Identity(),
             weights_sd=weights, for_inference=True,
         )  # fmt: skip
         loras = [*network.text_encoder_loras, *network.unet_loras]
         for lora in loras:  # one by one: the package's own merge_to() leaves the strength out
-            lora.to(model.get_submodule(self.places[lora.lora_name][1]).weight.device)
+            lora.to(model.get_submodule(paths[lora.lora_name]).weight.device)
             lora.merge_to(self.multiplier)
         return len(loras)
 
@@ -180,7 +197,7 @@ def planned_merges(
     module: ModuleType,
     files: Sequence[tuple[str, float]],
     *,
-    text_encoder: nn.Module,
+    text_encoders: Sequence[nn.Module],
     denoiser: nn.Module,
     patterns: ModulePatterns,
     lycoris: bool = False,
@@ -188,14 +205,14 @@ def planned_merges(
     """What merging ``files`` (path, multiplier) takes; the models may be on the meta device. Raises one NetworkError or
     CheckpointError for the first file that does not fit, and for patterns that fit nothing."""
     kind, reader = (LycorisFile, lycoris_package()) if lycoris and files else (OwnFile, module)
-    merges = FileMerges(list(_planned(kind, reader, files, text_encoder, denoiser)), patterns)
+    merges = FileMerges(list(_planned(kind, reader, files, text_encoders, denoiser)), patterns)
     merges.check()
     return merges
 
 
 def _planned(
-    kind: type[OwnFile] | type[LycorisFile], reader: ModuleType, files: Sequence[tuple[str, float]], text_encoder: nn.Module,
-    denoiser: nn.Module,
+    kind: type[OwnFile] | type[LycorisFile], reader: ModuleType, files: Sequence[tuple[str, float]],
+    text_encoders: Sequence[nn.Module], denoiser: nn.Module,
 ) -> Iterator[MergedFile]:  # fmt: skip
     for file, multiplier in files:
-        yield kind(reader, file, multiplier, text_encoder=text_encoder, denoiser=denoiser)
+        yield kind(reader, file, multiplier, text_encoders=text_encoders, denoiser=denoiser)

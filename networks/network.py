@@ -260,7 +260,7 @@ class LoRANetwork(nn.Module):
         own = {lora.lora_name: lora for lora in self.loras}
         fitting = [name for name in own if name in weights]
         if not fitting:
-            raise no_module_fits(file, weights, own)
+            raise no_module_fits(file, weights, own, architecture_of(self.arguments))
         check_shapes(file, [(self._targets[name].candidate, self._targets[name].rank) for name in fitting], weights)
         for name in fitting:
             own[name].load_pair(weights[name])
@@ -371,7 +371,8 @@ def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function
     modules = by_module(weights)
     targets = targets_of_file([place for place in candidates if place.name in modules], weights, arguments)
     if not targets:
-        raise no_module_fits(file, modules or weights, [place.name for place in candidates])
+        known = [place.name for place in candidates]
+        raise no_module_fits(file, modules or weights, known, architecture_of(arguments))
     check_shapes(file, [(target.candidate, target.rank) for target in targets], modules)
     used = {target.candidate.name for target in targets}
     warn_of_homeless(file, [name for name in modules if name not in used and not name.startswith(absent)])
@@ -379,6 +380,10 @@ def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
     tell(arguments.warnings())
     return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights
+
+
+def architecture_of(arguments: NetworkArguments) -> str:
+    return "" if arguments.NAMES is None else arguments.NAMES.architecture
 
 
 def tell(warnings: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from library.sd.unet_names import HEAD, UNetConfig, original_names
-from networks.layout_names import COMFY, DIFFUSERS, NUMBER, OURS, Module, NameTable
+from networks.layout_names import COMFY, DIFFUSERS, NUMBER, OURS, STABLE_DIFFUSION, Module, NameTable
 
 # the published frames; of the sizes only which ones are equal matters, and one transformer block stands for all
 SD_FRAME = UNetConfig(widths=(320, 640, 1280, 1280), depths=(1, 1, 1, 0), middle_depth=1, heads=(8, 8, 8, 8), context_width=768,
@@ -82,9 +82,8 @@ def _sd_text() -> Iterator[Module]:
     return _text_modules("lora_te", "text_encoder", ("clip_l", "clip_h"), "lora_te1")
 
 
-SD_TITLE = "Stable Diffusion 1.x or 2.x"  # both have the same modules
-SD1_NAMES = _table(SD_TITLE, _denoiser_modules(SD_FRAME, original=False), _sd_text())
-SD2_NAMES = _table(SD_TITLE, _denoiser_modules(SD_FRAME, original=False, flat=True), _sd_text())
+SD1_NAMES = _table(STABLE_DIFFUSION, _denoiser_modules(SD_FRAME, original=False), _sd_text())
+SD2_NAMES = _table(STABLE_DIFFUSION, _denoiser_modules(SD_FRAME, original=False, flat=True), _sd_text())
 SDXL_NAMES = _table(
     "SDXL",
     _denoiser_modules(SDXL_FRAME, original=True),

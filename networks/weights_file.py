@@ -142,11 +142,16 @@ def check_pairs(file: str | Path, weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable[str]) -> NetworkError:
-    """``weights`` by module or by key: names of the file; ``known``: names that this network has or could have."""
+def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable[str], architecture: str = "") -> NetworkError:
+    """``weights`` by module or by key: names of the file; ``known``: names that this network has or could have;
+    ``architecture``: of this model, as OTHER_MODELS calls it."""
     if not weights:
         return NetworkError(f"{file} holds no LoRA modules (no pairs of NAME.{DOWN} and NAME.{UP})")
     other = model_of_lora(weights)
+    if other and other == architecture:
+        return NetworkError(f"{file} is a LoRA for {other}, but for other parts of it than the network has: it changes "
+                            f"{examples(weights)}, and this network {examples(known)}; choose a file that has these, or train "
+                            "what the file has")  # fmt: skip
     return NetworkError(f"{file} is no LoRA for this model{f' but one for {other}' if other else ''}: none of its modules fits "
                         f"({examples(weights)}); this network has {examples(known)}; choose a file made for this "
                         "architecture")  # fmt: skip
