@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from library.dataset.token_use import TokenCounter, TokenUse
+from library.dataset.token_use import TokenUse
 from library.errors import OptionError
 from library.sd.prompt_weights import parse_weights
 
@@ -134,12 +134,6 @@ def load_tokenizers(*kinds: TokenizerKind) -> tuple[ClipTokenizer, ...]:
     """One of each kind; the table is read once."""
     bpe = load_bpe()
     return tuple(ClipTokenizer(kind, bpe) for kind in kinds)
-
-
-def token_counter(*kinds: TokenizerKind, tokens: int = PIECE, weighted: bool = False) -> TokenCounter:
-    """For the plan: how long captions are for encoders of these kinds that take ``tokens`` (--max_token_length) of text."""
-    tokenizers = load_tokenizers(*kinds)
-    return lambda text: [tokenizer.count(text, tokens=tokens, weighted=weighted) for tokenizer in tokenizers]
 
 
 def load_bpe() -> Tokenizer:

@@ -17,7 +17,6 @@ from library.sd.clip_tokenizer import (
     ClipTokenizer,
     cleaned,
     load_tokenizers,
-    token_counter,
 )
 
 HUNDRED = " ".join(["cat"] * 100)
@@ -108,11 +107,6 @@ def test_what_is_said_to_be_seen_is_what_is_seen(tokenizers):
     cut_at = tokenizers[0].count(text).cut_at
     assert tokenizers[0].ids(text[:cut_at]) == tokenizers[0].ids(text)[: len(tokenizers[0].ids(text[:cut_at]))]
     assert 70 <= len(tokenizers[0].ids(text[:cut_at])) <= 75
-
-
-def test_the_counter_of_a_run_speaks_for_each_encoder():
-    uses = token_counter(CLIP_L, OPEN_CLIP_G, tokens=150)("a cat")
-    assert uses == [TokenUse("CLIP-L", 2, 150, None), TokenUse("OpenCLIP-G", 2, 150, None)]
 
 
 def test_loading_is_fast():

@@ -132,3 +132,21 @@ def test_diffusers_encodes_the_same(encoder, tmp_path):
     states, _, pooled, _ = pipeline.encode_prompt([SHORT, LONG], device="cpu", do_classifier_free_guidance=False)
     ours = encoder.encode([SHORT, LONG])
     assert relative_error(ours.states, states) < 1e-5 and relative_error(ours.pooled, pooled) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_does_not_wait_for_the_device():
+    parts = [tiny_part(TINY_L), tiny_part(TINY_G, "open_clip", seed=1)]
+    encoder = build_text_encoder(parts, max_token_length=225, weighted_captions=True)
+    load_text_encoder(encoder, parts, device="cuda")
+    expected = loaded(max_token_length=225, weighted_captions=True).encode(CAPTIONS)
+    encoder.encode(CAPTIONS)  # libraries load, memory is taken
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = encoder.encode(CAPTIONS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(found.states.cpu(), expected.states) < 1e-2
+    assert relative_error(found.pooled.cpu(), expected.pooled) < 1e-2
