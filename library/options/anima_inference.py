@@ -42,6 +42,7 @@ class AnimaMergeOptions(MergeOptions):
 
     lora_weight: list[str] | None = opt(None, "LoRA files for the denoiser, the text encoder or both; any layout", path=True)
     lora_multiplier: list[float] | None = opt(None, "strength of each LoRA file, in their order; 1.0 where there is none")
+    lycoris: bool = opt(False, "read the LoRA files with the LyCORIS package: LoKr, LoHa and its other kinds")
 
     @property
     def files(self) -> list[tuple[str, float]]:
@@ -56,6 +57,8 @@ class AnimaMergeOptions(MergeOptions):
         elif strengths > files:
             yield f"--lora_multiplier has {strengths} numbers, but --lora_weight has {files}: give at most one each"
         yield from MergeOptions.problems(self)
+        if self.lycoris and not files:
+            yield "--lycoris needs --lora_weight: name the LyCORIS files, or drop it"
 
     def warnings(self) -> Iterator[str]:
         strengths = len(self.lora_multiplier or ())

@@ -27,7 +27,11 @@ class MergeOptions:
         None, "regexes, found anywhere in a module's name: of each LoRA file only modules that one of them fits are merged"
     )
     exclude_patterns: list[str] | None = opt(None, "regexes, as --include_patterns: modules that one of them fits are left out")
-    lycoris: bool = opt(False, "read the LoRA files with the LyCORIS package: LoKr, LoHa and its other kinds")
+
+    @property
+    def lycoris(self) -> bool:
+        """Whether the LyCORIS package reads the files."""
+        return False
 
     @property
     def files(self) -> list[tuple[str, float]]:
@@ -43,8 +47,6 @@ class MergeOptions:
                     re.compile(pattern)
                 except re.error as error:
                     yield f"--{name}: the regular expression {pattern!r} is not valid: {error}"
-        if self.lycoris and not self.files:
-            yield f"--lycoris needs {self.FLAG}: name the LyCORIS files, or drop it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from library.files.weights_source import module_tensors
 from library.nn.loading import load_into
-from library.sd.layout import SD_SCALE, SDXL_SCALE, Part
+from library.sd.layout import Part
 from library.sd.vae_layout import VaeConfig
-
-__all__ = ["SDXL_SCALE", "SD_SCALE", "StableDiffusionVae", "load_vae", "posterior_noise", "posterior_sample"]
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as published
 

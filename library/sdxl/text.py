@@ -74,13 +74,23 @@ class SdxlTextEncoder(nn.Module):
         """On ``device`` (default: the models'), in the models' dtype. The caller sets gradient mode."""
         return self._encode(captions, device, weighted=self.weighted_captions)
 
-    def encode_prompts(self, texts: Sequence[str], device: torch.device | str | None = None) -> SdxlConditioning:
-        """As captions are encoded, but weights are always read."""
-        return self._encode(texts, device, weighted=True)
+    def encode_prompts(
+        self, texts: Sequence[str], device: torch.device | str | None = None, *, second: Sequence[str] | None = None
+    ) -> SdxlConditioning:
+        """As captions are encoded, but weights are always read. ``second``: other texts for CLIP-G."""
+        return self._encode(texts, device, weighted=True, second=second)
 
-    def _encode(self, captions: Sequence[str], device: torch.device | str | None, *, weighted: bool) -> SdxlConditioning:
+    def _encode(
+        self,
+        captions: Sequence[str],
+        device: torch.device | str | None,
+        *,
+        weighted: bool,
+        second: Sequence[str] | None = None,
+    ) -> SdxlConditioning:
         texts_l, texts_g = (
-            [tokenizer.rows(text, tokens=self.tokens, weighted=weighted) for text in captions] for tokenizer in self.tokenizers
+            [tokenizer.rows(text, tokens=self.tokens, weighted=weighted) for text in texts]
+            for tokenizer, texts in zip(self.tokenizers, (captions, captions if second is None else second), strict=True)
         )
         ids, places = unique_rows(texts_l)
         states_l = by_text(self._penultimate(self.clip_l, ids), places, len(captions))  # (B, n, 77, D1)

@@ -7,7 +7,8 @@ import torch
 
 from library.files.open_weights import open_weights
 from library.files.safetensors_file import save_safetensors
-from library.sd.vae import SD_SCALE, SDXL_SCALE, load_vae, posterior_sample
+from library.sd.layout import SD_SCALE, SDXL_SCALE
+from library.sd.vae import load_vae, posterior_sample
 from library.sd.vae_layout import find_vae, vae_part
 from tests.golden.golden_files import load_golden, relative_error
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from library.files.open_weights import open_weights
-from library.sd.vae import SD_SCALE, SDXL_SCALE, load_vae, posterior_sample
+from library.sd.layout import SD_SCALE, SDXL_SCALE
+from library.sd.vae import load_vae, posterior_sample
 from library.sd.vae_layout import DIFFUSERS, ORIGINAL, vae_part
 from tests.library.sd.vae_files import write_vae, write_vae_folder
 

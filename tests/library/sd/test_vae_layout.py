@@ -11,7 +11,8 @@ import torch
 from library.errors import CheckpointError
 from library.files.open_weights import open_weights
 from library.files.safetensors_file import save_safetensors
-from library.sd.vae import SD_SCALE, load_vae
+from library.sd.layout import SD_SCALE
+from library.sd.vae import load_vae
 from library.sd.vae_layout import DIFFUSERS, ORIGINAL, VaeConfig, VaePlace, find_vae, module_shapes, vae_part
 from tests.library.sd.vae_files import HEADER, TINY, file_tensors_of, module_tensors_of, write_vae, write_vae_folder
 
