@@ -117,7 +117,7 @@ class TinyTrainer(NetworkTrainer):
         denoiser.blocks[0].mlp["layer1"].weight = weight
 
     def memory_use(self, size_wh, images):
-        return MemoryUse(blocks=1, kept=0, carried=0, working=0, encoders=0)
+        return MemoryUse(kept=(), carried=(), working=0, encoders=0)
 
     def load_vae(self, *, device, dtype):
         return nn.AvgPool2d(8)

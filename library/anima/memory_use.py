@@ -37,9 +37,8 @@ def memory_use(layouts: AnimaLayouts, size_wh: tuple[int, int], images: int, liv
     side = VAE_SCALE * config.patch
     tokens = images * (size_wh[0] // side) * (size_wh[1] // side)
     return MemoryUse(
-        blocks=config.blocks,
-        kept=kept_values(config, tokens),
-        carried=tokens * config.width,
+        kept=(kept_values(config, tokens),) * config.blocks,
+        carried=(tokens * config.width,) * config.blocks,
         working=tokens * (2 * config.mlp_hidden + 3 * config.width),  # the MLP's hidden layer twice, what enters and leaves it
         encoders=sum(encoder_values(layouts, live)),
         **(trained_text_values(layouts.text.config, images) if live.text_is_trained and layouts.text is not None else {}),

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Of one forward pass of a batch. ``kept``: what the backward pass of one block needs; ``carried``: what a block hands to the
-    next, all that checkpointing keeps of it; ``working``: gradients that are there at once while a block goes backward;
-    ``encoders``: weights of the text encoder and of the VAE, where they encode at every step; ``encoder_kept`` and
-    ``encoder_carried``: what the backward pass needs of a text encoder that is trained, without and with checkpointing."""
+    """Of one forward pass of a batch.
 
-    blocks: int
-    kept: int
-    carried: int
+    Of each block: ``kept`` is what its backward pass needs, ``carried`` what it is given by the block before, which is all that
+    checkpointing keeps of it. ``outside``: what is needed of layers between blocks, checkpointing or not. ``working``: gradients
+    that are there at once while a block goes backward. ``encoders``: weights of the text encoder and of the VAE, where they encode
+    at every step; ``encoder_kept`` and ``encoder_carried``: what the backward pass needs of a text encoder that is trained,
+    without and with checkpointing.
+    """
+
+    kept: tuple[int, ...]
+    carried: tuple[int, ...]
+    outside: int = 0
     working: int
     encoders: int
     encoder_kept: int = 0

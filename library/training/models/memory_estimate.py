@@ -82,10 +82,12 @@ def moment_bytes(dtype: torch.dtype, optimizer: Any) -> int:
 
 def activation_bytes(use: MemoryUse, dtype: torch.dtype, *, checkpointing: str | None) -> int:
     """``checkpointing`` as in library/options/memory.py: on the device, or with what it keeps in host memory."""
+    always = use.outside + use.working
     if checkpointing is None:
-        return (use.blocks * use.kept + use.working + use.encoder_kept) * dtype.itemsize
-    waiting = use.blocks if checkpointing == "device" else 2  # the block's own, and the one on its way
-    return (waiting * use.carried + use.kept + use.working + use.encoder_carried) * dtype.itemsize
+        return (sum(use.kept) + always + use.encoder_kept) * dtype.itemsize
+    largest = sorted(use.carried, reverse=True)
+    waiting = sum(largest if checkpointing == "device" else largest[:2])  # of two: the block's own, and the one on its way
+    return (waiting + max(use.kept, default=0) + always + use.encoder_carried) * dtype.itemsize
 
 
 def estimate_memory(options: Any, denoiser: nn.Module, *, parameters: int, dtypes: tuple[torch.dtype, torch.dtype],

@@ -24,7 +24,8 @@ from library.training.models.memory_estimate import (
 )
 from tests.library.anima.tiny_dit import TINY, tiny_denoiser
 
-USE = MemoryUse(blocks=10, kept=100, carried=4, working=30, encoders=0)
+USE = MemoryUse(kept=(100,) * 10, carried=(4,) * 10, working=30, encoders=0)
+UNEQUAL = MemoryUse(kept=(10, 100, 50), carried=(9, 2, 5), outside=7, working=30, encoders=0)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -62,6 +63,9 @@ def test_activations():
     assert activation_bytes(USE, BF16, checkpointing=None) == 2 * (10 * 100 + 30)
     assert activation_bytes(USE, BF16, checkpointing="device") == 2 * (10 * 4 + 100 + 30)
     assert activation_bytes(USE, BF16, checkpointing="cpu_async") == 2 * (2 * 4 + 100 + 30)
+    assert activation_bytes(UNEQUAL, FP32, checkpointing=None) == 4 * (160 + 7 + 30)
+    assert activation_bytes(UNEQUAL, FP32, checkpointing="device") == 4 * (16 + 100 + 7 + 30)
+    assert activation_bytes(UNEQUAL, FP32, checkpointing="cpu") == 4 * (14 + 100 + 7 + 30)
 
 
 def published(**memory: object):
