@@ -1,0 +1,63 @@
+"""What the inference scripts of Stable Diffusion and SDXL check before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from library.errors import CheckpointError, OptionError
+from library.files.safetensors_file import SafetensorsHeader
+from library.sampling.inference_checks import InferenceChecks
+from library.sampling.picture_plan import DIFFUSION_SETTINGS
+from library.sd.architecture import SAMPLERS, StableDiffusionArchitecture
+from library.sd.layout import EPSILON, VELOCITY, Marks, StableDiffusionLayouts
+from library.sd.vae_layout import LATENT_CHANNELS
+
+SIDE_STEP_PX = 8  # a latent
+SDXL_SETTINGS = DIFFUSION_SETTINGS | {"prompt2"}
+FLAG_NAMES = {"--pretrained_model_name_or_path": "--ckpt_path"}  # training's -> these scripts'
+
+
+def checks_of(
+    architecture: StableDiffusionArchitecture,
+    lora_problem: Callable[[Any, SafetensorsHeader], str | None],
+    *,
+    settings: frozenset[str] = DIFFUSION_SETTINGS,
+) -> InferenceChecks:
+    return InferenceChecks(
+        read_layouts=lambda options: read_layouts(options, architecture),
+        lora_problem=lora_problem,
+        latent_channels=lambda layouts: LATENT_CHANNELS,
+        side_step=SIDE_STEP_PX,
+        samplers=SAMPLERS,
+        settings=settings,
+    )
+
+
+def read_layouts(options: Any, architecture: StableDiffusionArchitecture) -> StableDiffusionLayouts:
+    """The checked model files. Raises CheckpointError or OptionError, with these scripts' names of the flags."""
+    files = options.files
+    as_in_training = SimpleNamespace(
+        model=SimpleNamespace(pretrained_model_name_or_path=files.ckpt_path, vae=files.vae),
+        clip=SimpleNamespace(v2=getattr(files, "v2", False), clip_skip=getattr(files, "clip_skip", None)),
+        # without the flag it is the model that says what it predicts, see ``prediction_of``
+        **({"ddpm": SimpleNamespace(v_parameterization=True)} if files.v_parameterization else {}),
+    )
+    try:
+        return architecture.read_layouts(as_in_training, options.parts)
+    except (CheckpointError, OptionError) as error:
+        raise type(error)(*map(own_flag_names, error.problems)) from error
+
+
+def own_flag_names(text: str) -> str:
+    for training, own in FLAG_NAMES.items():
+        text = text.replace(training, own)
+    return text
+
+
+def prediction_of(marks: Marks, *, v_parameterization: bool) -> str:
+    """What the U-Net predicts: EPSILON or VELOCITY. A mark that may have been copied from another file does not count."""
+    if v_parameterization:
+        return VELOCITY
+    return marks.prediction or EPSILON if marks.is_certain else EPSILON
