@@ -17,7 +17,7 @@ from typing import Any
 from library.errors import CheckpointError
 
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-MIB = 2**20
+TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ def fetch_model(repo_id: str, choose: Choose, *, flag: str, token: str | None) -
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bars()
     try:
-        wanted = list(choose(HfApi(token=token).list_repo_files(repo_id)))
+        api = HfApi(token=token)
+        api.repo_info(repo_id, timeout=TIMEOUT_S)  # asks once, where listing and fetching would try again for long
+        wanted = list(choose(api.list_repo_files(repo_id)))
         if not wanted:
             raise CheckpointError(f"{flag} {repo_id}: this repository on the hub holds no model in the layout of diffusers")
         return Path(snapshot_download(repo_id, allow_patterns=wanted, token=token))
