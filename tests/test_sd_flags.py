@@ -61,6 +61,17 @@ def test_weighted_captions_count_cached_or_not(make_runs, base):
     assert changes(runs, "--weighted_captions", base=base)
 
 
+@pytest.mark.parametrize("flag", ["--clip_skip=2", "--max_token_length=150", "--weighted_captions"])
+def test_cached_texts_of_other_settings_are_not_used(make_runs, flag):
+    runs = make_runs("sd1")
+    caption_all(runs, f"a (very:1.5) red [thing], {LONG}")
+    cached = (*LATENTS, "--cache_text_encoder_outputs_to_disk")
+    runs.train(*cached, output="plain")
+    runs.train(*cached, flag, output="over old files")
+    runs.train(*ALONE, flag, output="without files")
+    assert same_tensors(runs.lora("over old files"), runs.lora("without files"))
+
+
 # ---------------------------------------------------------------- noise and loss
 
 

@@ -124,6 +124,13 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_older_flags": "use_8bit_adam use_lion_optimizer",
         "test_arguments_are_python_values": "optimizer_args",
     },
+    "library/training/optimizing/test_deepspeed.py": {
+        "test_trains_as_without_deepspeed": "deepspeed zero_stage",
+        "test_flags_become_deepspeeds_configuration": "deepspeed zero_stage offload_optimizer_device max_grad_norm",
+    },
+    "library/training/optimizing/test_deepspeed_runs.py": {
+        "test_two_processes_train_and_resume_as_without_deepspeed": "deepspeed zero_stage offload_optimizer_device",
+    },
     "library/training/optimizing/test_schedules.py": {
         "test_class_of_torch": "lr_scheduler_type lr_scheduler_args",
         "test_warmup_as_a_share_of_the_run": "lr_warmup_steps",

@@ -27,6 +27,10 @@ BOTH = Effects(
             "test_save_format_names_the_modules_as_diffusers_does": "save_format",
             "test_sampler_and_clip_skip_of_sample_pictures": "sample_sampler",
         },
+        "library/sd/test_architecture.py": {
+            "test_a_named_vae_wins_over_the_bundled_one": "vae",
+            "test_marks_of_velocity_want_their_flags": "v_parameterization zero_terminal_snr",
+        },
         "library/training/test_timestep_picture.py": {
             "test_picture_and_numbers_of_a_table": "show_timesteps min_snr_gamma v_parameterization",
         },
@@ -52,6 +56,11 @@ SD = Effects(
     shown={
         "test_sd_flags.py": {"test_clip_skip_acts_where_it_is_said_to": "clip_skip"},
         "library/sd/test_metadata.py": {"test_versions": "v2"},
+        "library/sd/test_architecture.py": {
+            "test_versions_and_their_flag": "v2",
+            "test_clip_skip_beyond_the_layers": "clip_skip",
+        },
+        "library/sd/test_text.py": {"test_clip_skip_leaves_layers_out": "clip_skip"},
     },
 )
 
