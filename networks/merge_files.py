@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -167,8 +167,9 @@ class LycorisFile:
         weights = {own_name + key[len(name) :]: tensor
                    for own_name, name in zip(paths, names, strict=True)
                    for key, tensor in self.weights[name].items()}  # fmt: skip
+        layers = bare_tree(model, paths.values())
         network, _ = self.package.create_network_from_weights(
-            self.multiplier, self.file, None, None if is_denoiser else model, model if is_denoiser else nn.Identity(),
+            self.multiplier, self.file, None, None if is_denoiser else layers, layers if is_denoiser else nn.Identity(),
             weights_sd=weights, for_inference=True,
         )  # fmt: skip
         loras = [*network.text_encoder_loras, *network.unet_loras]
@@ -176,6 +177,21 @@ class LycorisFile:
             lora.to(model.get_submodule(paths[lora.lora_name]).weight.device)
             lora.merge_to(self.multiplier)
         return len(loras)
+
+
+def bare_tree(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """The model's modules of these paths, in places without a class of their own: by classes the package would look for more to
+    adapt than the file has."""
+    tree = nn.Module()
+    for path in paths:
+        *parents, last = path.split(".")
+        place = tree
+        for name in parents:
+            if name not in place._modules:
+                place.add_module(name, nn.Module())
+            place = place.get_submodule(name)
+        place.add_module(last, model.get_submodule(path))
+    return tree
 
 
 def _by_name(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

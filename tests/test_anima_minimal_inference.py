@@ -375,7 +375,8 @@ def test_lycoris_needs_its_package(maker, lora_file, monkeypatch):
     """One that is there but cannot be imported; one that is missing is told by the checks."""
     import sys
 
-    monkeypatch.setitem(sys.modules, "lycoris", None)
+    for name in ("lycoris", "lycoris.kohya"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("library.sampling.inference_checks.find_spec", lambda name: object())
     with pytest.raises(NetworkError, match="pip install lycoris-lora"):
         maker("--prompt=a cat", "--lycoris", "--lora_weight", lora_file()).make()
