@@ -1,5 +1,7 @@
 """Encodes the captions of a dataset once, and the texts of --sample_prompts, and keeps the result on disk for training:
 
+    accelerate launch tools/cache_text_encoder_outputs.py --pretrained_model_name_or_path sd15.safetensors ...
+    accelerate launch tools/cache_text_encoder_outputs.py --sdxl --pretrained_model_name_or_path sdxl.safetensors ...
     accelerate launch tools/cache_text_encoder_outputs.py --anima --dataset_config set.toml --qwen3 qwen3_06b.safetensors
 
 Takes every option of the training script, so a training command can be pasted; what only training needs may be missing. Where

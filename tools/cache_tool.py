@@ -11,7 +11,10 @@ from library.anima.architecture import ANIMA
 from library.errors import OptionError, user_errors_end_the_script
 from library.options.anima import AnimaTrainOptions
 from library.options.cache_tool import read_cache_tool_options
+from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.options.train import TrainOptions
+from library.sd.architecture import STABLE_DIFFUSION
+from library.sdxl.architecture import SDXL
 from library.training.architecture import Architecture
 from library.training.cache_job import checked_job, fill
 
@@ -26,9 +29,15 @@ class ToolArchitecture:
     trainer: str
 
 
-ARCHITECTURES = {"anima": ToolArchitecture(AnimaTrainOptions, ANIMA, "anima_train_network", "AnimaNetworkTrainer")}
+DEFAULT = "sd"  # as in the tools of kohya-ss/sd-scripts
+# by switch, but for the default, which has none
+ARCHITECTURES = {
+    DEFAULT: ToolArchitecture(StableDiffusionTrainOptions, STABLE_DIFFUSION, "train_network", "StableDiffusionTrainer"),
+    "sdxl": ToolArchitecture(SdxlTrainOptions, SDXL, "sdxl_train_network", "SdxlNetworkTrainer"),
+    "anima": ToolArchitecture(AnimaTrainOptions, ANIMA, "anima_train_network", "AnimaNetworkTrainer"),
+}
 # switches of the tools of kohya-ss/sd-scripts, and what one may expect beside them, for which there is no trainer here yet
-NOT_HERE = {"v2": "Stable Diffusion 2.x", "sdxl": "SDXL", "sd3": "SD3", "lumina": "Lumina Image 2.0", "flux": "FLUX"}
+NOT_HERE = {"sd3": "SD3", "lumina": "Lumina Image 2.0", "flux": "FLUX"}
 
 
 def run_tool(part: str, argv: Sequence[str] | None = None) -> None:
@@ -41,22 +50,16 @@ def run_tool(part: str, argv: Sequence[str] | None = None) -> None:
 
 
 def chosen_architecture(arguments: Sequence[str]) -> ToolArchitecture:
-    """The one whose switch is given; for --help alone the first. Raises OptionError naming those that exist."""
+    """The one whose switch is given; without one, Stable Diffusion 1.x and 2.x. Raises OptionError naming those that exist."""
     switches = {word[2:].removesuffix("=true") for word in arguments if word.startswith("--")}
     if absent := [name for name in NOT_HERE if name in switches]:
         raise OptionError(f"--{absent[0]}: there is no caching for {NOT_HERE[absent[0]]} here yet; there is: {_names()}")
-    given = [name for name in ARCHITECTURES if name in switches]
-    if len(given) == 1:
-        return ARCHITECTURES[given[0]]
-    if given:
+    given = [name for name in ARCHITECTURES if name in switches and name != DEFAULT]
+    if len(given) > 1:
         raise OptionError(f"{' and '.join(f'--{name}' for name in given)} are given together: choose one")
-    if "help" in switches or "-h" in arguments:
-        return next(iter(ARCHITECTURES.values()))
-    raise OptionError(
-        f"the switch of the architecture is missing: give {_names()} (without one, kohya-ss/sd-scripts takes Stable Diffusion "
-        "1.x, for which there is no caching here yet)"
-    )
+    return ARCHITECTURES[given[0] if given else DEFAULT]
 
 
 def _names() -> str:
-    return " or ".join(f"--{name}" for name in ARCHITECTURES)
+    switches = " or ".join(f"--{name}" for name in ARCHITECTURES if name != DEFAULT)
+    return f"{switches}, and without a switch Stable Diffusion 1.x and 2.x"

@@ -21,7 +21,8 @@ IMPLIED = {"vae": "--cache_latents_to_disk", "text": "--cache_text_encoder_outpu
 class CacheToolOptions:
     """Caching tool: what to cache for. Of the training options those count that say what is in the caches and where they lie."""
 
-    anima: bool = opt(False, "cache for anima_train_network.py")
+    anima: bool = opt(False, "cache for anima_train_network.py (no switch = for train_network.py: Stable Diffusion 1.x, 2.x)")
+    sdxl: bool = opt(False, "cache for sdxl_train_network.py")
     skip_existing: bool = opt(
         False, "leave cache files that are there as they are, without looking into them (--skip_cache_check)"
     )

@@ -10,7 +10,7 @@ from library.errors import OptionError
 from library.options.anima import AnimaTrainOptions
 from library.options.cache_tool import CacheToolOptions, read_cache_tool_options
 from library.options.declare import groups_of, options_of
-from tools.cache_tool import ARCHITECTURES, chosen_architecture
+from tools.cache_tool import ARCHITECTURES, DEFAULT, chosen_architecture
 
 DATA = ["--anima", "--train_data_dir=pictures", "--resolution=64"]
 
@@ -19,28 +19,38 @@ def read(part: str, *flags: str):
     return read_cache_tool_options(AnimaTrainOptions, part, [*DATA, *flags])
 
 
-def test_each_architecture_has_a_switch():
+def test_each_architecture_but_the_default_has_a_switch():
     switches = {option.name for option in options_of(CacheToolOptions) if option.is_switch} - {"skip_existing"}
-    assert switches == set(ARCHITECTURES)
+    assert switches == set(ARCHITECTURES) - {DEFAULT}
 
 
 def test_the_switch_chooses():
-    assert chosen_architecture(["--vae", "x", "--anima"]).architecture.name == "anima"
-    assert chosen_architecture(["--anima=true"]).architecture.name == "anima"
-    assert chosen_architecture(["--help"]) is chosen_architecture(["-h"]) is ARCHITECTURES["anima"]
+    for name in ("anima", "sdxl"):
+        assert chosen_architecture(["--vae", "x", f"--{name}"]).architecture.name == name
+        assert chosen_architecture([f"--{name}=true"]).architecture.name == name
+    for arguments in ([], ["--vae=anima"], ["--anima=false"], ["--v2"], ["--help"], ["-h"]):
+        assert chosen_architecture(arguments).architecture.name == "sd"
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "switch of the architecture is missing: give --anima .*Stable Diffusion 1.x"),
-    (["--vae=anima"], "switch of the architecture is missing"),
-    (["--anima=false"], "switch of the architecture is missing"),
-    (["--sdxl"], "--sdxl: there is no caching for SDXL here yet; there is: --anima"),
+    (["--sd3"], "--sd3: there is no caching for SD3 here yet; there is: --sdxl or --anima, and without a switch Stable Diffusion"),
     (["--flux", "--anima"], "--flux: there is no caching for FLUX"),
-    (["--v2"], "Stable Diffusion 2.x"),
+    (["--lumina"], "Lumina Image 2.0"),
+    (["--sdxl", "--anima"], "--sdxl and --anima are given together: choose one"),
 ])  # fmt: skip
 def test_architectures_that_are_not_here(arguments, message):
     with pytest.raises(OptionError, match=message):
         chosen_architecture(arguments)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_stable_diffusion_takes_the_command_of_its_training(name):
+    """Also where the text encoders are trained, which needs no cache of texts: the tool is asked for one."""
+    flags = ["--train_data_dir=pictures", "--resolution=64", "--pretrained_model_name_or_path=x", "--network_module=networks.lora",
+             "--text_encoder_lr=1e-5", "--output_dir=o", *(["--sdxl"] if name == "sdxl" else ["--v2", "--clip_skip=2"])]  # fmt: skip
+    for part in ("vae", "text"):
+        options = read_cache_tool_options(ARCHITECTURES[name].options, part, flags)
+        assert options.parts == (part,) and options.clip.v2 == (name == "sd")
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,46 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from library.errors import CheckpointError
 from library.files.model_path import (
     ANIMA_DIT,
+    CONTROLNET,
     COSMOS_DIT,
     LLM_ADAPTER,
     LORA,
     QWEN3,
     QWEN_IMAGE_VAE,
+    SD1,
+    SD2,
+    SD_UNCLIP,
+    SDXL,
+    SDXL_REFINER,
+    TRAINED_BY,
+    described,
     find_model_file,
     recognise,
     recognise_keys,
 )
 from library.files.safetensors_file import SafetensorsHeader, TensorInfo
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 KEYS = {
     ANIMA_DIT: ["net.blocks.0.mlp.layer1.weight", "net.llm_adapter.blocks.0.cross_attn.q_proj.weight"],
     COSMOS_DIT: ["blocks.0.mlp.layer1.weight", "x_embedder.proj.1.weight"],
     LLM_ADAPTER: ["blocks.0.cross_attn.o_proj.weight", "embed.weight"],
+    CONTROLNET: [
+        "control_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight",
+        "control_model.input_hint_block.0.bias",
+    ],
+    SDXL_REFINER: ["conditioner.embedders.0.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"],
+    SD_UNCLIP: ["cond_stage_model.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"],
     LORA: ["lora_unet_blocks_0_mlp_layer1.lora_down.weight", "lora_unet_blocks_0_mlp_layer1.alpha"],
-    "SDXL checkpoint": ["conditioner.embedders.1.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"],
-    "Stable Diffusion 2.x checkpoint": ["cond_stage_model.model.ln_final.bias", "model.diffusion_model.input_blocks.1.0.weight"],
-    "Stable Diffusion 1.x checkpoint": ["cond_stage_model.transformer.text_model.final_layer_norm.bias"],
+    SDXL: ["conditioner.embedders.1.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"],
+    SD2: ["cond_stage_model.model.ln_final.bias", "model.diffusion_model.input_blocks.1.0.weight"],
+    SD1: ["cond_stage_model.transformer.text_model.final_layer_norm.bias"],
     "SD3 or SD3.5 checkpoint": [
         "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
         "first_stage_model.encoder.conv_in.bias",
@@ -56,6 +73,14 @@ def test_diffusers_layout_of_the_vae_is_recognised():
     assert (
         recognise_keys(["encoder.conv_in.bias", "decoder.mid_block.resnets.0.norm1.gamma", "quant_conv.weight"]) == QWEN_IMAGE_VAE
     )
+
+
+def test_the_script_that_trains_a_kind_is_named():
+    assert described(SDXL) == "an SDXL checkpoint (sdxl_train_network.py trains those)"
+    assert described(SD1) == "a Stable Diffusion 1.x checkpoint (train_network.py trains those)"
+    assert described("FLUX checkpoint") == "a FLUX checkpoint"
+    for script in TRAINED_BY.values():
+        assert (REPOSITORY / script.split()[0]).is_file(), script
 
 
 def test_file_is_found(tmp_path):
