@@ -25,6 +25,7 @@ Layout = Literal["original", "diffusers"]
 
 PREFIX = "model.diffusion_model."  # of the U-Net in a single file
 ROOTS = {"original": "input_blocks.", "diffusers": "down_blocks."}
+SCALED_FLOAT8 = (".scale_weight", ".weight_scale", "scaled_fp8")  # ends of names
 PUBLISHED_HEADS = 8  # of SD 1 on every level
 PUBLISHED_HEAD_DIM = 64  # of SD 2 and SDXL
 PUBLISHED_GROUPS = 32
@@ -43,6 +44,9 @@ def unet_part(source: WeightsSource, *, prefix: str, layout: Layout) -> Part[UNe
         raise CheckpointError(
             f"{source.path} has no U-Net: none of its {len(source.shapes):,} tensors is called {prefix}{ROOTS[layout]}*"
         )
+    if scale := next((name for name in found if name.endswith(SCALED_FLOAT8)), None):
+        raise CheckpointError(f"{source.path}: its U-Net is float8 with scales of its own ({prefix}{scale}), which is not read; "
+                              "give the float16 or bfloat16 file (--fp8_base keeps its weights in 8 bits)")  # fmt: skip
     frame = _original_frame(found) if layout == "original" else _diffusers_frame(found)
     names = _file_names(frame, layout)
     shapes = {name: found[key] for name, key in names.items() if key in found}

@@ -214,3 +214,8 @@ def test_a_file_without_a_unet_is_refused():
         {"x.weight": (3,)}
     )
     assert "none of its 0 tensors" in refused({})
+
+
+def test_float8_with_scales_is_told_as_such():
+    shapes = {**original_shapes(SD1), f"{PREFIX}middle_block.1.proj_in.scale_weight": ()}
+    assert "float8 with scales of its own (model.diffusion_model.middle_block.1.proj_in.scale_weight)" in refused(shapes)
