@@ -60,13 +60,24 @@ def draw(maker, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def drawn_before() -> dict[tuple, torch.Tensor]:
+    return {}
+
+
 @pytest.fixture
-def latents(draw):
-    """``latents("sd1", ...)``: (4, h, w) of the only picture."""
+def latents(draw, drawn_before):
+    """``latents("sd1", ...)``: (4, h, w) of the only picture; drawn once for flags that name no file of a test."""
 
     def run(kind: str, *flags: object, **changes) -> torch.Tensor:
-        (path,) = draw(kind, "--output_type=latent", *flags, **changes).values()
-        return dict(read_tensors(read_header(path)))["latent"]
+        asked = (kind, *map(str, flags), *sorted(changes.items()))
+        if asked not in drawn_before:
+            (path,) = draw(kind, "--output_type=latent", *flags, **changes).values()
+            found = dict(read_tensors(read_header(path)))["latent"]
+            if any("/" in word for word in asked if isinstance(word, str)):
+                return found
+            drawn_before[asked] = found
+        return drawn_before[asked]
 
     return run
 
@@ -79,8 +90,7 @@ def pixels(path: Path) -> torch.Tensor:
 # ---------------------------------------------------------------- as in training
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "precision"), [("sd1", "no"), ("sd2", "no"), ("sdxl", "no"), ("sdxl", "bf16")])
 def test_latents_are_those_of_training_samples(maker, latents, kind, precision):
     flags = ["--prompt=a (red:1.2) cat", "--negative_prompt=rain", "--sampler=euler_a", f"--mixed_precision={precision}",
              "--image_size", 104, 64, "--guidance_scale=4"]  # fmt: skip
@@ -128,7 +138,7 @@ def test_the_reference_draws_a_cat_where_nothing_is_asked_for(draw):
 def test_every_layout_of_a_model_draws_the_same(latents, tiny_sd, kind):
     plain = latents(kind)
     for other in (f"{kind}_folder", *(["sd1_ckpt"] if kind == "sd1" else [])):
-        torch.testing.assert_close(latents(kind, model=other), plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(latents(kind, model=other), plain, rtol=1e-3, atol=1e-3)
 
 
 def test_pictures_of_a_batch_are_those_of_their_seeds(draw):
@@ -229,12 +239,18 @@ def lora_file(maker, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_lora_acts_by_its_strength(latents, lora_file, kind, caplog):
+def test_a_merged_lora_acts_on_all_models(latents, lora_file, kind, caplog):
     file = lora_file(kind)
     caplog.set_level("INFO")
-    plain, half, whole = latents(kind), latents(kind, "--lora_weights", f"{file};0.5"), latents(kind, "--lora_weights", file)
+    plain, whole = latents(kind), latents(kind, "--lora_weights", file)
     assert "LoRA modules into the U-Net (lora.safetensors x 1)" in caplog.text and "into the text encoders" in caplog.text
-    assert torch.equal(latents(kind, "--lora_weights", f"{file};0"), plain)
+    assert not torch.allclose(whole, plain, atol=1e-3)
+
+
+def test_strengths_and_patterns_of_a_merged_lora(latents, lora_file):
+    kind, file = "sd1", lora_file("sd1")
+    plain, half, whole = (latents(kind, "--lora_weights", f"{file};{strength}") for strength in (0, 0.5, 1))
+    assert torch.equal(plain, latents(kind))
     assert not torch.allclose(half, plain, atol=1e-3) and not torch.allclose(half, whole, atol=1e-3)
     only = latents(kind, "--lora_weights", file, "--include_patterns", "lora_te")
     rest = latents(kind, "--lora_weights", file, "--exclude_patterns", "lora_te")
