@@ -89,3 +89,83 @@ def test_fused_backward_pass_works_with_one_process(monkeypatch):
 
 def test_a_wrong_optimizer_is_told_elsewhere():
     assert problems(f"{FUSED} --optimizer_type=AdamWx") == []
+
+
+DEEPSPEED_INSTALLED = importlib.machinery.ModuleSpec("deepspeed", loader=None)
+
+
+@pytest.fixture
+def deepspeed_installed(monkeypatch):
+    """As if; ``deepspeed_installed("0.18.1")`` says of which version."""
+    found = run_rules.find_spec
+    monkeypatch.setattr(run_rules, "find_spec", lambda name: DEEPSPEED_INSTALLED if name == "deepspeed" else found(name))
+    monkeypatch.setattr(run_rules.sys, "platform", "linux")
+
+    def installed(version: str) -> None:
+        monkeypatch.setattr(run_rules, "version", lambda package: version)
+
+    installed("0.19.8")
+    return installed
+
+
+def test_deepspeed_is_missing(nothing_installed, monkeypatch):
+    monkeypatch.setattr(run_rules.sys, "platform", "linux")
+    (problem,) = problems("--deepspeed")
+    assert problem.startswith("--deepspeed needs the package deepspeed, which is not installed: pip install deepspeed; ")
+    assert "accelerate launch --multi_gpu trains on several GPUs" in problem
+
+
+def test_deepspeed_on_windows(monkeypatch):
+    monkeypatch.setattr(run_rules.sys, "platform", "win32")
+    (problem,) = problems("--deepspeed")
+    assert "does not train on Windows: drop the flag; without --deepspeed, accelerate launch --multi_gpu" in problem
+
+
+@pytest.mark.parametrize("version", ["0.19.0", "0.19.8+abc", "0.20.1", "1.0"])
+def test_deepspeed_that_is_new_enough(deepspeed_installed, version):
+    deepspeed_installed(version)
+    assert problems("--deepspeed") == []
+
+
+@pytest.mark.parametrize("version", ["0.9.5", "0.18.9"])
+def test_deepspeed_that_is_too_old(deepspeed_installed, version):
+    deepspeed_installed(version)
+    (problem,) = problems("--deepspeed")
+    assert f"needs deepspeed 0.19 or newer, and {version} is installed: pip install --upgrade deepspeed" in problem
+
+
+def test_what_contradicts_deepspeed_is_told_together(deepspeed_installed, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")
+    flags = f"--deepspeed {FUSED} --full_bf16 --mixed_precision=bf16 --optimizer_type=Adafactor"
+    fused, precision, optimizer, file = problems(flags)
+    assert fused.startswith("--fused_backward_pass cannot be used with --deepspeed")
+    assert precision.startswith("--full_bf16 cannot be used with --deepspeed")
+    assert optimizer.startswith("--deepspeed cannot share transformers.optimization.Adafactor among processes")
+    assert "ds.json, which is not read" in file
+    (precision,) = [p for p in problems("--deepspeed --full_fp16 --mixed_precision=fp16") if "ds.json" not in p]
+    assert precision.startswith("--full_fp16 cannot be used")
+
+
+@pytest.mark.parametrize("optimizer", ["Prodigy", "AdamWScheduleFree", "Adagrad", "Muon", "some.Optimizer"])
+def test_deepspeed_shares_no_optimizer_that_looks_at_more_than_a_number(deepspeed_installed, optimizer):
+    (problem,) = problems(f"--deepspeed --optimizer_type={optimizer}")
+    assert "cannot share" in problem and "--zero_stage=0, which shares nothing" in problem
+    assert problems(f"--deepspeed --zero_stage=0 --optimizer_type={optimizer}") == []
+
+
+@pytest.mark.parametrize("optimizer", ["", "AdamW", "Lion", "torch.optim.SGD", "AdamW8bit", "PagedLion8bit", "SGDNesterov"])
+def test_deepspeed_shares_optimizers_that_look_at_one_number(deepspeed_installed, optimizer):
+    assert problems(f"--deepspeed --optimizer_type={optimizer}") == []
+
+
+def test_deepspeed_moves_no_optimizer_of_the_gpu(deepspeed_installed):
+    (problem,) = problems("--deepspeed --offload_optimizer_device=cpu --optimizer_type=AdamW8bit")
+    assert problem.startswith("--offload_optimizer_device: bitsandbytes.optim.AdamW8bit works on the GPU only")
+    assert problems("--deepspeed --offload_optimizer_device=cpu --optimizer_type=AdamW") == []
+
+
+def test_a_launcher_configured_for_deepspeed_wants_the_flag(deepspeed_installed, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (problem,) = problems("")
+    assert problem.startswith("accelerate is configured for DeepSpeed: add --deepspeed")
+    assert problems("--deepspeed") == []
