@@ -24,6 +24,7 @@ from library.options.config_file import ConfigFileOptions, read_config
 from library.options.dataset import DatasetOptions
 from library.options.declare import groups_of, options_of
 from library.options.scripts import OPTION_SETS, option_set_of
+from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.options.train import TrainOptions
 from library.sampling.prompts import FLAGS, read_prompts
 from tools.make_reference_tables import END, START, TABLES, key_row, with_tables
@@ -76,7 +77,8 @@ def other_flags() -> set[str]:
     tools = [*(ROOT / "tools").glob("*.py"), *(ROOT / "networks").glob("convert_*.py"), ROOT / "quickstart.py"]
     sources = [*tools, Path(accelerate.origin).parent / "commands" / "launch.py"]
     found = set().union(*(flags_in_source(path) for path in sources if path.is_file()))
-    drawing = {option.name for group in groups_of(AnimaInferenceOptions).values() for option in options_of(group)}
+    sets = (AnimaInferenceOptions, SdInferenceOptions, SdxlInferenceOptions)
+    drawing = {option.name for kind in sets for group in groups_of(kind).values() for option in options_of(group)}
     return {*found, *drawing, *FLAGS, *FOREIGN_FLAGS, "help"}
 
 

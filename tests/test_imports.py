@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_network", "anima_train_network", "anima_minimal_inference")
+SCRIPTS = ("train_network", "anima_train_network", "anima_minimal_inference", "sd_minimal_inference", "sdxl_minimal_inference")
 FORBIDDEN = {
     "library/**/*.py": (*SCRIPTS, "networks"),
     "networks/*.py": SCRIPTS,
     "library/anima/*.py": ("library.options", "library.training", "library.sampling"),
+    "library/sd/*.py": ("library.options", "library.sampling"),
+    "library/sdxl/*.py": ("library.options", "library.sampling"),
     "library/dataset/**/*.py": ("library.anima", "library.training", "library.sampling"),
     "library/nn/*.py": ("library.anima", "library.dataset", "library.training", "library.options", "library.sampling"),
     "library/memory/*.py": ("library.anima", "library.dataset", "library.training", "library.options", "library.sampling"),
@@ -66,6 +68,7 @@ def test_models_do_not_know_the_dataset():
         "library.options.anima",
         "library.training.preflight",
         "library.anima.architecture",
+        "library.sampling.sd_inference_checks",
         "library.dataset.caches.latent_cache",
         "library.dataset.caches.text_cache",
         "library.dataset.token_use",

@@ -23,6 +23,7 @@ from library.options.anima_inference import AnimaInferenceOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.reference_table import markdown
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd_inference import SdxlInferenceOptions
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 START = "<!-- start of the tables: made by tools/make_reference_tables.py -->"
@@ -64,6 +65,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "sdxl_train_network.md": partial(option_tables, SdxlTrainOptions),
     "anima_train_network.md": partial(option_tables, AnimaTrainOptions),
     "making_pictures.md": partial(option_tables, AnimaInferenceOptions),
+    "making_pictures_sd.md": partial(option_tables, SdxlInferenceOptions),
     "dataset_config.md": key_tables,
 }
 

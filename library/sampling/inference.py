@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from library.errors import EXIT_CTRL_C, OptionError, UserError, error_block, user_errors_end_the_script
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.options.declare import groups_of, options_of
 from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
 from library.sampling.picture_plan import FLOW_SETTINGS, Picture, asked_prompt, line_help, pictures_of, plan_warnings
 from library.sampling.pictures import dated_stem, free_stem, picture_parameters, save_picture
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PICTURE_END, LATENT_END = ".png", "_latent.safetensors"
 QUIT, HELP = ("quit", "exit"), ("help", "--help", "-h", "?")  # lines that are no prompts
+MEMORY_FLAGS = ("--offload", "--fp8_scaled", "--blocks_to_swap", "--vae_chunk_size 64", "--text_encoder_cpu", "--batch_size 1")
 GIB = 2**30
 Tick = Callable[[], None]  # one step of the sampler is under way
 
@@ -195,7 +197,7 @@ class PictureMaker(ABC):
             except UserError as error:
                 print(error_block(error), file=sys.stderr, flush=True)
             except torch.OutOfMemoryError as error:
-                print(error_block(out_of_memory(error)), file=sys.stderr, flush=True)
+                print(error_block(out_of_memory(error, self.options)), file=sys.stderr, flush=True)
                 self.free()
 
     def next_line(self) -> str | None:
@@ -345,10 +347,12 @@ def peak_memory(device: torch.device) -> Iterator[str]:
     yield f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB"
 
 
-def out_of_memory(error: BaseException) -> OptionError:
+def out_of_memory(error: BaseException, options: Any) -> OptionError:
+    """Names the flags that ``options`` has."""
+    known = {option.flag for group in groups_of(type(options)).values() for option in options_of(group)}
+    flags = ", ".join(flag for flag in MEMORY_FLAGS if flag.split()[0] in known)
     return OptionError(
-        f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: --offload, --fp8_scaled, --blocks_to_swap, "
-        "--vae_chunk_size 64, --text_encoder_cpu, --batch_size 1, a smaller --image_size"
+        f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: {flags}, a smaller --image_size"
     )
 
 
@@ -358,7 +362,7 @@ def run_inference(maker_class: Callable[[CheckedPictures], PictureMaker], run: C
         try:
             maker_class(run).make()
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error) from error
+            raise out_of_memory(error, run.options) from error
         except KeyboardInterrupt:
             end_by_ctrl_c()
 
