@@ -7,7 +7,9 @@ import pytest
 from library.errors import OptionError
 from library.options.anima_inference import SAMPLERS
 from library.options.anima_inference import AnimaPromptOptions as PromptOptions
+from library.options.sd_inference import SdxlPromptOptions
 from library.sampling.picture_plan import (
+    DIFFUSION_SETTINGS,
     Picture,
     asked_prompt,
     given_prompts,
@@ -15,10 +17,13 @@ from library.sampling.picture_plan import (
     line_help,
     pictures_of,
     rounded_side,
+    sample_picture,
     sample_warnings,
+    sampler_problems,
     size_warnings,
     unused_warnings,
 )
+from library.sampling.pictures import picture_parameters
 from library.sampling.prompts import SamplePrompt
 
 
@@ -147,3 +152,48 @@ def test_what_samples_of_a_training_draw_otherwise_is_told():
     assert sampler.startswith("anima does not know --ss euler_a (sample_sampler; known: er_sde, euler)")
     assert steps == "--s 5000 (sample_steps) is cut to 1000: a picture takes 1 to 1000 steps"
     assert "16384x512 has 8 times" in size and negative.startswith("prompt 3: --n does nothing with --l 1")
+
+
+# ---------------------------------------------------------------- Stable Diffusion
+
+
+def test_samples_of_a_stable_diffusion_training_have_the_references_defaults():
+    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler=None, side_step=8) == Picture(
+        prompt="a", negative_prompt="", width=512, height=512, seed=3, steps=30, scale=7.5, sampler="ddim"
+    )
+    prompt = SamplePrompt(prompt="a", index=0, width=79, height=70, sample_steps=5000, scale=0.5, sample_sampler="heun")
+    picture = sample_picture(prompt, 3, sampler="lms", side_step=8)
+    assert (picture.width, picture.height, picture.steps, picture.sampler) == (72, 64, 1000, "heun")
+    assert picture.scale == 1.0 and not picture.is_guided  # the reference guides above 1 only
+    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="lms", side_step=8).sampler == "lms"
+
+
+def test_an_unknown_sampler_of_a_sample_prompt_is_a_problem():
+    prompts = [SamplePrompt(prompt="a", index=0, sample_sampler="ddim"), SamplePrompt(prompt="b", index=1, sample_sampler="dimm")]
+    (problem,) = sampler_problems(prompts, ["ddim", "euler"])
+    assert problem == "prompt 2: --ss dimm is no sampler (did you mean ddim?): give one of ddim, euler"
+
+
+def test_a_second_prompt_comes_from_the_line_or_the_options():
+    options = SdxlPromptOptions(prompt2="fog")
+    for prompt, second in (
+        (SamplePrompt(prompt="a", index=0), "fog"),
+        (asked_prompt("a --p2 a  dog, --ss ddim", ["ddim"]), "a  dog,"),
+    ):
+        (picture,) = pictures_of(prompt, options, side_step=8)
+        assert picture.prompt2 == second and picture.shift is None
+    text = line_help(options, ["ddim"], two_prompts=True)
+    assert "--p2 TEXT" in text and "[fog]" in text and "--fs" not in text
+    assert "--p2" not in line_help(PromptOptions(), SAMPLERS) and "--fs" in line_help(PromptOptions(), SAMPLERS)
+
+
+def test_settings_that_a_model_does_not_draw_by_are_told():
+    prompts = [SamplePrompt(prompt="a", index=0, flow_shift=3.0, prompt2="b", guidance_scale=2.0)]
+    (warning,) = unused_warnings(prompts, DIFFUSION_SETTINGS)
+    assert "--fs (flow_shift), --p2 (prompt2)" in warning and "--g" not in warning
+
+
+def test_metadata_of_a_picture_without_a_shift():
+    (picture,) = pictures_of(SamplePrompt(prompt="a", index=0, seed=1), SdxlPromptOptions(prompt2="b, c"), side_step=8)
+    text = picture_parameters(picture, {})
+    assert text == 'a\nSteps: 50, Sampler: euler, CFG scale: 7, Seed: 1, Size: 1024x1024, Prompt 2: "b, c"'
