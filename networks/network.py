@@ -288,7 +288,7 @@ class LoRANetwork(nn.Module):
         names = self.arguments.NAMES
         if names is None or names.written_layout(layout) != OURS:
             return None
-        return f"{TITLES[layout]} for a LoRA of this model are those of kohya-ss/sd-scripts, which are written anyway"
+        return f"{TITLES[layout]} for a LoRA of this model are the names that are written anyway"
 
     def layout_problems(self, layout: str) -> list[str]:
         """Why save_weights_as() cannot write ``layout``, from the names of the applied modules; empty where it can."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from library.errors import CheckpointError, NetworkError
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.training.files.saving import check_save_format
 from networks import lora
 from tests.networks.sd_models import KINDS, randomize, text_encoders_of, unet_of
 
@@ -241,7 +242,7 @@ def test_every_layout_comes_back(tiny, kind, layout, tmp_path):
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     tensors = saved(network, tmp_path / "a.safetensors", layout)
     assert network.layout_problems(layout) == []
-    assert ("those of kohya-ss/sd-scripts" in (network.layout_note(layout) or "")) == (layout == "comfy")
+    assert ("are the names that are written anyway" in (network.layout_note(layout) or "")) == (layout == "comfy")
     loaded, weights = lora.create_network_from_weights(1.0, tmp_path / "a.safetensors", None, *tiny[kind])
     assert names(loaded.loras) == names(network.loras) and set(weights) == set(before)
     report = network.load_weights(tmp_path / "a.safetensors")
@@ -252,6 +253,14 @@ def test_every_layout_comes_back(tiny, kind, layout, tmp_path):
         torch.testing.assert_close(product(made.lora_down.weight, made.lora_up.weight) * made.scale,
                                    product(old["lora_down.weight"], old["lora_up.weight"]) * strength)  # fmt: skip
     assert len(tensors) == len(network.loras) * (3 if layout == "comfy" else 2)
+
+
+def test_that_comfy_changes_nothing_is_said(tiny, caplog):
+    with caplog.at_level(logging.INFO, logger="library.training.files.saving"):
+        check_save_format(applied(tiny["sdxl"]), "comfy")
+    assert [record.getMessage() for record in caplog.records] == [
+        "--save_format=comfy: ComfyUI's names for a LoRA of this model are the names that are written anyway"
+    ]
 
 
 def product(down, up):

@@ -80,6 +80,8 @@ def check_save_format(network: Any, save_format: str | None) -> None:
         raise OptionError(f"--save_format={save_format}: this network module writes its files in its own way; drop --save_format")
     if problems := network.layout_problems(save_format):
         raise OptionError(*(f"--save_format={save_format} cannot hold this network: {problem}" for problem in problems))
+    if note := network.layout_note(save_format):
+        logger.info("--save_format=%s: %s", save_format, note)
 
 
 def remove_old(*paths: Path) -> None:
