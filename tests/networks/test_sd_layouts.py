@@ -10,6 +10,7 @@ import pytest
 
 from library.sd.unet_names import HEAD, original_names
 from networks.layout_names import COMFY, DIFFUSERS, NUMBER, OTHER_MODELS, OURS
+from networks.lora_names import names_problem
 from networks.sd_layouts import SD1_NAMES, SD2_NAMES, SDXL_NAMES
 from tests.networks.sd_models import UNETS
 
@@ -91,3 +92,33 @@ def test_comfy_takes_our_names():
 def test_the_tables_need_no_torch():
     code = "import sys, networks.sd_layouts; sys.exit(any(name in sys.modules for name in ('torch', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+
+
+SD_KEYS = [f"lora_te_text_model_encoder_layers_0_mlp_fc1.{part}" for part in ("lora_down.weight", "lora_up.weight")]
+SDXL_KEYS = [f"lora_unet_output_blocks_0_1_proj_in.{part}" for part in ("lora_down.weight", "lora_up.weight")]
+SHARED_KEYS = [f"lora_unet_down_blocks_1_attentions_0_proj_in.{part}" for part in ("lora_down.weight", "lora_up.weight")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        ("sd1", SD_KEYS + SHARED_KEYS, None),
+        ("sdxl", SDXL_KEYS + SHARED_KEYS, None),
+        (
+            "sdxl",
+            SD_KEYS + SHARED_KEYS,
+            "is a LoRA for Stable Diffusion 1.x or 2.x, not for SDXL, which has no lora_te_text_model",
+        ),
+        ("sdxl", SD_KEYS, "is a LoRA for Stable Diffusion 1.x or 2.x, not for SDXL"),
+        (
+            "sd1",
+            SDXL_KEYS + SHARED_KEYS,
+            "is a LoRA for SDXL, not for Stable Diffusion 1.x or 2.x, which has no lora_unet_output",
+        ),
+        ("sd1", SD_KEYS[:1], "only one of lora_down and lora_up"),
+        ("sd1", ["lora_unet_mid_block_resnets_0_conv1.lokr_w1"], "no plain LoRA but a LoKr file"),
+    ],
+)
+def test_files_for_other_models_show_in_their_names(kind, keys, said):
+    problem = names_problem("a.safetensors", keys, TABLES[kind])
+    assert problem is None if said is None else said in (problem or "")
