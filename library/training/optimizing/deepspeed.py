@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # the loss scale of fp16: what torch.amp.GradScaler begins with and does
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000
-LARGEST_BUCKET = 50_000_000  # weights summed over processes at once; the engine holds a buffer of this size
+LARGEST_BUCKET = 5_000_000  # numbers summed over processes at once; the engine holds a buffer of this size
 
 
 class DeepSpeedLearner(Learner):

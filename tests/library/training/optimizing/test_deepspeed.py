@@ -268,5 +268,5 @@ def test_flags_become_deepspeeds_configuration(monkeypatch):
     assert not config["bf16"]["enabled"] and not config["fp16"]["enabled"]
 
     default = engine_config(options_of("--deepspeed", "--max_grad_norm=0"), processes=1, weights=10**9)
-    assert default["zero_optimization"]["stage"] == 2 and default["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    assert default["zero_optimization"]["stage"] == 2 and default["zero_optimization"]["reduce_bucket_size"] == 5_000_000
     assert default["zero_optimization"]["offload_optimizer"]["device"] == "none" and not default.get("gradient_clipping")
