@@ -95,7 +95,11 @@ def test_the_tables_need_no_torch():
 
 
 SD_KEYS = [f"lora_te_text_model_encoder_layers_0_mlp_fc1.{part}" for part in ("lora_down.weight", "lora_up.weight")]
-SDXL_KEYS = [f"lora_unet_output_blocks_0_1_proj_in.{part}" for part in ("lora_down.weight", "lora_up.weight")]
+SDXL_KEYS = [
+    f"lora_unet_{name}.{part}"
+    for name in ("output_blocks_0_1_proj_in", "input_blocks_4_1_proj_in")  # the second is there in SD 1, too
+    for part in ("lora_down.weight", "lora_up.weight")
+]
 SHARED_KEYS = [f"lora_unet_down_blocks_1_attentions_0_proj_in.{part}" for part in ("lora_down.weight", "lora_up.weight")]
 
 
