@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
-from library.anima.memory_use import LiveEncoders, memory_use
+from library.anima.memory_use import memory_use
 from library.anima.sampling import encode_context, initial_noise, velocity_of
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
@@ -64,13 +64,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         load_denoiser(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
 
     def memory_use(self, size_wh: tuple[int, int], images: int) -> MemoryUse:
-        live = LiveEncoders(
-            text=self.run.text_cache is None,
-            vae=self.run.latent_cache is None,
-            text_in_fp8=self.options.memory.fp8_base,
-            text_is_trained=self.options.trains_text_encoder,
-        )
-        return memory_use(self.run.layouts, size_wh, images, live)
+        return memory_use(self.run.layouts, size_wh, images, self.live_encoders)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> QwenImageVae:
         anima = self.options.anima

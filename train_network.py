@@ -1,35 +1,87 @@
-"""NetworkTrainer: the training algorithm that every architecture shares, and the questions an architecture answers.
+"""NetworkTrainer: the training algorithm that every architecture shares; and Stable Diffusion 1.x and 2.x, which it trains as a
+script. The smallest command that works:
 
-A script such as ``anima_train_network.py`` subclasses it and answers library/training/hooks.py; see docs/architecture.md.
-Read ``train()`` first, then ``update()`` and ``compute_loss()``.
+    accelerate launch --num_cpu_threads_per_process 1 train_network.py \\
+      --pretrained_model_name_or_path sd15.safetensors --train_data_dir pictures --resolution 512 \\
+      --output_dir out --output_name my_lora --network_module networks.lora
+
+Read ``NetworkTrainer.train()`` first, then ``update()`` and ``compute_loss()``. An architecture subclasses it and answers
+library/training/hooks.py, as ``StableDiffusionTrainer`` does at the end; see docs/architecture.md and docs/train_network.md.
 """
 
 from __future__ import annotations
+
+from library.errors import ctrl_c_ends_quietly
+
+if __name__ == "__main__":  # first of all: the imports take a while
+    ctrl_c_ends_quietly()
+
+from library.options.command_line import read_options
+from library.options.sd import StableDiffusionTrainOptions
+from library.sd.architecture import STABLE_DIFFUSION
+from library.training.preflight import CheckedRun, checked_run, worker_count
+
+if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
+    RUN = checked_run(lambda: read_options(StableDiffusionTrainOptions), STABLE_DIFFUSION)
 
 import gc
 import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.dataset.batch import Batch
 from library.dataset.clock import Clock
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource, ValidationBatches
-from library.errors import CheckpointError, DatasetError, TrainingError, user_errors_end_the_script
+from library.errors import (
+    CheckpointError,
+    DatasetError,
+    TrainingError,
+    user_errors_end_the_script,
+)
 from library.nn.compiling import COMPILING, CompilerError, compile_errors_are_told
+from library.nn.loading import Place
+from library.nn.memory_use import MemoryUse
 from library.randomness import derive_seed, seed_default_generators
+from library.sampling.picture_plan import (
+    SAMPLE_SIDE_PX,
+    Picture,
+    drawn_steps,
+    rounded_side,
+)
+from library.sampling.prompts import SamplePrompt
+from library.sd.denoiser import build_unet, load_unet
+from library.sd.fp8_layers import UNET_FP8_LAYERS
+from library.sd.layout import EPSILON, VELOCITY
+from library.sd.memory_use import memory_use
+from library.sd.metadata import describe
+from library.sd.sampling import SAMPLERS, TextInputs, draw_latents, prompt_inputs
+from library.sd.text import (
+    SdConditioning,
+    SdPrompts,
+    build_text_encoder,
+    load_text_encoder,
+    text_models,
+)
+from library.sd.vae import load_vae
+from library.sd.vae_layout import STRIDE
 from library.training.files.hub import HubUploads
 from library.training.files.metadata import LoraMetadata
 from library.training.files.run_files import RunFiles, remove_left_over_files
-from library.training.files.state import StateDescription, load_network_tensors, load_training_tensors
+from library.training.files.state import (
+    StateDescription,
+    load_network_tensors,
+    load_training_tensors,
+)
+from library.training.loss.ddpm import DdpmObjective
 from library.training.loss.objective import NoisyLatents
 from library.training.loss.preservation import preserved_rows
 from library.training.models import networks
@@ -37,12 +89,20 @@ from library.training.models.memory_estimate import advice
 from library.training.optimizing.deepspeed import DeepSpeedLearner
 from library.training.optimizing.divergence import DivergenceGuard
 from library.training.optimizing.learner import MAX_NORM_CURVES, Learner, try_optimizer
-from library.training.preflight import CheckedRun, cached_prompt, worker_count
 from library.training.preparing import ModelPreparation
 from library.training.running import trackers
 from library.training.running.interrupts import StopRequest, resume_command
-from library.training.running.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
-from library.training.running.processes import OtherProcessEnded, ends_of_others_are_told
+from library.training.running.meters import (
+    Arrived,
+    DelayedNumbers,
+    HostFacts,
+    LossAverage,
+    StepNumbers,
+)
+from library.training.running.processes import (
+    OtherProcessEnded,
+    ends_of_others_are_told,
+)
 from library.training.running.report import Report
 from library.training.sample_pictures import SamplePictures
 from library.training.steps import Progress
@@ -259,15 +319,6 @@ class NetworkTrainer(ModelPreparation):
         self.learner.strength.set(batch.network_multiplier)
         return replace(batch, latents=latents, text=self.encoded_text(batch.captions))
 
-    def encoded_text(self, captions: Sequence[str], *, as_prompts: bool = False) -> Conditioning:
-        """With gradients for a network on the text encoder, where there is one, and in autocast: a network of somebody else's may
-        be float32 throughout."""
-        trained = bool(self.trained_encoders)
-        precision = self.accelerator.autocast() if trained else nullcontext()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained), precision:
-            encode = self.encode_prompts if as_prompts else self.encode_text
-            return encode(self.text_encoder, captions)
-
     def compute_loss(self, batch: Batch, noisy: NoisyLatents) -> Tensor:
         """The loss of each image (B,): in training with what was drawn for the step, in validation with what is fixed."""
         noisy = self.with_preserved_targets(batch, noisy)
@@ -436,28 +487,103 @@ class NetworkTrainer(ModelPreparation):
         """Draws the sample prompts if they are due after this step (epoch None), or at the end of ``epoch``."""
         self.pictures.draw_if_due(step=self.progress.step, epoch=epoch, ready=self.ready_to_sample)
 
-    def prompt_conditioning(self, text: str) -> Conditioning:
-        if self.run.text_cache is not None:
-            return self.run.text_cache.load_text(cached_prompt(text, self.run.architecture), kind=self.prompt_type())
-        return self.encoded_text([text], as_prompts=True)
-
     @contextmanager
     def ready_to_sample(self) -> Iterator[None]:
         self.report_pending()  # the time that pictures take is not the step's
         with self.learner.evaluating(), self.vae_on_device():
             yield
 
-    @contextmanager
-    def vae_on_device(self) -> Iterator[None]:
-        """The VAE, loaded when the first samples are drawn; between samples it waits in CPU memory."""
-        if self.vae is None:
-            self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
-        self.vae.to(self.device)
-        try:
-            yield
-        finally:
-            if self.run.latent_cache is not None:
-                self.vae.to("cpu")
+
+# defaults of sample prompts, those of the reference's sampler
+SAMPLE_STEPS, SAMPLE_SCALE, DEFAULT_SAMPLER = 30, 7.5, "ddim"
+
+
+class StableDiffusionTrainer(NetworkTrainer):
+    """Stable Diffusion 1.x and 2.x: a U-Net that predicts noise or velocity, CLIP text states, a KL-regularised VAE."""
+
+    def build_denoiser(self) -> Any:
+        return build_unet(self.run.layouts.denoiser.config)
+
+    def fp8_layers(self) -> str:
+        return UNET_FP8_LAYERS
+
+    def load_denoiser(self, denoiser: Any, *, device: Place, dtype: torch.dtype) -> None:
+        load_unet(denoiser, self.run.layouts.denoiser, device=device, dtype=dtype)
+
+    def memory_use(self, size_wh: tuple[int, int], images: int) -> MemoryUse:
+        return memory_use(self.run.layouts, size_wh, images, self.live_encoders)
+
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Any:
+        architecture: Any = self.run.architecture
+        return load_vae(self.run.layouts.vae, device=device, dtype=dtype, scale=architecture.scale_of(self.run.layouts))
+
+    def build_text_encoder(self) -> Any:
+        clip = self.options.clip
+        return build_text_encoder(
+            self.run.layouts.text,
+            v2=clip.v2,
+            clip_skip=clip.clip_skip,
+            max_token_length=clip.max_token_length,
+            weighted_captions=clip.weighted_captions,
+            fp8=self.options.memory.fp8_base,
+        )
+
+    def text_models(self, text_encoder: Any) -> Sequence[nn.Module]:
+        return text_models(text_encoder)
+
+    def load_text_encoder(self, text_encoder: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+        load_text_encoder(text_encoder, self.run.layouts.text, device=device, dtype=dtype)
+
+    def conditioning_type(self) -> type[Conditioning]:
+        return SdConditioning
+
+    def prompt_type(self) -> type[Conditioning]:
+        return SdPrompts
+
+    def encode_images(self, vae: Any, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        return vae.encode(pixels, seeds)
+
+    def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Conditioning:
+        return text_encoder.encode(captions, self.device)
+
+    def encode_prompts(self, text_encoder: Any, prompts: Sequence[str]) -> Conditioning:
+        return text_encoder.encode_prompts(prompts, self.device)
+
+    def create_objective(self) -> DdpmObjective:
+        return DdpmObjective(self.options.ddpm, self.options.noise, self.options.loss)
+
+    def predict(self, denoiser: Any, noisy: NoisyLatents, batch: Batch) -> Tensor:
+        text: Any = batch.text
+        return denoiser.predict(noisy.latents, noisy.timesteps, text.states)
+
+    def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
+        scale = SAMPLE_SCALE if prompt.scale is None else prompt.scale
+        named = prompt.sample_sampler or self.options.samples.sample_sampler
+        return Picture(
+            prompt=prompt.prompt,
+            negative_prompt=prompt.negative_prompt or "",
+            width=rounded_side(prompt.width or SAMPLE_SIDE_PX, STRIDE),
+            height=rounded_side(prompt.height or SAMPLE_SIDE_PX, STRIDE),
+            seed=seed,
+            steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
+            scale=max(scale, 1.0),  # below 1 there is no guidance either, as in the reference
+            sampler=named if named in SAMPLERS else DEFAULT_SAMPLER,
+        )
+
+    def draw_sample(self, picture: Picture, positive: Any, negative: Any) -> Tensor:
+        prediction = VELOCITY if self.options.ddpm.v_parameterization else EPSILON
+        texts = self.sample_texts(picture, positive, negative if picture.is_guided else None)
+        return draw_latents(self.denoiser, [picture], *texts, prediction=prediction, device=self.device)
+
+    def sample_texts(self, picture: Picture, positive: Any, negative: Any | None) -> tuple[TextInputs, TextInputs | None]:
+        """Prompt and negative prompt as the U-Net takes them."""
+        return prompt_inputs(positive, negative)
+
+    def decode_images(self, vae: Any, latents: Tensor) -> Tensor:
+        return vae.decode(latents)
+
+    def describe_model(self) -> dict[str, str]:
+        return describe(self.options, sdxl=False)
 
 
 def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
@@ -470,3 +596,7 @@ def run_training(trainer_class: type[NetworkTrainer], run: CheckedRun) -> None:
                 trainer_class(run).train()
         except torch.OutOfMemoryError as error:
             raise TrainingError(f"the GPU is out of memory ({str(error).splitlines()[0]}); {advice(run.options)}") from error
+
+
+if __name__ == "__main__":
+    run_training(StableDiffusionTrainer, RUN)

@@ -5,29 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.anima.layout import VAE_SCALE, DenoiserConfig
 from library.anima.text_layout import TextEncoderConfig
-from library.nn.memory_use import MemoryUse
+from library.nn.memory_use import LiveEncoders, MemoryUse
 
 if TYPE_CHECKING:
     from library.anima.architecture import AnimaLayouts
 
 CAPTION_TOKENS = 256  # a long caption
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveEncoders:
-    """``text``, ``vae``: whether these models encode at every step; of the text encoder, whether its weights are in 8 bits and
-    whether it is trained."""
-
-    text: bool = False
-    vae: bool = False
-    text_in_fp8: bool = False
-    text_is_trained: bool = False
 
 
 def memory_use(layouts: AnimaLayouts, size_wh: tuple[int, int], images: int, live: LiveEncoders) -> MemoryUse:

@@ -11,9 +11,9 @@ class MemoryUse:
 
     Of each block: ``kept`` is what its backward pass needs, ``carried`` what it is given by the block before, which is all that
     checkpointing keeps of it. ``outside``: what is needed of layers between blocks, checkpointing or not. ``working``: gradients
-    that are there at once while a block goes backward. ``encoders``: weights of the text encoder and of the VAE, where they encode
-    at every step; ``encoder_kept`` and ``encoder_carried``: what the backward pass needs of a text encoder that is trained,
-    without and with checkpointing.
+    that are there at once while a block goes backward. ``encoders``: weights of the text encoder and of the VAE, where they
+    encode at every step; ``encoder_kept`` and ``encoder_carried``: what the backward pass needs of a text encoder that is
+    trained, without and with checkpointing.
     """
 
     kept: tuple[int, ...]
@@ -23,3 +23,14 @@ class MemoryUse:
     encoders: int
     encoder_kept: int = 0
     encoder_carried: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveEncoders:
+    """``text``, ``vae``: whether these models encode at every step; of the text encoders, whether their weights are in 8 bits and
+    whether they are trained."""
+
+    text: bool = False
+    vae: bool = False
+    text_in_fp8: bool = False
+    text_is_trained: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from library.files.weights_source import changed_shape
-from library.nn.memory_use import MemoryUse
+from library.nn.memory_use import LiveEncoders, MemoryUse
 from library.sd.layout import Part, StableDiffusionLayouts
 from library.sd.unet_names import UNetConfig, resnets, transformers
 
@@ -24,17 +24,6 @@ TEXT_ROWS = 77
 TOKEN_WIDTHS = 3 + 3 + 4 + 2 + 4 * 4
 TOKEN_GRADIENT_WIDTHS = 15  # of these, what is there at once while the feed-forward goes backward
 CLIP_MATRICES = re.compile(r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight")  # what --fp8_base keeps in 8 bits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveEncoders:
-    """``text``, ``vae``: whether these models encode at every step; of the text encoders, whether their weights are in 8 bits and
-    whether they are trained."""
-
-    text: bool = False
-    vae: bool = False
-    text_in_fp8: bool = False
-    text_is_trained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,27 +7,43 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from library.dataset.conditioning import Conditioning
 from library.errors import OptionError
 from library.nn.attention import use_attention
 from library.nn.attention_kernels import AttentionKernel
 from library.nn.compiling import check_backend, compile_blocks
+from library.nn.memory_use import LiveEncoders
 from library.randomness import derive_seed, seed_default_generators
 from library.training.caching import CacheFilling
 from library.training.files.room import check_room
 from library.training.files.saving import check_save_format, save_dtype
 from library.training.models import networks
 from library.training.models.base_weights import text_base_weights
-from library.training.models.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
-from library.training.models.memory_estimate import estimate_lines, estimate_memory, largest_batch, saved_state_bytes
-from library.training.models.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
+from library.training.models.fp8_models import (
+    arrange_fp8,
+    prepare_fp8,
+    wait_for_merging,
+)
+from library.training.models.memory_estimate import (
+    estimate_lines,
+    estimate_memory,
+    largest_batch,
+    saved_state_bytes,
+)
+from library.training.models.model_memory import (
+    arrange_denoiser,
+    arrange_text_encoders,
+    denoiser_place,
+)
 from library.training.models.strength import strength_problems
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
-from library.training.preflight import CheckedRun
+from library.training.preflight import CheckedRun, cached_prompt
 
 logger = logging.getLogger("train_network")  # whatever the run has to say comes from there
 
@@ -112,6 +128,15 @@ class ModelPreparation(CacheFilling):
         return estimate_lines(estimate, torch.cuda.mem_get_info(self.device)[1] if on_gpu else None, self.options)
 
     @property
+    def live_encoders(self) -> LiveEncoders:
+        return LiveEncoders(
+            text=self.run.text_cache is None,
+            vae=self.run.latent_cache is None,
+            text_in_fp8=self.options.memory.fp8_base,
+            text_is_trained=self.options.trains_text_encoder,
+        )
+
+    @property
     def trained_dtype(self) -> torch.dtype:
         """LoRA weights stay float32 unless --full_bf16 or --full_fp16 is given."""
         run = self.options.run
@@ -141,6 +166,32 @@ class ModelPreparation(CacheFilling):
         if self.run.latent_cache is None:
             self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
         self.objective = self.create_objective()
+
+    def encoded_text(self, captions: Sequence[str], *, as_prompts: bool = False) -> Conditioning:
+        """With gradients for a network on the text encoder, where there is one, and in autocast: a network of somebody else's may
+        be float32 throughout."""
+        trained = bool(self.trained_encoders)
+        precision = self.accelerator.autocast() if trained else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained), precision:
+            encode = self.encode_prompts if as_prompts else self.encode_text
+            return encode(self.text_encoder, captions)
+
+    def prompt_conditioning(self, text: str) -> Conditioning:
+        if self.run.text_cache is not None:
+            return self.run.text_cache.load_text(cached_prompt(text, self.run.architecture), kind=self.prompt_type())
+        return self.encoded_text([text], as_prompts=True)
+
+    @contextmanager
+    def vae_on_device(self) -> Iterator[None]:
+        """The VAE, loaded when the first samples are drawn; between samples it waits in CPU memory."""
+        if self.vae is None:
+            self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
+        self.vae.to(self.device)
+        try:
+            yield
+        finally:
+            if self.run.latent_cache is not None:
+                self.vae.to("cpu")
 
     def say(self, *lines: str) -> None:
         """Lines for people, shown by the main process above the progress bar."""
