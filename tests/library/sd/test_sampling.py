@@ -150,3 +150,24 @@ def test_the_multistep_solves_a_polynomial_path():
         path.append(float(x))
     for step in range(4, len(path)):
         assert path[step] - path[3] == pytest.approx(sigmas[step + 1] ** 4 - sigmas[4] ** 4, abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_gpu_draws_what_the_cpu_draws(name):
+    """The schedules stay on the CPU and noise is drawn there, so only rounding differs."""
+    picture = replace(PICTURE, sampler=name, steps=6)
+    here, there = (
+        draw_latents(
+            Unet(),
+            [picture],
+            TextInputs(torch.full((1, 5, 2), 0.1, device=device)),
+            TextInputs(torch.full((1, 5, 2), -0.1, device=device)),
+            prediction=EPSILON,
+            device=device,
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert there.is_cuda
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)

@@ -66,3 +66,20 @@ def test_the_scale_of_a_config_comes_before_the_architectures(tmp_path):
         path = write_vae_folder(tmp_path / str(scale), **settings)
         part = vae_part(open_weights(path, flag="--vae"), prefix="", layout=DIFFUSERS)
         assert load_vae(part, device="cpu", dtype=torch.float32, scale=SDXL_SCALE).scale == scale
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_encodes_and_decodes_what_the_cpu_does(vae):
+    pixels, seeds = images(2), [3, 4]
+    here = vae.encode(pixels, seeds)
+    picture = vae.decode(here)
+    on_gpu = vae.to("cuda")
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            there = on_gpu.encode(pixels.cuda(), seeds)
+            decoded = on_gpu.decode(here.cuda())
+    finally:
+        vae.to("cpu")
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(decoded.cpu(), picture, rtol=1e-3, atol=1e-3)
