@@ -18,7 +18,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.tiny_anima import SIZES, make_anima
-from tools.tiny_sd import LAYOUTS, MODELS, make_sd, report_lines
+from tools.tiny_sd import LAYOUTS, make_sd, report_lines
+from tools.tiny_sd_models import MODELS
 
 DTYPES = {"anima": ("bf16", "fp32"), **dict.fromkeys(MODELS, ("fp16", "bf16", "fp32"))}  # the first is the default
 

@@ -15,7 +15,8 @@ from library.errors import OptionError
 from library.files.open_weights import open_weights
 from library.files.safetensors_file import read_header
 from tools.make_tiny_models import _made, _parser, main
-from tools.tiny_sd import LAYOUTS, MODELS, make_sd
+from tools.tiny_sd import LAYOUTS, make_sd
+from tools.tiny_sd_models import MODELS
 
 SPECS = Path(os.environ.get("SPECS_DIR", "specs")) / "checkpoints"
 PUBLISHED = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl_base"}

@@ -22,7 +22,8 @@ from library.sd.architecture import SAMPLERS as DRAWN
 from library.sd.architecture import STABLE_DIFFUSION
 from library.sd.layout import EPSILON, VELOCITY, Marks
 from library.sdxl.architecture import SDXL
-from tools.tiny_sd import MODELS, make_sd
+from tools.tiny_sd import make_sd
+from tools.tiny_sd_models import MODELS
 
 ARCHITECTURES = {"sd1": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "sdxl": SDXL}
 FORMS = ("sd1", "sd1_ckpt", "sd1_folder", "sd2", "sd2_folder", "sdxl", "sdxl_folder")
