@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,15 +202,27 @@ def test_save_format_names_the_modules_as_diffusers_does(make_runs, kind, text):
 # ---------------------------------------------------------------- sample pictures
 
 
+def pictures_drawn(runs: SdRuns, folder: Path, *flags: str) -> bytes:
+    """The pixels of the sample picture before the first step."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red cat --w 64 --h 64 --s 3 --d 3\n", encoding="utf-8")
+    runs.train(*LATENTS, "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_at_first", *flags, output="drawn")
+    (picture,) = (folder / "drawn" / "sample").iterdir()
+    with Image.open(picture) as image:
+        pixels = image.tobytes()
+    picture.unlink()
+    return pixels
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_sampler_and_clip_skip_of_sample_pictures(make_runs, tmp_path, kind):
-    (tmp_path / "prompts.txt").write_text("a red cat --w 64 --h 64 --s 3 --d 3\n", encoding="utf-8")
+def test_sampler_of_sample_pictures(make_runs, tmp_path, kind):
     runs = make_runs(kind)
-    sampling = (*LATENTS, "--network_train_unet_only", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first")
-    drawn = {}
-    for output, flags in {"ddim": (), "euler": ("--sample_sampler=euler_a",), "skipped": ("--clip_skip=2",)}.items():
-        runs.train(*sampling, *flags, output=output)
-        (picture,) = (tmp_path / output / "sample").iterdir()
-        with Image.open(picture) as image:
-            drawn[output] = image.tobytes()
-    assert len(set(drawn.values())) == 3
+    samplers = ("ddim", "euler_a", "dpmsolver++")
+    assert len({pictures_drawn(runs, tmp_path, f"--sample_sampler={sampler}") for sampler in samplers}) == 3
+
+
+@pytest.mark.parametrize(("kind", "acts"), [("sd1", True), ("sdxl", False)])
+def test_clip_skip_of_sample_pictures_is_that_of_the_training(make_runs, tmp_path, kind, acts):
+    runs = make_runs(kind)
+    assert (pictures_drawn(runs, tmp_path) != pictures_drawn(runs, tmp_path, "--clip_skip=2")) is acts
+    assert runs.metadata("drawn")["ss_clip_skip"] == "2"

@@ -54,8 +54,7 @@ class SdxlClipOptions(SdClipOptions):
 
     v2: bool = opt(False, "the checkpoint is Stable Diffusion 2.x; an error here")
     clip_skip: int | None = opt(
-        None,
-        "for sample pictures and metadata: the N-th layer of CLIP counted from the end (not set = as trained, the last but one)",
+        None, "for the metadata only: SDXL always takes the last layer but one of its text encoders (not set = nothing is said)"
     )
 
     def problems(self) -> Iterator[str]:
@@ -67,8 +66,8 @@ class SdxlClipOptions(SdClipOptions):
         yield from SdClipOptions.warnings(self)
         if self.clip_skip is not None:
             yield (
-                f"--clip_skip={self.clip_skip} changes sample pictures and metadata only: SDXL is always trained with the last "
-                "layer but one of its text encoders"
+                f"--clip_skip={self.clip_skip} goes into the metadata only: SDXL is trained, and its sample pictures are drawn, "
+                "with the last layer but one of its text encoders whatever it says"
             )
 
 

@@ -25,7 +25,7 @@ BOTH = Effects(
             "test_dropout_of_the_network_acts": "network_dropout",
             "test_a_network_module_of_somebody_else": "network_module",
             "test_save_format_names_the_modules_as_diffusers_does": "save_format",
-            "test_sampler_and_clip_skip_of_sample_pictures": "sample_sampler",
+            "test_sampler_of_sample_pictures": "sample_sampler",
         },
         "library/sd/test_architecture.py": {
             "test_a_named_vae_wins_over_the_bundled_one": "vae",
@@ -69,7 +69,7 @@ SDXL = Effects(
         "test_sd_flags.py": {
             "test_rates_of_two_text_encoders_by_list_or_by_flags_of_their_own": "text_encoder_lr text_encoder_lr1 "
             "text_encoder_lr2",
-            "test_sampler_and_clip_skip_of_sample_pictures": "clip_skip",
+            "test_clip_skip_of_sample_pictures_is_that_of_the_training": "clip_skip",
         },
     },
     refused={"v2": ("--v2", "it says that a checkpoint is Stable Diffusion 2.x")},

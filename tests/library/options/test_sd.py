@@ -202,7 +202,7 @@ WARNED = [
     (SDXL, "--network_train_unet_only --text_encoder_lr2=1e-5", "--text_encoder_lr2 does nothing with --network_train_unet_only"),
     (SD, "--tokenizer_cache_dir=x", "--tokenizer_cache_dir does nothing: the tokenizers come with this project"),
     (SD, "--mem_eff_attn", "--mem_eff_attn does nothing"),
-    (SDXL, "--clip_skip=2", "--clip_skip=2 changes sample pictures and metadata only"),
+    (SDXL, "--clip_skip=2", "--clip_skip=2 goes into the metadata only"),
     (SDXL, "--mixed_precision=fp16", "--mixed_precision=fp16 runs SDXL's VAE in fp16"),
 ]  # fmt: skip
 
