@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from library.sd.denoiser import build_unet
 from library.sd.unet_names import UNetConfig
 from networks.layer import LoRAModule
 from tools.bench_parts.figures import Figure, alternate, stopwatch
+
+if TYPE_CHECKING:
+    from library.sd.unet import StableDiffusionUNet
 
 RATIO = 1.15  # target
 QUARTER_SDXL = UNetConfig(  # a quarter of each width, with the real depths; heads as wide as they are in the real model, or wider
@@ -31,15 +35,15 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def measure(repeats: int, *, config: UNetConfig = QUARTER_SDXL, side: int = 64, rank: int = 16) -> list[Figure]:
-    """``side``: latent rows and columns. Float32 on the CPU, batch of one."""
+    """``side``: latent rows and columns. Float32 on the CPU, batch of one. The larger the picture, the less a LoRA adds."""
     plain, adapted = twins(config)
     inputs = make_inputs(config, side)
     pairs = alternate(stopwatch(lora_step(adapted, inputs, rank)), stopwatch(plain_step(plain, inputs)), repeats=repeats)
     how = pairs.described("with LoRA", "input gradient")
-    return [Figure(name=f"U-Net, LoRA r{rank} / no LoRA", value=pairs.ratio, unit="x", at_most=RATIO, how=how)]
+    return [Figure(name=f"U-Net: LoRA r{rank} / no LoRA", value=pairs.ratio, unit="x", at_most=RATIO, how=how)]
 
 
-def twins(config: UNetConfig) -> tuple[nn.Module, nn.Module]:
+def twins(config: UNetConfig) -> tuple[StableDiffusionUNet, StableDiffusionUNet]:
     """Two frozen U-Nets that share their random weights."""
     torch.manual_seed(0)
     first, second = build_unet(config), build_unet(config)
@@ -67,27 +71,27 @@ def make_inputs(config: UNetConfig, side: int) -> Inputs:
     return latents, torch.tensor([500]), context, torch.randn(1, config.vector_width, generator=generator)
 
 
-def plain_step(unet: nn.Module, inputs: Inputs) -> Callable[[], None]:
+def plain_step(unet: StableDiffusionUNet, inputs: Inputs) -> Callable[[], None]:
     """Forward, and the gradient of the latents."""
     latents = inputs[0].clone().requires_grad_()
     gradient = torch.randn_like(latents)
 
     def step() -> None:
         latents.grad = None
-        unet.predict(latents, *inputs[1:]).backward(gradient)  # type: ignore[operator]
+        unet.predict(latents, *inputs[1:]).backward(gradient)
 
     return step
 
 
-def lora_step(unet: nn.Module, inputs: Inputs, rank: int) -> Callable[[], None]:
-    """Forward, and the gradients of the latents and of every LoRA."""
+def lora_step(unet: StableDiffusionUNet, inputs: Inputs, rank: int) -> Callable[[], None]:
+    """Forward, and the gradients of every LoRA."""
     weights = list(with_loras(unet, rank).parameters())
-    backward = plain_step(unet, inputs)
+    gradient = torch.randn_like(inputs[0])
 
     def step() -> None:
         for weight in weights:
             weight.grad = None
-        backward()
+        unet.predict(*inputs).backward(gradient)
 
     return step
 
