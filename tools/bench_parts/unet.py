@@ -105,8 +105,8 @@ def with_loras(unet: nn.Module, rank: int) -> nn.ModuleList:
         for name, layer in module.named_modules(prefix=path)
         if isinstance(layer, nn.Linear)
     }
-    loras = nn.ModuleList(LoRAModule(name, layer, lora_dim=rank) for name, layer in layers.items())
+    loras = [LoRAModule(name, layer, lora_dim=rank) for name, layer in layers.items()]
     for lora in loras:
         nn.init.normal_(lora.lora_up.weight, std=0.01)
         lora.apply_to()
-    return loras
+    return nn.ModuleList(loras)
