@@ -53,7 +53,7 @@ Pieces = Mapping[str, Piece]  # name in the module's state dict -> where it is i
 def changed(tensor: Tensor, change: str) -> Tensor:
     """The module's tensor, made of the file's."""
     if change == "transposed":
-        return tensor.t()
+        return tensor.t().contiguous()  # products round differently with other strides
     if change == "matrix":
         return tensor.flatten(1)
     if change == "convolution":
