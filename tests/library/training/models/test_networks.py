@@ -127,7 +127,7 @@ def test_a_folder_is_no_lora_file(tmp_path, flag):
     ("name", "said"),
     [
         ("networks.lora_flux", r"networks\.lora_flux cannot be found \(did you mean networks\.lora\?\)$"),
-        ("networks.quite_another", r"the network modules of this project are networks\.lora, networks\.lora_anima$"),
+        ("networks.xyzxyzxyzxyz", r"the network modules of this project are networks\.lora, networks\.lora_anima$"),
         ("networks", r"networks cannot be found"),
         ("networks.lora_formats", r"is not a network module: it has no create_network; use networks\.lora or networks\.lora_anima$"),
         ("no_such_package.kohya", r"cannot be found; if it is a package of its own: pip install no_such_package$"),
