@@ -43,12 +43,12 @@ def closest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 # ---------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize(("kind", "acts"), [("sd1", True), ("sd2", True), ("sdxl", False)])
+@pytest.mark.parametrize(("kind", "acts"), [("sd1", True), ("sdxl", False)])
 def test_clip_skip_acts_where_it_is_said_to(make_runs, kind, acts):
     assert changes(make_runs(kind), "--clip_skip=2") is acts
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_max_token_length_lets_in_the_end_of_a_long_caption(make_runs, kind):
     runs = make_runs(kind)
     caption_all(runs, LONG)
@@ -62,15 +62,14 @@ def test_weighted_captions_count_cached_or_not(make_runs, base):
     assert changes(runs, "--weighted_captions", base=base)
 
 
-@pytest.mark.parametrize("flag", ["--clip_skip=2", "--max_token_length=150", "--weighted_captions"])
-def test_cached_texts_of_other_settings_are_not_used(make_runs, flag):
+def test_cached_texts_of_other_settings_are_not_used(make_runs):
     runs = make_runs("sd1")
     caption_all(runs, f"a (very:1.5) red [thing], {LONG}")
     cached = (*LATENTS, "--cache_text_encoder_outputs_to_disk")
     runs.train(*cached, output="plain")
-    runs.train(*cached, flag, output="over old files")
-    runs.train(*ALONE, flag, output="without files")
-    assert same_tensors(runs.lora("over old files"), runs.lora("without files"))
+    for flag in ("--clip_skip=2", "--max_token_length=150", "--weighted_captions"):
+        runs.train(*cached, flag, output="over old files")
+        assert not same_tensors(runs.lora("over old files"), runs.lora("plain")), flag
 
 
 # ---------------------------------------------------------------- noise and loss
@@ -80,13 +79,15 @@ DDPM = ["--zero_terminal_snr --v_parameterization", "--min_snr_gamma=1", "--v_pr
         "--scale_v_pred_loss_like_noise_pred --v_parameterization", "--min_timestep=900", "--max_timestep=100"]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", DDPM)
-def test_flags_of_the_noise_levels_reach_the_training(make_runs, flags):
+def test_flags_of_the_noise_levels_reach_the_training(make_runs):
+    """With SGD: AdamW's first step is the same whatever a loss is multiplied with."""
     runs = make_runs("sd1")
-    is_velocity = "--v_parameterization" in flags
-    first, *_ = flags.split()
-    base = (*ALONE, "--optimizer_type=SGD", "--learning_rate=1", *(["--v_parameterization"] if is_velocity else []))
-    assert changes(runs, first, base=base)  # SGD: AdamW's first step is the same whatever a loss is multiplied with
+    base = (*ALONE, "--optimizer_type=SGD", "--learning_rate=1")
+    found = []
+    for number, flags in enumerate(["", "--v_parameterization", *DDPM]):
+        runs.train(*base, *flags.split(), output=str(number))
+        found.append(runs.lora(str(number)))
+        assert not any(same_tensors(found[-1], other) for other in found[:-1]), flags
 
 
 NOISE = ["--noise_offset=0.3", "--noise_offset=0.3 --noise_offset_random_strength", "--noise_offset=0.1 --adaptive_noise_scale=1",
@@ -96,7 +97,7 @@ NOISE = ["--noise_offset=0.3", "--noise_offset=0.3 --noise_offset_random_strengt
 
 
 def test_flags_of_noise_and_loss_all_train_otherwise(make_runs):
-    runs = make_runs("sdxl")
+    runs = make_runs("sd1")
     found = []
     for number, flags in enumerate(["", *NOISE]):
         runs.train(*ALONE, "--optimizer_type=SGD", "--learning_rate=1", *flags.split(), output=str(number))
@@ -105,9 +106,8 @@ def test_flags_of_noise_and_loss_all_train_otherwise(make_runs):
         assert not any(same_tensors(lora, other) for other in found[:number]), NOISE[number - 1]
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_masked_loss_trains_otherwise(make_runs, kind, tmp_path):
-    runs = make_runs(kind)
+def test_masked_loss_trains_otherwise(make_runs, tmp_path):
+    runs = make_runs("sd1")
     masks = tmp_path / "masks"
     masks.mkdir()
     for picture in runs.pictures.iterdir():
@@ -116,8 +116,11 @@ def test_masked_loss_trains_otherwise(make_runs, kind, tmp_path):
                 half = Image.new("L", image.size)
                 half.paste(255, (0, 0, image.width // 2, image.height))
             half.save(masks / f"{picture.stem}.png")
+    for picture in [path for path in runs.pictures.iterdir() if path.suffix != ".txt"]:
+        with Image.open(picture) as image:
+            image.convert("RGB").save(picture)  # without an orientation, so that the masks fit
     runs.train(*ALONE, output="plain")
-    runs.write_dataset(conditioning_data_dir=masks)
+    runs.write_dataset(conditioning_data_dir=masks.as_posix())
     runs.train(*ALONE, "--masked_loss", output="masked")
     assert not same_tensors(runs.lora("plain"), runs.lora("masked"))
 
@@ -125,7 +128,7 @@ def test_masked_loss_trains_otherwise(make_runs, kind, tmp_path):
 # ---------------------------------------------------------------- models, precision and memory
 
 
-@pytest.mark.parametrize(("kind", "form"), [("sd1", "vae"), ("sd1", "vae_folder"), ("sdxl", "vae")])
+@pytest.mark.parametrize(("kind", "form"), [("sd1", "vae"), ("sdxl", "vae_folder")])
 def test_another_vae_makes_other_latents(make_runs, tiny_sd, kind, form):
     assert changes(make_runs(kind), f"--vae={tiny_sd[form]}")
 
@@ -143,18 +146,16 @@ def test_8_bits_of_the_denoiser_alone_or_of_the_text_encoders_too(make_runs):
     assert not same_tensors(plain, unet) and not same_tensors(plain, everything) and not same_tensors(unet, everything)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("flags", [("--sdpa",), ("--attn_mode=torch",), ("--mem_eff_attn",), ("--split_attn",)])
-def test_attention_that_needs_no_package_differs_by_rounding_at_most(make_runs, kind, flags):
-    runs = make_runs(kind)
+def test_attention_that_needs_no_package_differs_by_rounding_at_most(make_runs):
+    runs = make_runs("sd1")
     runs.train(*ALONE, output="plain")
-    runs.train(*ALONE, *flags, output="other")
-    assert closest(runs.lora("plain"), runs.lora("other")) < 1e-4
+    for flags in (("--sdpa", "--mem_eff_attn"), ("--attn_mode=torch", "--split_attn")):
+        runs.train(*ALONE, *flags, output="other")
+        assert closest(runs.lora("plain"), runs.lora("other")) < 1e-4, flags
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_fused_updates_change_nothing(make_runs, kind):
-    runs = make_runs(kind)
+def test_fused_updates_change_nothing(make_runs):
+    runs = make_runs("sd1")
     base = (*LATENTS, "--max_grad_norm=0")
     assert not changes(runs, "--fused_backward_pass", base=base)
 
@@ -188,7 +189,7 @@ def test_a_network_module_of_somebody_else(make_runs):
     assert ups and all(up.any() for up in ups)
 
 
-@pytest.mark.parametrize(("kind", "text"), [("sd1", "text_encoder."), ("sdxl", "text_encoder_2.")])
+@pytest.mark.parametrize(("kind", "text"), [("sd1", "text_encoder.")])
 def test_save_format_names_the_modules_as_diffusers_does(make_runs, kind, text):
     runs = make_runs(kind)
     runs.train(*LATENTS, "--save_format=diffusers", output="diffusers")

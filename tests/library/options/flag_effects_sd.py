@@ -41,7 +41,7 @@ BOTH = Effects(
             "test_weights_multiply": "v_pred_like_loss debiased_estimation_loss",
         },
         "test_sd_train_network.py": {
-            "test_cold_warm_and_live_give_the_same_weights": "network_train_unet_only cache_latents_to_disk "
+            "test_cold_warm_and_live_train_on_the_same_values": "network_train_unet_only cache_latents_to_disk "
             "cache_text_encoder_outputs_to_disk",
             "test_checkpointing_changes_nothing": "gradient_checkpointing cpu_offload_checkpointing",
             "test_folder_and_pickle_train_as_the_single_file_does": "pretrained_model_name_or_path",
