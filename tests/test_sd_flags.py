@@ -184,7 +184,7 @@ def test_dropout_of_the_network_acts(make_runs):
 
 
 def test_a_network_module_of_somebody_else(make_runs):
-    trainer = make_runs("sd1").train(*ALONE, "--network_module=tests.networks.third_party_lora")
+    trainer = make_runs("sd1").train(*LATENTS, "--network_module=tests.networks.third_party_lora")
     ups = [up.weight for up in trainer.network.ups]
     assert ups and all(up.any() for up in ups)
 
