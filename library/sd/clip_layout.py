@@ -6,7 +6,6 @@ OpenCLIP's ("open_clip"), which keeps q, k and v below each other in one tensor 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.errors import CheckpointError
+from library.files.json_text import model_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.weights_source import THIRDS, Piece, WeightsSource, changed_shape
 from library.sd.layout import Part
@@ -204,26 +204,16 @@ def _usual_side(shapes: Shapes, pattern: str, axis: int, published: int) -> int:
 def clip_settings(source: WeightsSource, prefix: str) -> dict[str, Any]:
     """What shapes cannot tell: the entry ``config`` of the file's metadata, or the config.json of the encoder's own folder."""
     if "config" in source.metadata:
-        listed = _json(source.metadata["config"], f"the config entry of {source.path}").get("text")
+        listed = model_settings(source.metadata["config"], f"the config entry of {source.path}").get("text")
         match = re.search(r"\bembedders\.(\d+)\.", prefix)  # SDXL has two text encoders in a file
         number = int(match[1]) if match else 0
         own = listed[number] if isinstance(listed, list) and len(listed) > number else None
         return own if isinstance(own, dict) else {}
     path = Path(source.path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if prefix or not file.is_file():  # beside a file of several models may lie any model's
-        return {}
-    given = _json(file.read_text(encoding="utf-8"), str(file))
+    folder = path if path.is_dir() else path.parent
+    given = {} if prefix else read_model_settings(folder / "config.json")  # beside a file of several models may lie any model's
     names = {"heads": "num_attention_heads", "activation": "hidden_act"}
     return {name: given[theirs] for name, theirs in names.items() if theirs in given}
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is not readable as JSON ({error}); mend or remove it") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _positive(settings: Mapping[str, Any], name: str, published: int) -> int:

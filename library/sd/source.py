@@ -4,7 +4,6 @@ the Hugging Face hub. Needs no torch, except for pickles.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from library.errors import CheckpointError
 from library.files.hub_download import fetch_model, is_repo_id
+from library.files.json_text import read_model_settings
 from library.files.model_path import find_model_file
 from library.files.open_weights import WEIGHT_ENDINGS, open_weights
 from library.files.weights_source import WeightsSource
@@ -56,7 +56,7 @@ class ModelSource:
     def settings(self, name: str) -> dict[str, Any]:
         """A JSON file of a folder; empty where it is not there. Raises CheckpointError where it is damaged."""
         assert self.folder is not None
-        return read_settings(self.folder / name)
+        return read_model_settings(self.folder / name)
 
     def has_part(self, name: str) -> bool:
         return self.folder is not None and (self.folder / name).is_dir()
@@ -149,16 +149,6 @@ def _files_in(names: Sequence[str], start: str) -> Iterator[str]:
     chosen = chosen_files(here)
     if chosen:
         yield from (start + name for name in (*chosen, *(["config.json"] if "config.json" in here else [])))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}); mend or remove it") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _names(folder: Path) -> list[str]:

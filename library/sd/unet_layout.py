@@ -6,7 +6,6 @@ in the names; widths and depths in the shapes; heads and norm groups in the sett
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.errors import CheckpointError
+from library.files.json_text import model_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.weights_source import Piece, WeightsSource, changed_shape
 from library.sd.layout import Part
@@ -209,21 +209,10 @@ def _positive(settings: Mapping[str, Any], name: str, published: int) -> int:
 def unet_settings(source: WeightsSource, layout: Layout) -> dict[str, Any]:
     """What shapes cannot tell: the entry ``config`` of the file's metadata, or a diffusers folder's config.json in its terms."""
     if "config" in source.metadata:
-        own = _json(source.metadata["config"], f"the config entry of {source.path}").get("unet")
+        own = model_settings(source.metadata["config"], f"the config entry of {source.path}").get("unet")
         return own if isinstance(own, dict) else {}
     beside = Path(source.path) if Path(source.path).is_dir() else Path(source.path).parent
-    file = beside / "config.json"
-    if layout == "original" or not file.is_file():
-        return {}
-    given = _json(file.read_text(encoding="utf-8"), str(file))
+    given = read_model_settings(beside / "config.json") if layout == "diffusers" else {}
     heads = given.get("num_attention_heads") or given.get("attention_head_dim")  # diffusers' name for the number of heads
     groups = given.get("norm_num_groups")
     return {name: value for name, value in (("heads", heads), ("norm_groups", groups)) if value is not None}
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is not readable as JSON ({error}); mend or remove it") from error
-    return value if isinstance(value, dict) else {}

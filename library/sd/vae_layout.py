@@ -6,7 +6,6 @@ latents; the original keeps the projections of the attention as 1x1 convolutions
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import CheckpointError
+from library.files.json_text import model_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.model_path import recognise_keys, with_article
 from library.files.weights_source import Piece, WeightsSource, changed_shape
@@ -129,23 +129,12 @@ def _check_groups(source: WeightsSource, config: VaeConfig) -> None:
 
 def _settings(source: WeightsSource) -> Mapping[str, Any]:
     """What shapes cannot tell: ``vae`` of the ``config`` entry in a safetensors header, else a coder's config.json beside it."""
-    described = _json(source.metadata.get("config", ""), f"the config entry of {source.path}").get("vae")
+    described = model_settings(source.metadata.get("config") or "{}", f"the config entry of {source.path}").get("vae")
     if isinstance(described, dict):
         return described
     path = Path(source.path)
-    beside = (path if path.is_dir() else path.parent) / "config.json"
-    if not beside.is_file():
-        return {}
-    found = _json(beside.read_text(encoding="utf-8"), str(beside))
+    found = read_model_settings((path if path.is_dir() else path.parent) / "config.json")
     return found if found.get("_class_name") == "AutoencoderKL" else {}  # else it is the config of another model
-
-
-def _json(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        document = json.loads(text or "{}")
-    except ValueError as error:
-        raise CheckpointError(f"{where} is not readable as JSON ({error}); mend or remove it") from error
-    return document if isinstance(document, dict) else {}
 
 
 def _positive(source: WeightsSource, settings: Mapping[str, Any], names: tuple[str, ...], published: Any) -> Any:

@@ -1,4 +1,4 @@
-"""JSON with names that stand twice."""
+"""JSON with names that stand twice, and the settings of models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from library.files.json_text import RepeatedNameError, parse_json
+from library.errors import CheckpointError
+from library.files.json_text import RepeatedNameError, model_settings, parse_json, read_model_settings
 
 
 def test_json_is_read():
@@ -25,3 +26,19 @@ def test_one_name_among_very_many():
     text = ", ".join(f'"{number}.png": 1' for number in (*range(50_000), 49_999))
     with pytest.raises(RepeatedNameError, match=r"^49999\.png stands twice"):
         parse_json(f"{{{text}}}")
+
+
+def test_settings_of_a_model(tmp_path):
+    file = tmp_path / "config.json"
+    assert read_model_settings(file) == {}  # not there
+    file.write_bytes(b'\xef\xbb\xbf{"heads": 8}')  # as some editors save it
+    assert read_model_settings(file) == {"heads": 8}
+    assert model_settings("[1]", "the config entry") == {}
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b'{"name": "\xff"}', b"[" * 100_000], ids=["cut off", "empty", "no text", "deep"])
+def test_settings_that_cannot_be_read(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is not readable as JSON \(.*\); mend or remove it$"):
+        read_model_settings(file)
