@@ -39,14 +39,13 @@ from library.dataset.batch import Batch
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
-from library.sampling.picture_plan import SAMPLE_SIDE_PX, Picture, drawn_steps, rounded_side
+from library.sampling.picture_plan import Picture, sample_picture
 from library.sampling.prompts import SamplePrompt
 from library.training.loss.objective import FlowObjective, NoisyLatents
 from library.training.models.networks import keeps_zeros
 from train_network import NetworkTrainer, run_training
 
-# defaults of sample prompts: specs of the reference's sampler
-SAMPLE_STEPS, SAMPLE_SCALE, SAMPLE_SHIFT = 30, 7.5, 3.0
+SAMPLE_SHIFT = 3.0  # of a sample picture whose prompt names none, as in the reference
 
 
 class AnimaNetworkTrainer(NetworkTrainer):
@@ -103,20 +102,10 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return denoiser(noisy.latents, noisy.sigmas, context, used_rows=text.used_rows)
 
     def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
-        scale = SAMPLE_SCALE if prompt.scale is None else prompt.scale
-        return Picture(
-            prompt=prompt.prompt,
-            negative_prompt=prompt.negative_prompt or "",
-            width=rounded_side(prompt.width or SAMPLE_SIDE_PX, ANIMA.bucket_step),
-            height=rounded_side(prompt.height or SAMPLE_SIDE_PX, ANIMA.bucket_step),
-            seed=seed,
-            steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
-            scale=max(scale, 1.0),  # below 1 there is no guidance either, as in the reference
-            shift=SAMPLE_SHIFT if prompt.flow_shift is None else prompt.flow_shift,
-            sampler=flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler),
-        )
+        sampler = flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler)
+        return sample_picture(prompt, seed, sampler=sampler, side_step=ANIMA.bucket_step, default_shift=SAMPLE_SHIFT)
 
-    def draw_sample(self, picture: Picture, positive: Any, negative: Any) -> Tensor:
+    def draw_sample(self, picture: Picture, positive: Any, negative: Any | None) -> Tensor:
         denoiser: Any = self.denoiser
         size_wh = picture.width, picture.height
         noise = initial_noise(picture.seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
@@ -124,7 +113,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             velocity_of(denoiser),
             noise.to(self.device),
             positive=encode_context(denoiser, positive),
-            negative=encode_context(denoiser, negative) if picture.is_guided else None,
+            negative=encode_context(denoiser, negative) if negative is not None else None,
             settings=FlowSettings(steps=picture.steps, shift=picture.flow_shift, scale=picture.scale, sampler=picture.sampler),
             seeds=[picture.seed],
         )

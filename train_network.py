@@ -51,19 +51,14 @@ from library.nn.compiling import COMPILING, CompilerError, compile_errors_are_to
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.randomness import derive_seed, seed_default_generators
-from library.sampling.picture_plan import (
-    SAMPLE_SIDE_PX,
-    Picture,
-    drawn_steps,
-    rounded_side,
-)
+from library.sampling.picture_plan import Picture, sample_picture
 from library.sampling.prompts import SamplePrompt
 from library.sd.denoiser import build_unet, load_unet
 from library.sd.fp8_layers import UNET_FP8_LAYERS
 from library.sd.layout import EPSILON, VELOCITY
 from library.sd.memory_use import memory_use
 from library.sd.metadata import describe
-from library.sd.sampling import SAMPLERS, TextInputs, draw_latents, prompt_inputs
+from library.sd.sampling import TextInputs, draw_latents, prompt_inputs
 from library.sd.text import (
     SdConditioning,
     SdPrompts,
@@ -494,8 +489,7 @@ class NetworkTrainer(ModelPreparation):
             yield
 
 
-# defaults of sample prompts, those of the reference's sampler
-SAMPLE_STEPS, SAMPLE_SCALE, DEFAULT_SAMPLER = 30, 7.5, "ddim"
+DEFAULT_SAMPLER = "ddim"  # the reference's
 
 
 class StableDiffusionTrainer(NetworkTrainer):
@@ -557,22 +551,12 @@ class StableDiffusionTrainer(NetworkTrainer):
         return denoiser.predict(noisy.latents, noisy.timesteps, text.states)
 
     def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
-        scale = SAMPLE_SCALE if prompt.scale is None else prompt.scale
-        named = prompt.sample_sampler or self.options.samples.sample_sampler
-        return Picture(
-            prompt=prompt.prompt,
-            negative_prompt=prompt.negative_prompt or "",
-            width=rounded_side(prompt.width or SAMPLE_SIDE_PX, STRIDE),
-            height=rounded_side(prompt.height or SAMPLE_SIDE_PX, STRIDE),
-            seed=seed,
-            steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
-            scale=max(scale, 1.0),  # below 1 there is no guidance either, as in the reference
-            sampler=named if named in SAMPLERS else DEFAULT_SAMPLER,
-        )
+        sampler = prompt.sample_sampler or self.options.samples.sample_sampler or DEFAULT_SAMPLER
+        return sample_picture(prompt, seed, sampler=sampler, side_step=STRIDE)
 
-    def draw_sample(self, picture: Picture, positive: Any, negative: Any) -> Tensor:
+    def draw_sample(self, picture: Picture, positive: Any, negative: Any | None) -> Tensor:
         prediction = VELOCITY if self.options.ddpm.v_parameterization else EPSILON
-        texts = self.sample_texts(picture, positive, negative if picture.is_guided else None)
+        texts = self.sample_texts(picture, positive, negative)
         return draw_latents(self.denoiser, [picture], *texts, prediction=prediction, device=self.device)
 
     def sample_texts(self, picture: Picture, positive: Any, negative: Any | None) -> tuple[TextInputs, TextInputs | None]:

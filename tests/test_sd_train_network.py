@@ -194,3 +194,9 @@ def test_weighted_captions_count(make_runs):
     runs.train(*CACHES, output="plain")
     runs.train(*CACHES, "--weighted_captions", output="weighted")
     assert not same_tensors(runs.lora("plain"), runs.lora("weighted"))
+
+
+def test_an_unknown_sampler_of_a_prompt_is_told_before_anything_is_loaded(make_runs, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --ss eular\n")
+    with pytest.raises(OptionError, match=r"prompt 1: --ss eular is no sampler \(did you mean euler\?\)"):
+        make_runs("sd1").checked(f"--sample_prompts={tmp_path / 'prompts.txt'}", "--max_train_steps=1")

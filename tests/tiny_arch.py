@@ -24,7 +24,7 @@ class TinyArchitecture:
     name, bucket_step = "tiny", 16
     prompt_settings = frozenset({"prompt", "negative_prompt", "width", "height", "seed"})
 
-    prompts_apart = False
+    knows_all_samplers = prompts_apart = False
 
     def warnings_of(self, layouts, options):
         return ()

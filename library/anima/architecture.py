@@ -42,6 +42,7 @@ class AnimaArchitecture:
          "sample_sampler=euler", "sample_sampler=er_sde"}
     )  # fmt: skip
 
+    knows_all_samplers: ClassVar[bool] = False
     prompts_apart: ClassVar[bool] = False
 
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> AnimaLayouts:

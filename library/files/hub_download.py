@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,17 @@ def is_repo_id(value: str) -> bool:
     return bool(REPO_ID.fullmatch(value)) and not Path(value).parent.exists()
 
 
-def fetch_model(repo_id: str, choose: Choose, *, flag: str, token: str | None) -> Path:
-    """The folder in the cache with the chosen files of a repository. Raises CheckpointError, without the token in it."""
+def fetch_model(repo_id: str, choose: Choose, *, parts: Collection[str], flag: str, token: str | None) -> Path:
+    """The folder in the cache with the chosen files of a repository. Raises CheckpointError, without the token in it.
+
+    ``parts``: folders of which files must be in the cache, where that is all there is to take them from.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bars()
+    wanted: list[str] = []
     try:
         api = HfApi(token=token)
         api.repo_info(repo_id, timeout=TIMEOUT_S)  # asks once, where listing and fetching would try again for long
@@ -46,20 +50,28 @@ def fetch_model(repo_id: str, choose: Choose, *, flag: str, token: str | None) -
     except CheckpointError:
         raise
     except Exception as error:  # of the library, its HTTP client or the system: which ones depends on versions
-        if is_unreachable(error) and (kept := _from_cache(repo_id)):
-            return kept
-        raise CheckpointError(f"{flag} {repo_id} is no file or folder here, and on the hub {reason(error, token)}") from error
+        kept = _from_cache(repo_id) if is_unreachable(error) else None
+        if kept is None or not _is_complete(kept, choose, wanted, parts):
+            raise CheckpointError(f"{flag} {repo_id} is no file or folder here, and on the hub {reason(error, token)}") from error
+        if os.environ.get("RANK", "0") == "0":
+            logger.info("the hub is not asked: %s is taken from %s", repo_id, kept)
+        return kept
 
 
 def _from_cache(repo_id: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     with suppress(Exception):  # not there
-        folder = Path(snapshot_download(repo_id, local_files_only=True))
-        if os.environ.get("RANK", "0") == "0":
-            logger.info("the hub is not asked: %s is taken from %s", repo_id, folder)
-        return folder
+        # [] = no file need be there: else newer versions want the whole repository, of which never more than a part is fetched
+        return Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=[]))
     return None
+
+
+def _is_complete(folder: Path, choose: Choose, wanted: Sequence[str], parts: Collection[str]) -> bool:
+    """A download may have been broken off, or have fetched other parts. ``wanted``: its files, where the hub has told them."""
+    chosen = wanted or list(choose([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]))
+    has_parts = all(any(name.startswith(f"{part}/") for name in chosen) for part in parts)
+    return bool(chosen) and has_parts and all((folder / name).is_file() for name in chosen)
 
 
 def is_unreachable(error: Exception) -> bool:
@@ -67,7 +79,7 @@ def is_unreachable(error: Exception) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     is_network = (
         isinstance(error, (ConnectionError, TimeoutError))
-        or _status(error) is None
+        or status_of(error) is None
         and type(error).__module__.startswith(("requests", "httpx", "httpcore", "urllib3"))
     )
     return is_network or bool(names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError"})
@@ -75,23 +87,25 @@ def is_unreachable(error: Exception) -> bool:
 
 def reason(error: Exception, token: str | None) -> str:
     """Why a repository cannot be read, on one line and without the token, and what to do."""
-    status = _status(error)
+    status = status_of(error)
     kind = type(error).__name__
     if kind == "OfflineModeIsEnabled":
         return "nothing is asked, since HF_HUB_OFFLINE is set, and the cache does not have it: take that off, or give a path"
     if is_unreachable(error):
-        return f"it cannot be looked for ({kind}: {_told(error, token)}): check the path, or the network"
+        return f"it cannot be looked for ({kind}: {told(error, token)}): check the path, or the network"
     if kind == "GatedRepoError":
         return "its owner has to let you in: ask for access on its page, and give a token that has it (HF_TOKEN, hf auth login)"
     if kind == "RepositoryNotFoundError" or status in (401, 404):
         return "there is no such repository, or this access token may not see it: check the name (and HF_TOKEN, hf auth login)"
-    return f"it cannot be read ({kind}: {_told(error, token)})"
+    return f"it cannot be read ({kind}: {told(error, token)})"
 
 
-def _status(error: Exception) -> Any:
+def status_of(error: Exception) -> Any:
+    """The number of the hub's answer; None where there was none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _told(error: Exception, token: str | None) -> str:
+def told(error: Exception, token: str | None) -> str:
+    """What the hub, or else the library, says, on one line and without the token."""
     lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0].replace(token, "***") if token else lines[0]

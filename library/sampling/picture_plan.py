@@ -163,9 +163,11 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
     ]
 
 
-def sample_picture(prompt: SamplePrompt, seed: int, *, sampler: str | None, side_step: int) -> Picture:
-    """A picture of a Stable Diffusion or SDXL training: what the prompt says, then the reference's defaults. ``sampler``: of
-    --sample_sampler."""
+def sample_picture(
+    prompt: SamplePrompt, seed: int, *, sampler: str, side_step: int, default_shift: float | None = None
+) -> Picture:
+    """A picture of a training: what the prompt says, then the reference's defaults. ``default_shift``: None for models without
+    one."""
     return Picture(
         prompt=prompt.prompt,
         negative_prompt=prompt.negative_prompt or "",
@@ -174,7 +176,8 @@ def sample_picture(prompt: SamplePrompt, seed: int, *, sampler: str | None, side
         seed=seed,
         steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
         scale=max(SAMPLE_SCALE if prompt.scale is None else prompt.scale, 1.0),  # below 1 there is no guidance either
-        sampler=prompt.sample_sampler or sampler or "ddim",
+        shift=None if default_shift is None else prompt.flow_shift or default_shift,
+        sampler=sampler,
     )
 
 
@@ -184,7 +187,9 @@ def sampler_problems(prompts: Sequence[SamplePrompt], samplers: Collection[str])
         name = prompt.sample_sampler
         if name is not None and name not in samplers:
             near = did_you_mean(name, samplers)
-            yield f"prompt {prompt.index + 1}: --ss {name} is no sampler{near}: give one of {', '.join(samplers)}"
+            yield (
+                f"--sample_prompts, prompt {prompt.index + 1}: --ss {name} is no sampler{near}: give one of {', '.join(samplers)}"
+            )
 
 
 def drawn_steps(steps: int) -> int:

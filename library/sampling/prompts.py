@@ -70,15 +70,19 @@ class SamplePrompt:
 
     def unknown_values(self, for_supported: Iterable[str]) -> list[str]:
         """The settings of which only other values are supported: ``--ss ddim (sample_sampler; known: er_sde, euler)``."""
-        known: dict[str, list[str]] = {}
-        for key, equals, value in sorted(name.partition("=") for name in for_supported):
-            if equals:
-                known.setdefault(key, []).append(value)
+        known = {
+            key: known_values(key, for_supported) for key, equals, _ in (name.partition("=") for name in for_supported) if equals
+        }
         return [
             _shown(key, value=value, more=f"; known: {', '.join(known[key])}")
             for key, value in self.settings().items()
             if key in known and value not in known[key]
         ]
+
+
+def known_values(key: str, supported: Iterable[str]) -> list[str]:
+    """Those that are supported of a setting (see ``SamplePrompt.unused``), sorted."""
+    return sorted(value for name, equals, value in (name.partition("=") for name in supported) if equals and name == key)
 
 
 def read_prompts(path: Path, *, flag: str = "--sample_prompts") -> list[SamplePrompt]:

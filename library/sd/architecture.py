@@ -45,6 +45,7 @@ class StableDiffusionArchitecture:
         {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale"}
         | {f"sample_sampler={sampler}" for sampler in SAMPLERS}
     )
+    knows_all_samplers: ClassVar[bool] = True
     prompts_apart: ClassVar[bool] = True  # the weights in prompts always count
     wanted: ClassVar[str] = SD1  # 2.x too, with --v2
     text_folders: ClassVar[tuple[str, ...]] = TEXT_ENCODERS[:1]  # in a diffusers folder

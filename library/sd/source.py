@@ -68,7 +68,7 @@ def find_model(value: str | None, *, parts: Collection[str], token: str | None =
     Raises CheckpointError.
     """
     if value and is_remote(value):
-        folder = fetch_model(value, lambda names: _files_of_model(names, parts), flag=MODEL_FLAG, token=token)
+        folder = fetch_model(value, lambda names: _files_of_model(names, parts), parts=parts, flag=MODEL_FLAG, token=token)
         return ModelSource(name=value, folder=folder)
     path = find_model_file(MODEL_FLAG, value, MODEL_KIND, allow_folder=True)
     if path.is_file():
@@ -86,7 +86,7 @@ def find_vae(value: str, *, token: str | None = None) -> WeightsSource:
     Raises CheckpointError.
     """
     if is_remote(value):
-        path = fetch_model(value, _files_of_vae, flag=VAE_FLAG, token=token)
+        path = fetch_model(value, _files_of_vae, parts=(), flag=VAE_FLAG, token=token)
     else:
         path = find_model_file(VAE_FLAG, value, "VAE", allow_folder=True)
     if path.is_file():

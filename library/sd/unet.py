@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models import attention_processor, resnet
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -174,12 +175,19 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class TimeEmbedding(TimestepEmbedding):
+    """diffusers' module under a name of its own: LyCORIS looks for its layers by their names and by diffusers' class name, and
+    would take them twice."""
+
+
 def _make_lean(module: nn.Module) -> None:
     """In place: the objects and the names of their weights stay."""
     if type(module) is attention_processor.Attention:
         module.__class__ = UNetAttention
     elif type(module) is resnet.ResnetBlock2D:
         module.__class__ = ResnetBlock2D
+    elif type(module) is TimestepEmbedding:
+        module.__class__ = TimeEmbedding
     for name, child in module.named_children():
         if isinstance(child, nn.Dropout) and child.p == 0.0:  # in training mode it would compute something all the same
             setattr(module, name, nn.Identity())

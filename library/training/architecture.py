@@ -18,6 +18,7 @@ class Architecture(Protocol):
     name: ClassVar[str]  # in cache file names and messages
     bucket_step: ClassVar[int]  # bucket sides are multiples of it, in pixels
     prompt_settings: ClassVar[frozenset[str]]  # fields of SamplePrompt that its sampler uses, or field=value
+    knows_all_samplers: ClassVar[bool]  # so that another name in a prompt is a slip, not one for another model
     prompts_apart: ClassVar[bool]  # whether sample prompts are encoded otherwise than captions
 
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> Any:

@@ -109,8 +109,11 @@ class ArchitectureHooks(ABC):
         """The sample picture of a prompt with every setting decided, as it is drawn and told in the file."""
 
     @abstractmethod
-    def draw_sample(self, picture: Picture, positive: Conditioning, negative: Conditioning) -> Tensor:
-        """Scaled latents (1, C, h, w) of one sample picture. The caller sets autocast and gradient mode."""
+    def draw_sample(self, picture: Picture, positive: Conditioning, negative: Conditioning | None) -> Tensor:
+        """Scaled latents (1, C, h, w) of one sample picture; ``negative``: None where it does not act.
+
+        The caller sets autocast and gradient mode.
+        """
 
     @abstractmethod
     def decode_images(self, vae: Any, latents: Tensor) -> Tensor:

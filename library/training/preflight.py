@@ -26,8 +26,8 @@ from library.errors import DatasetError, OptionError, OutputError, ProblemList, 
 from library.files.safetensors_file import read_header
 from library.files.user_path import dead_link
 from library.options.declare import warnings_of
-from library.sampling.picture_plan import sample_warnings
-from library.sampling.prompts import SamplePrompt, read_prompts
+from library.sampling.picture_plan import sample_warnings, sampler_problems
+from library.sampling.prompts import SamplePrompt, known_values, read_prompts
 from library.training.architecture import Architecture
 from library.training.files.hub import check_upload, fetch_state, make_repository
 from library.training.files.saving_names import OutputNames, SaveSchedule
@@ -111,6 +111,8 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
         prompts = checked_prompts(options)
+        if architecture.knows_all_samplers:
+            problems.add(*sampler_problems(prompts, known_values("sample_sampler", architecture.prompt_settings)))
     with problems.collect():
         check_upload(options.hub)
     layouts = training_set = None

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Draw = Callable[[Picture, Conditioning, Conditioning], Tensor]  # picture, positive, negative -> latents
+Draw = Callable[[Picture, Conditioning, Conditioning | None], Tensor]  # picture, positive, negative -> latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,9 @@ class SamplePictures:
 
     def _draw_one(self, prompt: SamplePrompt, step: int, epoch: int | None) -> Tensor:
         seed = prompt.seed if prompt.seed is not None else derive_seed(self.seed, "sample", prompt.index) % 2**32
-        positive, negative = (
-            self.encode(text).to(self.accelerator.device) for text in (prompt.prompt, prompt.negative_prompt or "")
-        )
         picture = self.plan(prompt, seed)
+        positive = self.encode(picture.prompt).to(self.accelerator.device)
+        negative = self.encode(picture.negative_prompt).to(self.accelerator.device) if picture.is_guided else None
         with self.accelerator.autocast():
             latents = self.draw(picture, positive, negative)
         pixels = self.decode(latents)[0].float().cpu()  # (3, H, W)

@@ -16,6 +16,7 @@ from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError, did_you_mean
+from library.files.hub_download import is_unreachable, status_of, told
 from library.options.hub import HubFolder, HubOptions, hub_folder
 
 if TYPE_CHECKING:
@@ -129,37 +130,21 @@ def _is_main() -> bool:
 
 def _reason(error: Exception, options: HubOptions, flag: str) -> str:
     """Why the hub could not do what ``flag`` asks of it, on one line, and what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status_of(error)
     if type(error).__name__ == "RevisionNotFoundError":
         return "the repository has no such branch, tag or commit: look for its name in the repository"
     if type(error).__name__ == "RepositoryNotFoundError" or status == 404:
         return "there is no such repository, or this access token may not see it: check the name and --huggingface_token"
     if status == 401:
         return "the access token is not valid: give another --huggingface_token, or log in again with hf auth login"
-    text = _told(error, options.huggingface_token)
+    text = told(error, options.huggingface_token)
     if status == 403:  # also when the owner's storage is full
         return f"the hub forbids it ({text}): give a token that may write there, a repository of your own, or make room in it"
-    if status is None and _is_of_the_network(error):
+    if status is None and is_unreachable(error):
         return f"the Hugging Face hub cannot be reached ({type(error).__name__}: {text}): check the network, or drop {flag}"
     if status is None:
         return f"{type(error).__name__}: {text}"
     return f"the Hugging Face hub answers {status} ({text}): try again later, or drop {flag}"
-
-
-def _told(error: Exception, token: str | None) -> str:
-    """What the hub, or else the library, says, on one line and without the token."""
-    lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines() or [type(error).__name__]
-    return lines[0].replace(token, "***") if token else lines[0]
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    """huggingface_hub asks by requests or by httpx, as its version has it; while fetching it has an error of its own."""
-    kind = type(error)
-    return (
-        isinstance(error, (ConnectionError, TimeoutError))
-        or kind.__module__.startswith(("requests", "httpx", "httpcore"))
-        or kind.__name__ == "LocalEntryNotFoundError"
-    )
 
 
 # ---------------------------------------------------------------------- while training

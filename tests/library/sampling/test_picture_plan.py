@@ -158,20 +158,21 @@ def test_what_samples_of_a_training_draw_otherwise_is_told():
 
 
 def test_samples_of_a_stable_diffusion_training_have_the_references_defaults():
-    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler=None, side_step=8) == Picture(
+    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="ddim", side_step=8) == Picture(
         prompt="a", negative_prompt="", width=512, height=512, seed=3, steps=30, scale=7.5, sampler="ddim"
     )
     prompt = SamplePrompt(prompt="a", index=0, width=79, height=70, sample_steps=5000, scale=0.5, sample_sampler="heun")
-    picture = sample_picture(prompt, 3, sampler="lms", side_step=8)
+    picture = sample_picture(prompt, 3, sampler="heun", side_step=8)
     assert (picture.width, picture.height, picture.steps, picture.sampler) == (72, 64, 1000, "heun")
     assert picture.scale == 1.0 and not picture.is_guided  # the reference guides above 1 only
-    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="lms", side_step=8).sampler == "lms"
+    shifted = sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="euler", side_step=16, default_shift=3.0)
+    assert shifted.shift == 3.0 and picture.shift is None
 
 
 def test_an_unknown_sampler_of_a_sample_prompt_is_a_problem():
     prompts = [SamplePrompt(prompt="a", index=0, sample_sampler="ddim"), SamplePrompt(prompt="b", index=1, sample_sampler="dimm")]
     (problem,) = sampler_problems(prompts, ["ddim", "euler"])
-    assert problem == "prompt 2: --ss dimm is no sampler (did you mean ddim?): give one of ddim, euler"
+    assert problem == "--sample_prompts, prompt 2: --ss dimm is no sampler (did you mean ddim?): give one of ddim, euler"
 
 
 def test_a_second_prompt_comes_from_the_line_or_the_options():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
 from library.errors import CheckpointError, OptionError
@@ -246,3 +247,10 @@ def test_a_graph_for_each_width_serves_all_sizes(config, fresh_compiler):
     arrange_denoiser(SimpleNamespace(memory=MemoryOptions(gradient_checkpointing=True)), compiled, CPU)
     assert close(step(compiled, networks[1], inputs), step(plain, networks[0], inputs), 1e-3)
     assert backend.graphs == counted
+
+
+def test_layers_are_not_found_twice_by_networks_that_look_for_names_and_classes():
+    """lycoris.kohya takes layers named time_embedding.linear_1, and all in classes called TimestepEmbedding."""
+    unet = build_unet(SDXL)
+    assert not [path for path, module in unet.named_modules() if type(module).__name__ == "TimestepEmbedding"]
+    assert isinstance(unet.time_embedding, TimestepEmbedding)
