@@ -7,7 +7,9 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, file_download
@@ -169,7 +171,7 @@ def test_a_vae_of_its_own_repository_or_of_a_models(folder, hub, model):
 
 
 def test_without_the_network_the_cache_is_taken(hub, model, monkeypatch):
-    publish(hub, model)
+    publish(hub, model, **{"unet/diffusion_pytorch_model.bin": b"x", "README.md": b"x"})  # which nobody fetches
     found = find_model(REPO, parts=PARTS, token="hf_good")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
@@ -179,6 +181,31 @@ def test_without_the_network_the_cache_is_taken(hub, model, monkeypatch):
         CheckpointError, match="other/model is no file or folder here, and on the hub nothing is asked, since HF_HUB_OFFLINE"
     ):
         find_model("other/model", parts=PARTS)
+
+
+def test_a_cache_that_lacks_a_part_is_not_taken(hub, model, monkeypatch):
+    publish(hub, model)
+    find_model(REPO, parts=("unet",), token="hf_good")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    find_model(REPO, parts=("unet",), token="hf_good")
+    for find in (lambda: find_model(REPO, parts=("unet", "vae")), lambda: find_vae(REPO)):
+        with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set, and the cache does not have it"):
+            find()
+
+
+def test_a_download_that_breaks_off_leaves_no_model(hub, model, monkeypatch):
+    publish(hub, model)
+
+    def breaks_off(repo_id: str, *, allow_patterns: list[str], **where: Any) -> str:
+        if where.get("local_files_only"):
+            return whole(repo_id, allow_patterns=allow_patterns, **where)
+        whole(repo_id, allow_patterns=allow_patterns[:2], **where)
+        raise ConnectionError("reset")
+
+    whole = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(CheckpointError, match="on the hub it cannot be looked for .ConnectionError: reset"):
+        find_model(REPO, parts=PARTS, token="hf_good")
 
 
 def test_with_a_hub_that_does_not_answer_the_cache_is_taken(hub, model, monkeypatch):
