@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from anima_train_network import AnimaNetworkTrainer
 from library.dataset.batch import Batch
 from library.training.running.interrupts import StopRequest
 from tools.bench_parts.figures import Figure, seconds
 from tools.bench_parts.tiny_run import CACHED_ON_DISK, make_tiny_run
+from train_network import NetworkTrainer, StableDiffusionTrainer
 
 OWN_PERCENT = 15.0  # target
 SETTLING_STEPS = 10
@@ -33,9 +33,15 @@ class Case:
     images: int
     resolution: int
     pairs: int
+    kind: str = "anima"
 
 
-CASES = (Case(images=2, resolution=128, pairs=20), Case(images=1, resolution=512, pairs=6))  # the first is the quick start's
+CASES = (
+    Case(images=2, resolution=128, pairs=20),  # the quick start's
+    Case(images=1, resolution=512, pairs=6),
+    Case(images=2, resolution=128, pairs=12, kind="sd1"),
+    Case(images=2, resolution=128, pairs=12, kind="sdxl"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,8 @@ class Cost:
     wall_s: float
 
 
-class WatchedTrainer(AnimaNetworkTrainer):
-    """The trainer; ``batch`` is the one that the last update was made of."""
+class WatchedTrainer(NetworkTrainer):
+    """A trainer, mixed into that of an architecture; ``batch`` is the one that the last update was made of."""
 
     batch: Any
 
@@ -66,8 +72,8 @@ def measure(repeats: int, *, cases: Sequence[Case] = CASES) -> list[Figure]:
 
 def own_work(case: Case, turns: int) -> Figure:
     with tempfile.TemporaryDirectory() as folder:
-        run = make_tiny_run(Path(folder), resolution=case.resolution, batch_size=case.images)
-        with training(run.checked(*CACHED_ON_DISK, f"--max_train_steps={SETTLING_STEPS + turns + 1}")) as trainer:
+        run = make_tiny_run(Path(folder), kind=case.kind, resolution=case.resolution, batch_size=case.images)
+        with training(case.kind, run.checked(*CACHED_ON_DISK, f"--max_train_steps={SETTLING_STEPS + turns + 1}")) as trainer:
             bare = BareStep(trainer)
             pairs = [(cost_of(lambda: whole_step(trainer)), bare.cost()) for _ in range(SETTLING_STEPS + turns)]
     pairs = pairs[SETTLING_STEPS:]
@@ -75,7 +81,7 @@ def own_work(case: Case, turns: int) -> Figure:
     wall = own_percent([(whole.wall_s, least.wall_s) for whole, least in pairs])
     whole_s, bare_s = (median(cost.cpu_s for cost in costs) for costs in zip(*pairs, strict=True))
     how = f"CPU: step {seconds(whole_s)}, bare {seconds(bare_s)}, medians of {turns} pairs; by the clock {wall:.3g} %"
-    name = f"step: own work, {case.images} x {case.resolution} px"
+    name = f"step: own work, {case.kind}, {case.images} x {case.resolution} px"
     return Figure(name=name, value=cpu, unit="%", at_most=OWN_PERCENT, how=how)
 
 
@@ -85,10 +91,10 @@ def own_percent(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 @contextmanager
-def training(run: Any) -> Iterator[WatchedTrainer]:
+def training(kind: str, run: Any) -> Iterator[WatchedTrainer]:
     """A trainer after its set-up, its progress bar and messages unseen."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), StopRequest() as stop:
-        trainer = WatchedTrainer(run)
+        trainer = watched_class(kind)(run)
         trainer.set_up()
         trainer.stop = stop
         try:
@@ -96,6 +102,14 @@ def training(run: Any) -> Iterator[WatchedTrainer]:
         finally:
             trainer.batches.close()
             trainer.close_logging()
+
+
+def watched_class(kind: str) -> type[WatchedTrainer]:
+    from anima_train_network import AnimaNetworkTrainer
+    from sdxl_train_network import SdxlNetworkTrainer
+
+    trainers = {"anima": AnimaNetworkTrainer, "sd1": StableDiffusionTrainer, "sdxl": SdxlNetworkTrainer}
+    return type("Watched", (WatchedTrainer, trainers[kind]), {})
 
 
 def whole_step(trainer: WatchedTrainer) -> None:
