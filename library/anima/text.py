@@ -19,6 +19,7 @@ from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles, padded
 from library.files.safetensors_file import read_tensors
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
+from library.nn.transfer import sent
 
 T5_END_ID = 1  # the id of </s> in every T5 vocabulary, all that an empty caption has
 
@@ -168,11 +169,6 @@ class AnimaTextEncoder(nn.Module):
             return parameter.new_zeros(*ids.shape, self.width)
         states = self.model(input_ids=ids, attention_mask=no_masks(self.model), use_cache=False).last_hidden_state
         return states.masked_fill(~mask.bool()[:, :, None], 0)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On ``device``. The host does not wait, as it would for a copy from memory that is not pinned."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def no_masks(model: Any) -> dict[str, None] | None:

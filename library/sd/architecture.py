@@ -135,6 +135,8 @@ class StableDiffusionArchitecture:
     def text_recipe(self, layouts: StableDiffusionLayouts, options: Any) -> TextRecipe:
         clip = options.clip
         settings: dict[str, object] = {"tokens": clip.max_token_length or PIECE, **self.text_settings(options)}
+        if clip.v2:  # a folder's encoder alone does not tell; it decides the tokenizer
+            settings["v2"] = True
         if clip.weighted_captions:
             settings["weighted"] = True
         if options.memory.fp8_base:

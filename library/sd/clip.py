@@ -113,8 +113,3 @@ def build_clip(config: ClipConfig, *, fp8: bool = False) -> ClipTextModel:
 def load_clip(model: ClipTextModel, part: Part[ClipConfig], *, device: torch.device | str, dtype: torch.dtype) -> None:
     """Streams the weights of ``part`` into a model built from its config, tensor by tensor, frozen."""
     load_into(model, module_tensors(part.source, part.pieces), device=device, dtype=dtype)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On ``device``. The host does not wait, as it would for a copy from memory that is not pinned."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

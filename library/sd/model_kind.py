@@ -127,11 +127,11 @@ def prediction_problem(marks: Marks, *, velocity: bool) -> str | None:
     if marks.prediction is None or (marks.prediction == VELOCITY) == velocity:
         return None
     if velocity:
-        return f"predicts noise (epsilon), as {marks.where} says: drop --v_parameterization"
-    return f"predicts velocity (v), as {marks.where} says: add --v_parameterization"
+        return f"predicts noise (epsilon) according to {marks.where}: drop --v_parameterization"
+    return f"predicts velocity (v) according to {marks.where}: add --v_parameterization"
 
 
 def zero_snr_warning(marks: Marks, *, zero_terminal_snr: bool) -> str | None:
     if not marks.zero_terminal_snr or zero_terminal_snr:
         return None
-    return f"was trained with a last noise level of pure noise, as {marks.where} says: add --zero_terminal_snr"
+    return f"was trained with a last noise level of pure noise according to {marks.where}: add --zero_terminal_snr"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError
-from library.sd.clip import ClipTextModel, build_clip, load_clip, sent
+from library.nn.transfer import sent
+from library.sd.clip import ClipTextModel, build_clip, load_clip
 from library.sd.clip_layout import ClipConfig, clip_skip_problem
 from library.sd.clip_tokenizer import (
     CLIP_L,

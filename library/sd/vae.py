@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from library.files.weights_source import module_tensors
 from library.nn.loading import load_into
+from library.nn.transfer import sent
 from library.sd.layout import Part
 from library.sd.vae_layout import VaeConfig
 
@@ -68,9 +69,7 @@ def posterior_noise(seeds: Sequence[int], moments: Tensor) -> Tensor:
     _, channels, height, width = moments.shape
     shape = (channels // 2, height, width)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    if moments.is_cuda:
-        noise = noise.pin_memory()  # else the copy waits for the device
-    return noise.to(moments.device, non_blocking=True)
+    return sent(noise, moments.device)
 
 
 def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from library.sd.clip import ClipTextModel, build_clip, sent
+from library.nn.transfer import sent
+from library.sd.clip import ClipTextModel, build_clip
 from library.sd.clip_layout import ClipConfig
-from library.sd.clip_tokenizer import CLIP_L, END_ID, OPEN_CLIP_G, PIECE, ClipTokenizer, load_tokenizers
+from library.sd.clip_tokenizer import CLIP_L, END_ID, OPEN_CLIP_G, PIECE, ROW, ClipTokenizer, load_tokenizers
 from library.sd.layout import Part
 from library.sd.text import by_text, joined, sent_ids, unique_rows, weighed
 
@@ -96,7 +97,7 @@ class SdxlTextEncoder(nn.Module):
         states_l = by_text(self._penultimate(self.clip_l, ids), places, len(captions))  # (B, n, 77, D1)
         ids, places = unique_rows(texts_g)
         states_g = by_text(self._penultimate(self.clip_g, ids), places, len(captions))  # (B, n, 77, D2)
-        pooled = self._pooled(states_g[:, 0], [text.ids[0].index(END_ID) for text in texts_g])
+        pooled = self._pooled(states_g[:, 0], [end_of(text.ids[0]) for text in texts_g])
         states = torch.cat([joined(weighed(states_l, texts_l)), joined(weighed(states_g, texts_g))], dim=-1)
         found = SdxlConditioning(states, pooled)
         return found if device is None else found.to(device)
@@ -109,6 +110,12 @@ class SdxlTextEncoder(nn.Module):
         """x (B, 77, D2), the states of each caption's first row before the last layer -> (B, P). The first end mark counts."""
         layers = self.clip_g.config.layers
         return self.clip_g.pooled(self.clip_g.run(x, layers - 1, layers), sent(torch.tensor(ends), x.device))
+
+
+def end_of(row: list[int]) -> int:
+    """The place of the first end mark, else of the last token: a row that is full and ends in a "!" that is the padding's id, as
+    in "wow!(", has no end mark."""
+    return row.index(END_ID) if END_ID in row else ROW - 1
 
 
 def build_text_encoder(

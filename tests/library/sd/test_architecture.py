@@ -283,19 +283,19 @@ def velocity(tmp_path_factory) -> dict[str, Path]:
     ("form", "where"), [("file", "its keys v_pred and ztsnr"), ("folder", "its scheduler/scheduler_config.json")]
 )
 def test_marks_of_velocity_want_their_flags(velocity, form, where):
-    assert f"predicts velocity (v), as {where} says: add --v_parameterization" in problem_of("sdxl", velocity[form])
+    assert f"predicts velocity (v) according to {where}: add --v_parameterization" in problem_of("sdxl", velocity[form])
     options = options_for("sdxl", velocity[form], ddpm={"v_parameterization": True})
     layouts = SDXL.read_layouts(options)
     assert layouts.marks == Marks(prediction=VELOCITY, zero_terminal_snr=True, where=where)
     (warning,) = SDXL.warnings_of(layouts, options)
-    assert f"as {where} says: add --zero_terminal_snr" in warning
+    assert f"according to {where}: add --zero_terminal_snr" in warning
     both = replace(options, ddpm=replace(options.ddpm, zero_terminal_snr=True))
     assert not list(SDXL.warnings_of(layouts, both))
 
 
 def test_a_folder_that_says_epsilon_refuses_velocity(tiny_sd):
     problem = problem_of("sdxl_folder", tiny_sd["sdxl_folder"], ddpm={"v_parameterization": True})
-    assert "predicts noise (epsilon), as its scheduler/scheduler_config.json says: drop --v_parameterization" in problem
+    assert "predicts noise (epsilon) according to its scheduler/scheduler_config.json: drop --v_parameterization" in problem
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_metadata_alone_warns(said, flag, word, tiny_sd, tmp_path):
     if word is None:
         assert warnings == []
     else:
-        assert f"as its metadata (modelspec.prediction_type = {said}) says: {word} --v_parameterization" in warnings[0]
+        assert f"according to its metadata (modelspec.prediction_type = {said}): {word} --v_parameterization" in warnings[0]
 
 
 def test_a_file_without_marks_takes_either_flag(tiny_sd):
@@ -366,6 +366,18 @@ def test_text_depends_on_what_changes_it(group, tiny_sd):
     assert recipes("sd1", tiny_sd["sd1"], clip=group)[1] != recipes("sd1", tiny_sd["sd1"])[1]
     is_same = recipes("sdxl", tiny_sd["sdxl"], clip=group)[1] == recipes("sdxl", tiny_sd["sdxl"])[1]
     assert is_same == ("clip_skip" in group)  # which SDXL is trained without
+
+
+def test_v2_is_another_tokenizer(tiny_sd, tmp_path):
+    """Which the encoder alone does not show, as when only texts are cached of a model on the hub."""
+    folder = tmp_path / "part"
+    shutil.copytree(tiny_sd["sd1_folder"] / "text_encoder", folder / "text_encoder")
+    (folder / "model_index.json").write_text("{}")
+    found = []
+    for v2 in (False, True):
+        options = options_for("sd1", folder, clip={"v2": v2})
+        found.append(STABLE_DIFFUSION.text_recipe(STABLE_DIFFUSION.read_layouts(options, ("text",)), options))
+    assert found[0] != found[1]
 
 
 def test_text_in_8_bits_is_another(tiny_sd):

@@ -8,6 +8,7 @@ import torch
 
 from library.errors import CheckpointError
 from library.nn.fp8 import fp8_layers
+from library.sd.clip_tokenizer import END_ID
 from library.sd.text import load_text_encoder, text_models
 from library.sdxl.text import SdxlConditioning, SdxlTextEncoder, build_text_encoder
 from tests.golden.golden_files import relative_error
@@ -40,6 +41,18 @@ def test_the_models_are_in_the_order_of_the_learning_rates(encoder):
     assert text_models(encoder) == [encoder.clip_l, encoder.clip_g] and not encoder.training
     assert [tokenizer.kind.encoder for tokenizer in encoder.tokenizers] == ["CLIP-L", "OpenCLIP-G"]
     assert len(list(fp8_layers(loaded(fp8=True)))) == 6 * (TINY_L.layers + TINY_G.layers)
+
+
+@pytest.mark.parametrize("tokens", [75, 150])
+def test_a_full_row_that_ends_like_padding(tokens):
+    """A "!" before a bracket has the id of the padding, behind which nobody sets an end mark."""
+    caption = "a " * 74 + "!( more"
+    encoder = loaded(max_token_length=tokens)
+    row = encoder.tokenizers[1].rows(caption, tokens=tokens).ids[0]
+    assert row[75] == 0 and (END_ID in row) == (tokens == 75)
+    (pooled,) = encoder.encode([caption]).pooled
+    states = encoder.clip_g.run(encoder.clip_g.embed(torch.tensor([row])), 0, TINY_G.layers)
+    assert torch.equal(pooled, encoder.clip_g.pooled(states, torch.tensor([76]))[0])
 
 
 def test_a_second_encoder_without_a_projection_is_refused():
