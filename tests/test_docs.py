@@ -24,6 +24,7 @@ from library.options.config_file import ConfigFileOptions, read_config
 from library.options.dataset import DatasetOptions
 from library.options.declare import groups_of, options_of
 from library.options.scripts import OPTION_SETS, option_set_of
+from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.options.train import TrainOptions
 from library.sampling.prompts import FLAGS, read_prompts
@@ -163,15 +164,29 @@ def test_one_example_has_every_key():
     assert {key.name for key in schema.KEYS} == {name for table in tables for name in table} - {"subsets"}
 
 
+TRAINED = {"anima": AnimaTrainOptions, "sd": StableDiffusionTrainOptions, "sdxl": SdxlTrainOptions}
+
+
 def test_training_examples_are_valid_options():
     for path in EXAMPLES:
         if path.name.endswith("_training.toml"):
-            options = read_options(AnimaTrainOptions, ["--config_file", str(path)])
-            assert options.saving.output_name and options.network.network_module
+            options = read_options(TRAINED[path.name.removesuffix("_training.toml")], ["--config_file", str(path)])
+            assert options.saving.output_name and options.network.network_module == options.NETWORK_MODULE
+            assert (ROOT / options.dataset.dataset_config).is_file()
+
+
+def test_what_an_example_suggests_is_known():
+    """Its commented-out values are options of the script."""
+    for path in EXAMPLES:
+        kind = path.name.removesuffix("_training.toml")
+        for line in path.read_text(encoding="utf-8").splitlines() if kind in TRAINED else ():
+            if match := re.match(r"# (\w+) = ", line):
+                values = {option.name for group in groups_of(TRAINED[kind]).values() for option in options_of(group)}
+                assert match[1] in values, f"{path.name}: {line}"
 
 
 def test_there_are_examples_of_both_kinds():
-    assert {path.name for path in EXAMPLES} >= {"anima_dataset.toml", "anima_training.toml"}
+    assert {path.name for path in EXAMPLES} >= {f"{kind}_{what}.toml" for kind in TRAINED for what in ("dataset", "training")}
 
 
 def test_toml_in_the_docs_is_read(page, tmp_path, monkeypatch):
