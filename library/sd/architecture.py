@@ -18,7 +18,7 @@ from library.sd.clip_layout import ClipConfig, clip_part, clip_skip_problem
 from library.sd.clip_layout import Layout as ClipNames
 from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_H, PIECE, TokenizerKind, load_tokenizers
 from library.sd.fingerprint import part_fingerprint
-from library.sd.layout import SD_SCALE, Marks, Part, StableDiffusionLayouts
+from library.sd.layout import SD_SCALE, SDXL_SCALE, Marks, Part, StableDiffusionLayouts
 from library.sd.model_kind import check_kind, prediction_problem, read_marks, zero_snr_warning
 from library.sd.source import MODEL_FLAG, TEXT_ENCODERS, UNET, VAE, VAE_FLAG, ModelSource, find_model, find_vae
 from library.sd.unet_layout import PREFIX as UNET_PREFIX
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SD1_TEXT, SD2_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
 BYTES_PER_VALUE = 2
+PUBLISHED_SCALES = {SD_SCALE: "Stable Diffusion 1.x and 2.x", SDXL_SCALE: "SDXL"}
 # as library/options/samples.py has them
 SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
             "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a")  # fmt: skip
@@ -112,6 +113,7 @@ class StableDiffusionArchitecture:
             )
 
     def warnings_of(self, layouts: StableDiffusionLayouts, options: Any) -> Iterator[str]:
+        yield from self._scale_warning(layouts.vae)
         marks, ddpm = layouts.marks, getattr(options, "ddpm", None)
         if ddpm is None:
             return
@@ -120,6 +122,15 @@ class StableDiffusionArchitecture:
         if not marks.is_certain:
             notes.append(prediction_problem(marks, velocity=ddpm.v_parameterization))
         yield from (f"{MODEL_FLAG} {name} {note}" for note in notes if note)
+
+    def _scale_warning(self, vae: Part[VaeConfig] | None) -> Iterator[str]:
+        scale = None if vae is None else vae.config.scale
+        if vae is not None and scale in PUBLISHED_SCALES and scale != self.latent_scale:
+            yield (
+                f"{vae.source.path} says scaling_factor = {scale:g}, as VAEs of {PUBLISHED_SCALES[scale]} do; this model has "
+                f"{self.latent_scale:g}: latents are scaled by what the VAE says; if it is another model's, name the right one "
+                f"with {VAE_FLAG}"
+            )
 
     def latent_recipe(self, layouts: StableDiffusionLayouts, options: Any) -> LatentRecipe:
         assert layouts.vae is not None  # asked for

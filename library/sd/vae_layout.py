@@ -65,7 +65,7 @@ def vae_part(source: WeightsSource, *, prefix: str, layout: str) -> Part[VaeConf
     """
     own = {key[len(prefix) :]: shape for key, shape in source.shapes.items() if key.startswith(prefix)}
     own = {key: shape for key, shape in own.items() if not key.startswith(IGNORED)}
-    config = _config(source, own, layout)
+    config = _config(source, own, layout, settings=_settings(source, prefix))
     pieces = vae_pieces(config, layout, is_old="decoder.mid_block.attentions.0.query.weight" in own)
     shapes = {piece.key: changed_shape(own[piece.key], piece.change) for piece in pieces.values() if piece.key in own}
     expected = {pieces[name].key: shape for name, shape in module_shapes(config).items()}
@@ -78,7 +78,7 @@ def vae_part(source: WeightsSource, *, prefix: str, layout: str) -> Part[VaeConf
 # ---------------------------------------------------------------- sizes
 
 
-def _config(source: WeightsSource, own: Shapes, layout: str) -> VaeConfig:
+def _config(source: WeightsSource, own: Shapes, layout: str, *, settings: Mapping[str, Any]) -> VaeConfig:
     level = r"encoder\.down\.(\d+)\.block\.0\." if layout == ORIGINAL else r"encoder\.down_blocks\.(\d+)\.resnets\.0\."
     block = r"encoder\.down\.0\.block\.(\d+)\." if layout == ORIGINAL else r"encoder\.down_blocks\.0\.resnets\.(\d+)\."
     widths = {int(m[1]): shape[0] for key, shape in own.items() if (m := re.fullmatch(level + r"conv1\.weight", key))}
@@ -87,7 +87,6 @@ def _config(source: WeightsSource, own: Shapes, layout: str) -> VaeConfig:
     if not widths or not blocks or len(into_decoder) != 4:
         raise CheckpointError(f"{source.path} holds no {KIND}{_other_model(source)}")
     _check_family(source, channels=into_decoder[1], levels=len(widths))
-    settings = _settings(source)
     config = VaeConfig(
         widths=tuple(widths[number] for number in sorted(widths)),
         blocks=len(blocks),
@@ -127,11 +126,13 @@ def _check_groups(source: WeightsSource, config: VaeConfig) -> None:
         )
 
 
-def _settings(source: WeightsSource) -> Mapping[str, Any]:
+def _settings(source: WeightsSource, prefix: str) -> Mapping[str, Any]:
     """What shapes cannot tell: ``vae`` of the ``config`` entry in a safetensors header, else a coder's config.json beside it."""
     described = model_settings(source.metadata.get("config") or "{}", f"the config entry of {source.path}").get("vae")
     if isinstance(described, dict):
         return described
+    if prefix:  # beside a file of several models may lie any model's
+        return {}
     path = Path(source.path)
     found = read_model_settings((path if path.is_dir() else path.parent) / "config.json")
     return found if found.get("_class_name") == "AutoencoderKL" else {}  # else it is the config of another model

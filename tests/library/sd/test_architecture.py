@@ -266,6 +266,15 @@ def test_parts_of_different_models_are_told(tiny_sd, tmp_path):
     assert "its U-Net takes text of width 80, its text encoder gives 96" in problem_of("sdxl", folder)
 
 
+def test_a_vae_that_says_it_is_of_another_family(tiny_sd):
+    vae = str(tiny_sd["sd1_folder"] / "vae")
+    options = options_for("sdxl", tiny_sd["sdxl"], model={"vae": vae})
+    (warning,) = SDXL.warnings_of(SDXL.read_layouts(options), options)
+    assert "scaling_factor = 0.18215, as VAEs of Stable Diffusion 1.x and 2.x do; this model has 0.13025" in warning
+    options = options_for("sd1", tiny_sd["sd1"], model={"vae": vae})
+    assert not list(STABLE_DIFFUSION.warnings_of(STABLE_DIFFUSION.read_layouts(options), options))
+
+
 def test_clip_skip_beyond_the_layers(tiny_sd):
     assert "--clip_skip is 4, but the text encoder has 3 layers" in problem_of("sd1", tiny_sd["sd1"], clip={"clip_skip": 4})
     assert read("sd1", tiny_sd["sd1"], clip={"clip_skip": 3}).text

@@ -112,6 +112,20 @@ def test_a_folders_config_gives_groups_and_scale(tmp_path):
     assert (config.norm_groups, config.scale) == (TINY.norm_groups, 0.5)
 
 
+def test_a_config_beside_a_file_of_several_models_does_not_count(tmp_path):
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": 9, "norm_num_groups": TINY.norm_groups}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_safetensors(tmp_path / "vae.safetensors", file_tensors_of(ORIGINAL))
+    assert part_of(tmp_path / "vae.safetensors").config.scale == 9
+    prefix = "first_stage_model."
+    whole = {f"{prefix}{key}": tensor for key, tensor in file_tensors_of(ORIGINAL).items()}
+    save_safetensors(tmp_path / "whole.safetensors", whole, HEADER)
+    assert part_of(tmp_path / "whole.safetensors", prefix=prefix).config == TINY
+    save_safetensors(tmp_path / "whole.safetensors", whole)
+    with pytest.raises(CheckpointError, match="32 norm groups do not divide"):
+        part_of(tmp_path / "whole.safetensors", prefix=prefix)
+
+
 def test_the_config_of_another_model_beside_the_file_does_not_count(tmp_path):
     path = write_vae(tmp_path / "vae.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet", "scaling_factor": 9}), encoding="utf-8")
