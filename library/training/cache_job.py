@@ -82,7 +82,12 @@ def check_job(options: Any, architecture: Architecture, part: str) -> CheckedDat
         seed=run_seed(options, None),
         latent_cache=latent_cache,
         text_cache=text_cache,
-        warnings=(*options.dataset.warnings(), *options.caches.warnings(), *training_set.warnings),
+        warnings=(
+            *options.dataset.warnings(),
+            *options.caches.warnings(),
+            *training_set.warnings,
+            *architecture.warnings_of(layouts, options),
+        ),
     )
 
 

@@ -102,3 +102,13 @@ def test_the_problems_of_data_and_model_come_together(read, tmp_path):
     with pytest.raises(DatasetError) as caught:
         check_job(read("vae"), Broken(), "vae")
     assert "no vae" in caught.value.problems[0] and "broken.png" in str(caught.value)
+
+
+def test_what_a_model_file_shows_is_told(read, capsys):
+    class Doubtful(TinyArchitecture):
+        def warnings_of(self, layouts, options):
+            return ("the VAE is odd",)
+
+    with pytest.raises(SystemExit):
+        checked_job(lambda: read("vae", "--dry_run"), Doubtful(), "vae")
+    assert "warning: the VAE is odd" in "".join(capsys.readouterr())
