@@ -107,8 +107,9 @@ def test_load_phase():
         1,
         dit_sizes={"width": 32, "blocks": 1, "heads": 2, "head_dim": 16, "mlp_hidden": 64},
         qwen3_sizes={"width": 16, "blocks": 1},
+        sdxl_size="tiny",
     )
-    assert [figure.name.split(",")[0] for figure in found] == ["load: dit", "load: qwen3"]
+    assert [figure.name.split(",")[0] for figure in found] == ["load: dit", "load: qwen3", "load: sdxl"]
     assert all(figure.value < 1000 for figure in found)
 
 
@@ -120,9 +121,10 @@ def test_vae_phase():
     assert difference.verdict == "ok"
 
 
-def test_step_phase():
-    (figure,) = step.measure(1, cases=[step.Case(images=2, resolution=64, pairs=2)])
-    assert figure.name == "step: own work, 2 x 64 px" and figure.value < 100
+@pytest.mark.parametrize("kind", ["anima", "sdxl"])
+def test_step_phase(kind):
+    (figure,) = step.measure(1, cases=[step.Case(images=2, resolution=64, pairs=2, kind=kind)])
+    assert figure.name == f"step: own work, {kind}, 2 x 64 px" and figure.value < 100
 
 
 def test_cache_phase_sees_work_only_in_the_cold_start():

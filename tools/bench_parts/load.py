@@ -7,12 +7,14 @@ import struct
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from tools.bench_parts.figures import Figure
 from tools.bench_parts.processes import checked, run_measured
+from tools.tiny_sd import make_sd
 
 MIB = 2**20
 OVER_MIB = 300.0  # target
@@ -24,7 +26,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def measure(
-    repeats: int, *, dit_sizes: Mapping[str, int] = DIT_SIZES, qwen3_sizes: Mapping[str, int] = QWEN3_SIZES
+    repeats: int,
+    *,
+    dit_sizes: Mapping[str, int] = DIT_SIZES,
+    qwen3_sizes: Mapping[str, int] = QWEN3_SIZES,
+    sdxl_size: str = "bench",
 ) -> list[Figure]:
     from library.anima import layout, text_layout
 
@@ -33,15 +39,17 @@ def measure(
         "qwen3": text_layout.expected_shapes(text_layout.TextEncoderConfig(**qwen3_sizes)),
     }
     turns = max(repeats // 2, 1)  # memory hardly varies
-    return [peak_of(kind, shapes[kind], turns) for kind in LOADERS]
-
-
-def peak_of(kind: str, shapes: Shapes, turns: int) -> Figure:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{kind}.safetensors"
-        write_bf16(path, shapes)
-        size = path.stat().st_size / MIB
-        over = [loading_peak(kind, path) - size for _ in range(turns)]
+        paths = {kind: Path(folder) / f"{kind}.safetensors" for kind in shapes}
+        for kind, path in paths.items():
+            write_bf16(path, shapes[kind])
+        paths["sdxl"] = make_sd(Path(folder), "sdxl", size=sdxl_size, dtype="bf16")["file"]
+        return [peak_of(kind, path, turns) for kind, path in paths.items()]
+
+
+def peak_of(kind: str, path: Path, turns: int) -> Figure:
+    size = path.stat().st_size / MIB
+    over = [loading_peak(kind, path) - size for _ in range(turns)]
     how = f"a bf16 file of {size:.0f} MiB, loaded as bf16; {min(over):.0f} to {max(over):.0f} MiB in {turns} processes"
     return Figure(name=f"load: {kind}, peak over file and imports", value=median(over), unit="MiB", at_most=OVER_MIB, how=how)
 
@@ -117,7 +125,33 @@ def qwen3_loader() -> Any:
     return load
 
 
-LOADERS = {"dit": dit_loader, "qwen3": qwen3_loader}
+def sdxl_loader() -> Any:
+    """All of a single file: U-Net, both text encoders, VAE."""
+    import torch
+
+    import library.sd.unet
+    import library.sd.vae  # noqa: F401  # with what is imported late
+    from library.options.sd import SdxlTrainOptions
+    from library.sd.denoiser import build_unet, load_unet
+    from library.sd.text import load_text_encoder
+    from library.sd.vae import load_vae
+    from library.sdxl.architecture import SDXL
+    from library.sdxl.text import build_text_encoder
+
+    def load(path: Path) -> Any:
+        options = SdxlTrainOptions()
+        layouts = SDXL.read_layouts(replace(options, model=replace(options.model, pretrained_model_name_or_path=str(path))))
+        assert layouts.denoiser is not None and layouts.vae is not None
+        unet = build_unet(layouts.denoiser.config)
+        load_unet(unet, layouts.denoiser, device="cpu", dtype=torch.bfloat16)
+        text = build_text_encoder(layouts.text)
+        load_text_encoder(text, layouts.text, device="cpu", dtype=torch.bfloat16)
+        return unet, text, load_vae(layouts.vae, device="cpu", dtype=torch.bfloat16, scale=SDXL.scale_of(layouts))
+
+    return load
+
+
+LOADERS = {"dit": dit_loader, "qwen3": qwen3_loader, "sdxl": sdxl_loader}
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

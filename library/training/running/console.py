@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from library.options.console import ConsoleOptions
 
 LOGGERS = ("library", "networks", "train_network")  # parents of every logger that the project uses
+# what diffusers imports, whether it is used or not, and what tells of packages that nothing here needs
+SILENCED = ("bitsandbytes.backends.cpu.ops",)
 SHOWN_FROM = 64  # what a progress bar must have to count; less is done before a bar could be seen
 
 
@@ -37,6 +39,8 @@ class BarFriendlyHandler(logging.Handler):
 def set_up_console(options: ConsoleOptions) -> None:
     """Called by a script's start, once. Processes other than the main one only show errors."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF data; the scan has told what matters
+    for name in SILENCED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     show_every_text()
     is_main = os.environ.get("RANK", "0") == "0"
     level = logging.getLevelName(options.console_log_level or "INFO") if is_main else logging.ERROR
