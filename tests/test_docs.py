@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_one_example_has_every_key():
     assert {key.name for key in schema.KEYS} == {name for table in tables for name in table} - {"subsets"}
 
 
-TRAINED = {"anima": AnimaTrainOptions, "sd": StableDiffusionTrainOptions, "sdxl": SdxlTrainOptions}
+TRAINED: dict[str, Any] = {"anima": AnimaTrainOptions, "sd": StableDiffusionTrainOptions, "sdxl": SdxlTrainOptions}
 
 
 def test_training_examples_are_valid_options():
