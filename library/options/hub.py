@@ -67,7 +67,10 @@ class HubOptions:
         for name in ONLY_UPLOADS:
             if getattr(self, name) and self.huggingface_repo_id is None:
                 yield f"--{name} does nothing without --huggingface_repo_id"
-        if self.huggingface_token and self.huggingface_repo_id is None and not self.resume_from_huggingface:
+
+    def token_warnings(self, *, fetches_models: bool) -> Iterator[str]:
+        """``fetches_models``: whether the run takes a model from the hub, for which the token counts as well."""
+        if self.huggingface_token and not (self.huggingface_repo_id or self.resume_from_huggingface or fetches_models):
             yield "--huggingface_token does nothing without --huggingface_repo_id or --resume_from_huggingface"
 
 

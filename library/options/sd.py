@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from library.files.hub_download import is_repo_id
 from library.options.ddpm import ClipOptions, DdpmTrainingOptions
 from library.options.declare import opt
 from library.options.models import ModelOptions
@@ -101,6 +102,10 @@ class StableDiffusionTrainOptions(TrainOptions):
     model: SdModelOptions = field(default_factory=SdModelOptions)
     clip: SdClipOptions = field(default_factory=SdClipOptions)
     ddpm: DdpmTrainingOptions = field(default_factory=DdpmTrainingOptions)
+
+    @property
+    def fetches_models(self) -> bool:
+        return any(value and is_repo_id(value) for value in (self.model.pretrained_model_name_or_path, self.model.vae))
 
 
 @dataclass(frozen=True, kw_only=True)

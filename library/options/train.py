@@ -111,6 +111,11 @@ class TrainOptions:
         return any(argument.strip().startswith("network_reg_lrs") for argument in self.network.network_args or ())
 
     @property
+    def fetches_models(self) -> bool:
+        """Whether a model comes from the Hugging Face hub."""
+        return False
+
+    @property
     def needs_dataset(self) -> bool:
         """Whoever only draws noise levels needs none."""
         return not self.look.show_timesteps or self.look.shows_dataset
@@ -150,6 +155,7 @@ class TrainOptions:
             yield "--save_state_to_huggingface does nothing without --save_state or --save_state_on_train_end"
         if self.network.network_train_text_encoder_only and self.optimizer.unet_lr is not None:
             yield "--unet_lr does nothing with --network_train_text_encoder_only, which leaves the denoiser as it is"
+        yield from self.hub.token_warnings(fetches_models=self.fetches_models)
         yield from self._text_rate_warnings()
 
     def _text_rate_warnings(self) -> Iterator[str]:

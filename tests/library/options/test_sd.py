@@ -201,6 +201,7 @@ WARNED = [
     (SD, "--network_train_unet_only --text_encoder_lr 1e-5", "--text_encoder_lr does nothing with --network_train_unet_only"),
     (SDXL, "--network_train_unet_only --text_encoder_lr2=1e-5", "--text_encoder_lr2 does nothing with --network_train_unet_only"),
     (SD, "--tokenizer_cache_dir=x", "--tokenizer_cache_dir does nothing: the tokenizers come with this project"),
+    (SDXL, "--huggingface_token=hf_x", "--huggingface_token does nothing without --huggingface_repo_id or --resume"),
     (SD, "--mem_eff_attn", "--mem_eff_attn does nothing"),
     (SDXL, "--clip_skip=2", "--clip_skip=2 goes into the metadata only"),
     (SDXL, "--mixed_precision=fp16", "--mixed_precision=fp16 runs SDXL's VAE in fp16"),
@@ -221,6 +222,7 @@ def test_warned(script, arguments, expected):
         (SDXL, "--mixed_precision=fp16 --vae=fixed.safetensors"),
         (SDXL, "--text_encoder_lr 1e-5 0"),
         (SD, "--weighted_captions --cache_text_encoder_outputs"),
+        (SD, "--huggingface_token=hf_x --vae=someone/their-vae"),
     ],
 )
 def test_not_warned(script, arguments):
