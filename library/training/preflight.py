@@ -115,14 +115,22 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
             problems.add(*sampler_problems(prompts, known_values("sample_sampler", architecture.prompt_settings)))
     with problems.collect():
         check_upload(options.hub)
+    layouts, training_set = _models_and_images(options, architecture, problems)
+    return _complete(options, architecture, layouts, training_set, prompts)
+
+
+def _models_and_images(options: Any, architecture: Architecture, problems: ProblemList) -> tuple[Any, TrainingSet]:
+    """Raises ``problems`` and those found here together; but before gigabytes are fetched from a hub, what is known then."""
     layouts = training_set = None
     with problems.collect():
-        layouts = architecture.read_layouts(options)
-    with problems.collect():
         training_set = read_training_set(options, architecture)
+    if options.fetches_models:
+        problems.raise_if_any()
+    with problems.collect():
+        layouts = architecture.read_layouts(options)
     problems.raise_if_any()
     assert training_set is not None
-    return _complete(options, architecture, layouts, training_set, prompts)
+    return layouts, training_set
 
 
 def _complete(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet,

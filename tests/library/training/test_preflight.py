@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from library.errors import CheckpointError, OutputError
+from library.errors import CheckpointError, OutputError, UserError
+from library.options.train import TrainOptions
+from tests.tiny_arch import TinyArchitecture
 from tests.tiny_runs import TinyRuns
 
 
@@ -23,3 +25,16 @@ def test_links_that_lead_nowhere_are_called_that(picture_folder, tmp_path):
         runs.checked("--max_train_steps=1", output="dead")
     with pytest.raises(CheckpointError, match=f"--network_weights .*: there is no such file: {nowhere}"):
         runs.checked("--max_train_steps=1", f"--network_weights={tmp_path / 'dead'}")
+
+
+@pytest.mark.parametrize("fetches", [True, False])
+def test_mistakes_are_told_before_a_model_is_fetched(fetches, tmp_path, monkeypatch):
+    def fetch(self, options, parts=()):
+        raise CheckpointError("the model is wrong, too")
+
+    monkeypatch.setattr(TrainOptions, "fetches_models", fetches)
+    monkeypatch.setattr(TinyArchitecture, "read_layouts", fetch)
+    with pytest.raises(UserError) as caught:
+        TinyRuns(tmp_path, tmp_path / "no pictures").checked("--max_train_steps=1")
+    assert "no pictures" in caught.value.problems[0]
+    assert caught.value.problems[1:] == (() if fetches else ("the model is wrong, too",))
