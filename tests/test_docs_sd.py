@@ -20,10 +20,13 @@ from library.options.command_line import read_options
 from library.options.ddpm import DdpmTrainingOptions
 from library.options.declare import groups_of, options_of
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.sampling.prompts import FLAGS
 from library.sd.clip_layout import expected_shapes
 from library.sd.fp8_layers import UNET_FP8_LAYERS
 from library.sd.layout import Part, StableDiffusionLayouts
 from library.sd.memory_use import memory_use
+from library.sd.prompt_weights import parse_weights
+from library.sd.sampling import SAMPLERS
 from library.training.loss.ddpm import ddpm_loss_weights, published_alpha_bars, signal_to_noise
 from library.training.models.memory_estimate import estimate_memory, network_bytes, weight_bytes
 from networks.block_weights import sd_block, sdxl_block
@@ -115,6 +118,13 @@ def test_modules_and_parameters_of_a_lora(kind, numbers):
     assert [f"{size:,}" for size in sizes] == numbers.partition(" | ")[2].split()
 
 
+@pytest.mark.parametrize(("kind", "text", "written"), [("sd1", True, "36.0 MiB"), ("sdxl", False, "162.3 MiB")])
+def test_the_size_of_a_file(kind, text, written):
+    parts = [lora_parts(kind), *([lora_parts(kind, text=True)] if text else [])]
+    assert f"{4 * 16 * sum(sum(part.values()) for part in parts) / 2**20:.1f} MiB" == written
+    assert written in text_of(GUIDES[kind])
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_modules_in_each_block(kind):
     rows = table_rows(GUIDES[kind], "Blocks")
@@ -194,6 +204,32 @@ def test_figures_of_loss_weights_in_the_page_of_all_options():
         in (text_of(ADVANCED))
     )
     assert f"{debiased[100]:.2f} at timestep 100, {debiased[500]:.1f} at 500, {debiased[999]:.1f} at 999" in text_of(ADVANCED)
+
+
+# ---------------------------------------------------------------- sample prompts
+
+PROMPTS = ROOT / "docs" / "sample_prompts.md"
+
+
+def test_all_samplers_are_named():
+    named = {row[0]: set(re.findall(r"`([\w+]+)`", row[1])) - {"k_"} for row in table_rows(PROMPTS, "Model")}
+    assert named == {"Stable Diffusion, SDXL": set(SAMPLERS), "Anima": {"euler", "er_sde"}}
+    assert all(SAMPLERS[name] == SAMPLERS[name.removeprefix("k_")] for name in SAMPLERS)
+
+
+def test_the_examples_of_weights():
+    examples = [(row[0], row[1]) for row in table_rows(PROMPTS, "Written")]
+    assert [written for written, _ in examples][:2] == ["`(word)`", "`[word]`"]
+    assert parse_weights("((word))") == [("word", pytest.approx(1.21))]
+    assert parse_weights("[word]") == [("word", 1 / 1.1)]
+    assert parse_weights("(word:1.3) (some words:0.8)") == [("word", 1.3), (" ", 1.0), ("some words", 0.8)]
+    assert parse_weights(r"\(word\)") == [("(word)", 1.0)]
+
+
+def test_every_flag_of_a_prompt_has_a_row():
+    rows = table_rows(PROMPTS, "Flag")
+    assert {flag for row in rows for flag in re.findall(r"`--(\w+)`", row[0])} >= set(FLAGS)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row[1])} >= set(FLAGS.values())
 
 
 # ---------------------------------------------------------------- what the plan computes
