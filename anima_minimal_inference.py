@@ -61,7 +61,8 @@ def lora_problem(options: AnimaInferenceOptions, header: SafetensorsHeader) -> s
     file, keys = f"--lora_weight {header.path}", list(header.tensors)
     if options.loras.lycoris:
         other = model_of_lora(keys)
-        return f"{file} is a file for {other}, not for Anima: give one that was made for Anima" if other else None
+        is_ours = other in (None, ANIMA_NAMES.architecture)
+        return None if is_ours else f"{file} is a file for {other}, not for Anima: give one that was made for Anima"
     if other_adapter(header.path, keys):
         return f"{file} is no plain LoRA but of a kind that the LyCORIS package reads: add --lycoris"
     return names_problem(file, keys, ANIMA_NAMES)

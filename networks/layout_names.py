@@ -45,14 +45,16 @@ OTHER_ADAPTERS = {
 STABLE_DIFFUSION = "Stable Diffusion 1.x or 2.x"  # whose modules have the same names
 # LoRA files of other models, by the names of their modules; the first that fits counts
 OTHER_MODELS = {
-    "SDXL": r"^lora_te[12]_|^text_encoder_2\.|^lora_unet_(input_blocks|middle_block|output_blocks)_"
-    r"|^(lora_unet_|unet\.)?(down_blocks|mid_block|up_blocks)[._].*transformer_blocks[._][1-9]",
-    STABLE_DIFFUSION: r"^lora_unet_(down_blocks|up_blocks|mid_block)_|^lora_te_text_model_|^(unet\.)?(down|up)_blocks\.",
     "FLUX": r"(double|single)(_transformer)?_blocks[._]\d",
-    "SD3": r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj",
+    "SD3": r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj|^lora_te3_",
     "Qwen-Image": r"transformer_blocks[._]\d+[._](img|txt)_mlp",
     "Lumina Image 2.0": r"layers[._]\d+[._](attention[._]qkv|feed_forward)|context_refiner|noise_refiner",
     "Wan": r"blocks[._]\d+[._](ffn[._]\d|cross_attn[._][kv]_img)",
+    "Anima": r"blocks[._]\d+[._](mlp[._]layer[12]|(self|cross)_attn[._]([qkv]|output)_proj|adaln_modulation)|llm_adapter",
+    # the names of text encoders alone are SDXL's, but FLUX and SD3 have them too
+    "SDXL": r"^lora_te[12]_|^text_encoder_2\.|^lora_unet_(input_blocks|middle_block|output_blocks)_"
+    r"|^(lora_unet_|unet\.)?(down_blocks|mid_block|up_blocks)[._].*transformer_blocks[._][1-9]",
+    STABLE_DIFFUSION: r"^lora_unet_(down_blocks|up_blocks|mid_block)_|^lora_te_text_model_|^(unet\.)?(down|up)_blocks\.",
 }
 NAMED = 3  # names that a message gives
 
@@ -167,9 +169,9 @@ def not_understood(file: object, keys: list[str], unknown: list[str], table: Nam
         return CheckpointError(f"{file} is {what}; choose a LoRA made for {table.architecture}")
     other = model_of_lora(keys)
     is_for = f"for {other}, not for {table.architecture}" if other else f"not for {table.architecture}"
+    near = "" if other else table.near(module_name(unknown[0]))
     return CheckpointError(
-        f"{file} is a LoRA {is_for} (its names are like {unknown[0]}{table.near(module_name(unknown[0]))}); choose one made for "
-        f"{table.architecture}"
+        f"{file} is a LoRA {is_for} (its names are like {unknown[0]}{near}); choose one made for {table.architecture}"
     )
 
 
@@ -188,6 +190,11 @@ def other_adapter(file: object, keys: Iterable[str]) -> str | None:
         f"{file} is no plain LoRA but a {' and '.join(kinds)} file, which is neither read nor converted here; ComfyUI takes it "
         "as it is, and --network_module=lycoris.kohya trains it on"
     )
+
+
+def is_for_another_model(unknown: Iterable[str], table: NameTable) -> bool:
+    """Whether keys that the table does not know are those of another model, with which it may share its text encoders."""
+    return model_of_lora(unknown) not in (None, table.architecture)
 
 
 def model_of_lora(keys: Iterable[str]) -> str | None:

@@ -18,7 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
-from networks.layout_names import ALPHA, DIFFUSERS, DOWN, ENDINGS, KEY, NAMED, OURS, UP, Key, NameTable, other_adapter, understood
+from networks.layout_names import (
+    ALPHA,
+    DIFFUSERS,
+    DOWN,
+    ENDINGS,
+    KEY,
+    NAMED,
+    OURS,
+    UP,
+    Key,
+    NameTable,
+    is_for_another_model,
+    not_understood,
+    other_adapter,
+    understood,
+)
 from networks.weights_file import read_tensors_of, write_lora_file
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' entry with PEFT's settings, the strength among them
@@ -52,10 +67,14 @@ def in_our_layout(
     file: object, tensors: dict[str, Tensor], table: NameTable, metadata: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
     """``tensors`` of any layout under our names. Where the names are written as ours they stay as they are, known or not: who
-    asks for modules by name tells which have no place."""
+    asks for modules by name tells which have no place. Raises CheckpointError for names of another model."""
     if problem := other_adapter(file, tensors):
         raise CheckpointError(problem)
-    if all(is_written_as_ours(key, table.find(key)) for key in tensors):
+    found = {key: table.find(key) for key in tensors}
+    unknown = [key for key, meaning in found.items() if meaning is None]
+    if is_for_another_model(unknown, table):
+        raise not_understood(file, list(tensors), unknown, table)
+    if all(map(is_written_as_ours, found, found.values())):
         return tensors
     keys = understood(file, tensors, table)
     return convert(file, by_our_name(file, tensors, keys, metadata), OURS).tensors

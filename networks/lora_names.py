@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from networks.layout_names import DOWN, KEY, NAMED, OURS, UP, Key, NameTable, not_understood
+from networks.layout_names import DOWN, KEY, NAMED, OURS, UP, Key, NameTable, is_for_another_model, not_understood
 
 
 def names_problem(file: object, keys: Iterable[str], table: NameTable) -> str | None:
@@ -12,7 +12,8 @@ def names_problem(file: object, keys: Iterable[str], table: NameTable) -> str | 
     which is no promise that ranks and sizes fit. ``file``: how messages call it."""
     found = {key: table.find(key) for key in keys}
     unknown = [key for key, meaning in found.items() if meaning is None]
-    if len(unknown) == len(found) or (unknown and not all(map(is_ours, found, found.values()))):
+    is_mixed = bool(unknown) and not all(map(is_ours, found, found.values()))
+    if len(unknown) == len(found) or is_mixed or is_for_another_model(unknown, table):
         return str(not_understood(file, list(found), unknown, table))
     if torn := torn_modules(found):
         return (
@@ -23,7 +24,8 @@ def names_problem(file: object, keys: Iterable[str], table: NameTable) -> str | 
 
 
 def is_ours(key: str, meaning: Key | None) -> bool:
-    """Whether the file may have this key under our names; in such a file unknown modules are left out, not refused."""
+    """Whether the file may have this key under our names; in such a file unknown modules are left out, not refused,
+    unless another model has them."""
     return meaning is None or meaning.written(OURS) == key
 
 

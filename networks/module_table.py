@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 HEADINGS = ("module", "rank", "alpha", "learning rate", "parameters", "name in the file")
 TOTALS = ("part", "modules", "learning rate", "parameters")
+SHOWN = 3  # different learning rates in one sum
 LEFT = ("module", "part", "name in the file")  # columns of words; numbers stand on the right
 
 
@@ -32,9 +33,19 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 def _totals(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     parts = dict.fromkeys(row.part for row in rows)
     sums = [(part, [row for row in rows if row.part == part]) for part in parts]
-    return [(part, f"{len(members):,}", ", ".join(dict.fromkeys(_rates(row.rates) for row in members)),
-             f"{sum(row.parameters for row in members):,}")
-            for part, members in (*sums, ("all", rows))]  # fmt: skip
+    return [
+        (part, f"{len(members):,}", _all_rates(members), f"{sum(row.parameters for row in members):,}")
+        for part, members in (*sums, ("all", rows))
+    ]
+
+
+def _all_rates(rows: Sequence[Row]) -> str:
+    """Those of each row; where blocks have rates of their own, only the lowest and the highest."""
+    texts = dict.fromkeys(_rates(row.rates) for row in rows)
+    if len(texts) <= SHOWN:
+        return ", ".join(texts)
+    rates = [rate for row in rows for rate in row.rates]
+    return f"{min(rates):g} to {max(rates):g}"
 
 
 def _rates(rates: Sequence[float]) -> str:

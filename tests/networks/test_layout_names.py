@@ -83,6 +83,7 @@ def test_other_adapters_are_named(key, kind):
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "FLUX"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "FLUX"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight", "SD3"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight", "SD3"),
         ("transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight", "Qwen-Image"),
         ("lora_unet_layers_0_attention_qkv.lora_up.weight", "Lumina Image 2.0"),
         ("diffusion_model.blocks.0.ffn.0.lora_A.weight", "Wan"),
@@ -90,6 +91,15 @@ def test_other_adapters_are_named(key, kind):
 )
 def test_loras_for_other_models_are_named(key, model):
     assert f"a.safetensors is a LoRA for {model}, not for Anima" in said(key)
+
+
+@pytest.mark.parametrize(
+    ("block", "model"), [("double_blocks_0_img_attn_qkv", "FLUX"), ("joint_blocks_0_x_block_attn_qkv", "SD3")]
+)
+def test_text_encoders_do_not_make_it_one_for_sdxl(block, model):
+    """FLUX and SD3 have CLIP-L too, which SDXL's files call lora_te1."""
+    text = said("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", f"lora_unet_{block}.lora_up.weight")
+    assert f"a.safetensors is a LoRA for {model}, not for Anima" in text
 
 
 def test_a_lora_for_nobody_knows_what():

@@ -238,7 +238,7 @@ def test_foreign_files_for_a_network(tmp_path, tiny_denoiser):
     save_safetensors(sdxl, pair("lora_unet_input_blocks_4_1_proj_in"))
     save_safetensors(lokr, {"lora_unet_blocks_0_mlp_layer1.lokr_w1": torch.zeros(2, 2)})
     save_safetensors(unet, {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 2)})
-    with pytest.raises(NetworkError, match=r"sdxl.safetensors is no LoRA for this model but one for SDXL: none of its modules"):
+    with pytest.raises(CheckpointError, match=r"sdxl.safetensors is a LoRA for SDXL, not for Anima"):
         network.load_weights(sdxl)
     with pytest.raises(CheckpointError, match=r"lokr.safetensors is no plain LoRA but a LoKr file"):
         network.load_weights(lokr)

@@ -334,6 +334,20 @@ def test_a_lora_of_another_model_is_named(tiny, tmp_path):
         lora.create_network_from_weights(1.0, tmp_path / "sdxl.safetensors", None, *tiny["sd1"])
 
 
+def test_a_lora_of_a_model_that_shares_a_text_encoder_is_refused(tiny, tmp_path):
+    """Its U-Net's part would be left out, and its text encoder's alone would act."""
+    network = applied(tiny["sdxl"])
+    shared = {key: value for key, value in network.state_dict().items() if key.startswith("lora_te1_")}
+    other = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{part}.weight": torch.zeros(4, 4) for part in ("down", "up")}
+    save_safetensors(tmp_path / "flux.safetensors", {**shared, **other})
+    with pytest.raises(
+        CheckpointError, match=r"flux.safetensors is a LoRA for FLUX, not for SDXL, which has no lora_unet_double"
+    ):
+        lora.create_network_from_weights(1.0, tmp_path / "flux.safetensors", None, *tiny["sdxl"])
+    with pytest.raises(CheckpointError, match=r"flux.safetensors is a LoRA for FLUX"):
+        network.load_weights(tmp_path / "flux.safetensors")
+
+
 def test_a_lora_of_what_is_not_trained_here_is_named(tiny, tmp_path):
     encoders, unet = tiny["sd1"]
     saved(applied((encoders, None)), tmp_path / "a.safetensors")

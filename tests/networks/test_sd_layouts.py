@@ -100,6 +100,12 @@ SDXL_KEYS = [
     for name in ("output_blocks_0_1_proj_in", "input_blocks_4_1_proj_in")  # the second is there in SD 1, too
     for part in ("lora_down.weight", "lora_up.weight")
 ]
+FLUX_KEYS = [
+    f"lora_{name}.{part}"
+    for name in ("te1_text_model_encoder_layers_0_mlp_fc1", "unet_double_blocks_0_img_attn_qkv")
+    for part in ("lora_down.weight", "lora_up.weight")
+]
+ANIMA_KEYS = [f"lora_unet_blocks_0_mlp_layer1.{part}" for part in ("lora_down.weight", "lora_up.weight")]
 SHARED_KEYS = [f"lora_unet_down_blocks_1_attentions_0_proj_in.{part}" for part in ("lora_down.weight", "lora_up.weight")]
 
 
@@ -118,6 +124,14 @@ SHARED_KEYS = [f"lora_unet_down_blocks_1_attentions_0_proj_in.{part}" for part i
             "sd1",
             SDXL_KEYS + SHARED_KEYS,
             "is a LoRA for SDXL, not for Stable Diffusion 1.x or 2.x, which has no lora_unet_output",
+        ),
+        ("sdxl", FLUX_KEYS, "is a LoRA for FLUX, not for SDXL, which has no lora_unet_double_blocks_0_img_attn_qkv"),
+        ("sd1", FLUX_KEYS, "is a LoRA for FLUX, not for Stable Diffusion 1.x or 2.x"),
+        (
+            "sd1",
+            ANIMA_KEYS,
+            "is a LoRA for Anima, not for Stable Diffusion 1.x or 2.x (its names are like lora_unet_blocks_0_mlp"
+            "_layer1.lora_down.weight); choose",
         ),
         ("sd1", SD_KEYS[:1], "only one of lora_down and lora_up"),
         ("sd1", ["lora_unet_mid_block_resnets_0_conv1.lokr_w1"], "no plain LoRA but a LoKr file"),
