@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, NetworkError
+from library.errors import CheckpointError
 from library.files.safetensors_file import read_header, save_safetensors
 from networks import lora_anima
 from networks.anima_layouts import ANIMA_NAMES
