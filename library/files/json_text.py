@@ -4,6 +4,7 @@ an object of settings, beside their weights or in a header."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def model_settings(text: str | bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of wrong syntax, of bytes that are no text
         raise CheckpointError(f"{where} is not readable as JSON ({error}); mend or remove it") from error
     return found if isinstance(found, dict) else {}
+
+
+def header_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The entry ``config`` of a safetensors header; none where it is missing, or something of another program's."""
+    try:
+        return model_settings(metadata.get("config", "{}"), "the config entry")
+    except CheckpointError:
+        return {}
 
 
 def read_model_settings(path: Path) -> dict[str, Any]:

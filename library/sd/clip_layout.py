@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.errors import CheckpointError
-from library.files.json_text import model_settings, read_model_settings
+from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.weights_source import THIRDS, Piece, WeightsSource, changed_shape
 from library.sd.layout import Part
@@ -204,7 +204,7 @@ def _usual_side(shapes: Shapes, pattern: str, axis: int, published: int) -> int:
 def clip_settings(source: WeightsSource, prefix: str) -> dict[str, Any]:
     """What shapes cannot tell: the entry ``config`` of the file's metadata, or the config.json of the encoder's own folder."""
     if "config" in source.metadata:
-        listed = model_settings(source.metadata["config"], f"the config entry of {source.path}").get("text")
+        listed = header_settings(source.metadata).get("text")
         match = re.search(r"\bembedders\.(\d+)\.", prefix)  # SDXL has two text encoders in a file
         number = int(match[1]) if match else 0
         own = listed[number] if isinstance(listed, list) and len(listed) > number else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.errors import CheckpointError
-from library.files.json_text import model_settings, read_model_settings
+from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.weights_source import Piece, WeightsSource, changed_shape
 from library.sd.layout import Part
@@ -209,7 +209,7 @@ def _positive(settings: Mapping[str, Any], name: str, published: int) -> int:
 def unet_settings(source: WeightsSource, layout: Layout) -> dict[str, Any]:
     """What shapes cannot tell: the entry ``config`` of the file's metadata, or a diffusers folder's config.json in its terms."""
     if "config" in source.metadata:
-        own = model_settings(source.metadata["config"], f"the config entry of {source.path}").get("unet")
+        own = header_settings(source.metadata).get("unet")
         return own if isinstance(own, dict) else {}
     beside = Path(source.path) if Path(source.path).is_dir() else Path(source.path).parent
     given = read_model_settings(beside / "config.json") if layout == "diffusers" else {}

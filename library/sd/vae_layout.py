@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import CheckpointError
-from library.files.json_text import model_settings, read_model_settings
+from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.model_path import recognise_keys, with_article
 from library.files.weights_source import Piece, WeightsSource, changed_shape
@@ -128,7 +128,7 @@ def _check_groups(source: WeightsSource, config: VaeConfig) -> None:
 
 def _settings(source: WeightsSource, prefix: str) -> Mapping[str, Any]:
     """What shapes cannot tell: ``vae`` of the ``config`` entry in a safetensors header, else a coder's config.json beside it."""
-    described = model_settings(source.metadata.get("config") or "{}", f"the config entry of {source.path}").get("vae")
+    described = header_settings(source.metadata).get("vae")
     if isinstance(described, dict):
         return described
     if prefix:  # beside a file of several models may lie any model's

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from library.errors import CheckpointError
-from library.files.json_text import RepeatedNameError, model_settings, parse_json, read_model_settings
+from library.files.json_text import RepeatedNameError, header_settings, model_settings, parse_json, read_model_settings
 
 
 def test_json_is_read():
@@ -42,3 +42,12 @@ def test_settings_that_cannot_be_read(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json is not readable as JSON \(.*\); mend or remove it$"):
         read_model_settings(file)
+
+
+@pytest.mark.parametrize("entry", [{}, {"config": ""}, {"config": "a network of somebody's"}, {"config": "[1, 2]"}])
+def test_what_another_program_left_in_a_header_is_no_setting(entry):
+    assert header_settings(entry) == {}
+
+
+def test_the_config_entry_of_a_header():
+    assert header_settings({"config": '{"unet": {"heads": 2}}'}) == {"unet": {"heads": 2}}
