@@ -54,7 +54,7 @@ logger = logging.getLogger("library.sampling")  # by name: as a script this modu
 class SdPictureMaker(StableDiffusionPictureMaker):
     """Stable Diffusion 1.x and 2.x."""
 
-    LATENT_SCALE = STABLE_DIFFUSION.latent_scale
+    ARCHITECTURE = STABLE_DIFFUSION
 
     def build_text_encoder(self) -> SdTextEncoder:
         files = self.options.files

@@ -58,7 +58,7 @@ Texts = tuple[str, str | None]  # a prompt, and another one for the second text 
 class SdxlPictureMaker(StableDiffusionPictureMaker):
     """SDXL: two text encoders, and a U-Net that is told the picture's size."""
 
-    LATENT_SCALE = SDXL.latent_scale
+    ARCHITECTURE = SDXL
     SETTINGS = SDXL_SETTINGS
 
     def __init__(self, run: CheckedPictures):

@@ -110,8 +110,8 @@ def sample_of_training(layouts, kind: str, precision: str) -> torch.Tensor:
     encoder = sdxl_text.build_text_encoder(layouts.text) if is_xl else sd_text.build_text_encoder(layouts.text, v2=kind == "sd2")
     sd_text.load_text_encoder(encoder, layouts.text, device="cpu", dtype=dtype)
     positive, negative = (encoder.encode_prompts([text]) for text in ("a (red:1.2) cat", "rain"))
-    prompt = SamplePrompt(prompt="", index=0, width=70, height=104, sample_steps=3, scale=4.0, sample_sampler="euler_a")
-    picture = sample_picture(prompt, 7, sampler="ddim", side_step=8)
+    prompt = SamplePrompt(prompt="", index=0, width=70, height=104, sample_steps=3, scale=4.0)
+    picture = sample_picture(prompt, 7, sampler="euler_a", side_step=8)
     assert (picture.width, picture.height) == (64, 104)
     with torch.autocast("cpu", dtype=dtype, enabled=precision != "no"):
         if is_xl:
@@ -178,6 +178,24 @@ def test_lengths_of_prompts(latents):
     assert torch.equal(latents("sdxl", f"--prompt={long}"), latents("sdxl", f"--prompt={other}"))  # 75
     wide = "--max_token_length=225"
     assert not torch.equal(latents("sdxl", wide, f"--prompt={long}"), latents("sdxl", wide, f"--prompt={other}"))
+
+
+def test_prompts_that_are_cut_are_told(maker, caplog):
+    long = "dog " * 100
+    made = maker("sd1")
+    made.build()
+    made.load_text_encoder()
+    made.encode_texts([long])  # two of three rows
+    assert "tokens" not in caplog.text
+    made.encode_texts([long * 3])
+    assert "the prompt 'dog dog dog dog dog dog ...' has 300 tokens, of which CLIP-L takes 225: cut off is 'dog" in caplog.text
+    caplog.clear()
+    made = maker("sdxl", "--max_token_length=150")
+    made.build()
+    made.load_text_encoder()
+    made.encode_texts([("a cat", None), ("a cat", "fog " * 151)])
+    (line,) = caplog.messages[-1:]
+    assert line == "warning: the prompt 'fog fog fog fog fog fog ...' has 151 tokens, of which CLIP-L takes 150: cut off is 'fog'"
 
 
 def test_another_vae_decodes_with_the_scale_of_the_model(draw, tiny_sd, maker):

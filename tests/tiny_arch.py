@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
-from library.dataset.token_use import TokenUse
+from library.dataset.token_use import TokenUse, cut_texts
 from library.nn.blocks import run_plainly
 from library.nn.memory_use import MemoryUse
 from library.sampling.picture_plan import Picture
@@ -41,6 +41,9 @@ class TinyArchitecture:
     def token_counter(self, options):
         """A character is a token."""
         return lambda text: (TokenUse("letters", len(text), TOKENS, TOKENS if len(text) > TOKENS else None),)
+
+    def cut_prompts(self, texts, options):
+        return cut_texts(texts, lambda: self.token_counter(options), limit=TOKENS)
 
     def reference_format(self, layouts, options):
         return TinyReferenceFormat()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
-from library.dataset.token_use import TokenCounter, TokenUse
+from library.dataset.token_use import TokenCounter, TokenUse, cut_texts
 from library.errors import CheckpointError, OptionError, ProblemList
 from library.files.safetensors_file import file_fingerprint
 from library.nn.blocks import swap_problem
@@ -102,6 +102,10 @@ class AnimaArchitecture:
             )
 
         return count
+
+    def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterator[tuple[str, TokenUse]]:
+        limit = min(options.anima.qwen3_max_token_length, options.anima.t5_max_token_length)
+        return cut_texts(texts, lambda: self.token_counter(options), limit=limit - 2)  # T5 adds a mark at each end
 
     def reference_format(self, layouts: AnimaLayouts, options: Any) -> AnimaReferenceFormat:
         from library.anima.reference_caches import AnimaReferenceFormat

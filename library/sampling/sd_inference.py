@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from library.dataset.token_use import lost_text
 from library.nn.attention import use_attention
 from library.nn.attention_kernels import AttentionKernel
 from library.sampling.inference import PictureMaker, Tick
 from library.sampling.inference_checks import CheckedPictures
 from library.sampling.picture_plan import DIFFUSION_SETTINGS, Picture
-from library.sampling.sd_inference_checks import SIDE_STEP_PX, prediction_of
-from library.sd.architecture import SAMPLERS
+from library.sampling.sd_inference_checks import SIDE_STEP_PX, as_in_training, prediction_of
+from library.sd.architecture import SAMPLERS, StableDiffusionArchitecture
 from library.sd.denoiser import build_unet, load_unet
 from library.sd.layout import VELOCITY
 from library.sd.model_kind import prediction_problem
@@ -27,6 +28,8 @@ from library.sd.text import load_text_encoder, text_models
 from library.sd.vae import StableDiffusionVae, load_vae
 
 logger = logging.getLogger(__name__)
+
+PROMPT_SHOWN = 24  # characters of its beginning
 
 
 class Merges(Protocol):
@@ -42,7 +45,7 @@ class StableDiffusionPictureMaker(PictureMaker):
     SIDE_STEP_PX = SIDE_STEP_PX
     SAMPLERS = SAMPLERS
     SETTINGS = DIFFUSION_SETTINGS
-    LATENT_SCALE: float
+    ARCHITECTURE: StableDiffusionArchitecture
 
     def __init__(self, run: CheckedPictures):
         super().__init__(run)
@@ -102,9 +105,15 @@ class StableDiffusionPictureMaker(PictureMaker):
             logger.info("merged %d LoRA modules into the %s (%s)", modules, model, files)
 
     def load_vae(self) -> StableDiffusionVae:
-        return load_vae(self.run.layouts.vae, device=self.device, dtype=self.vae_dtype, scale=self.LATENT_SCALE)
+        return load_vae(self.run.layouts.vae, device=self.device, dtype=self.vae_dtype, scale=self.ARCHITECTURE.latent_scale)
 
     # ------------------------------------------------------------------ pictures
+
+    def encode_texts(self, texts: Sequence[Hashable]) -> None:
+        written = [part for text in texts for part in (text if isinstance(text, tuple) else (text,)) if part is not None]
+        for prompt, use in self.ARCHITECTURE.cut_prompts(written, as_in_training(self.options)):
+            logger.warning("warning: the prompt %r %s", f"{prompt[:PROMPT_SHOWN]}...", lost_text(prompt, use))
+        super().encode_texts(texts)
 
     def draw(self, pictures: Sequence[Picture], positive: Any, negative: Any | None, tick: Tick) -> Tensor:
         with_prompt, without = self.inputs_of(pictures[0], positive, negative)

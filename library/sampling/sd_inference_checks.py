@@ -16,6 +16,7 @@ from library.sd.vae_layout import LATENT_CHANNELS
 
 SIDE_STEP_PX = 8  # a latent
 SDXL_SETTINGS = DIFFUSION_SETTINGS | {"prompt2"}
+CLIP_OPTIONS: dict[str, Any] = {"v2": False, "clip_skip": None, "max_token_length": None}  # and where a script has no such flag
 FLAG_NAMES = {"--pretrained_model_name_or_path": "--ckpt_path"}  # training's -> these scripts'
 
 
@@ -37,17 +38,22 @@ def checks_of(
 
 def read_layouts(options: Any, architecture: StableDiffusionArchitecture) -> StableDiffusionLayouts:
     """The checked model files. Raises CheckpointError or OptionError, with these scripts' names of the flags."""
+    try:
+        return architecture.read_layouts(as_in_training(options), options.parts)
+    except (CheckpointError, OptionError) as error:
+        raise type(error)(*map(own_flag_names, error.problems)) from error
+
+
+def as_in_training(options: Any) -> SimpleNamespace:
+    """What an architecture asks of a training's options, of a script's own."""
     files = options.files
-    as_in_training = SimpleNamespace(
+    named = {name: getattr(files, name, default) for name, default in CLIP_OPTIONS.items()}
+    return SimpleNamespace(
         model=SimpleNamespace(pretrained_model_name_or_path=files.ckpt_path, vae=files.vae),
-        clip=SimpleNamespace(v2=getattr(files, "v2", False), clip_skip=getattr(files, "clip_skip", None)),
+        clip=SimpleNamespace(**named),
         # without the flag it is the model that says what it predicts, see ``prediction_of``
         **({"ddpm": SimpleNamespace(v_parameterization=True)} if files.v_parameterization else {}),
     )
-    try:
-        return architecture.read_layouts(as_in_training, options.parts)
-    except (CheckpointError, OptionError) as error:
-        raise type(error)(*map(own_flag_names, error.problems)) from error
 
 
 def own_flag_names(text: str) -> str:

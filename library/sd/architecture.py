@@ -5,18 +5,18 @@ SDXL's answers are these but for a few (library/sdxl/architecture.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
-from library.dataset.token_use import TokenCounter
+from library.dataset.token_use import TokenCounter, TokenUse, cut_texts
 from library.errors import CheckpointError, OptionError, ProblemList
 from library.files.model_path import SD1
 from library.files.weights_source import WeightsSource
 from library.sd.clip_layout import ClipConfig, clip_part, clip_skip_problem
 from library.sd.clip_layout import Layout as ClipNames
-from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_H, PIECE, TokenizerKind, load_tokenizers
+from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_H, PIECE, PROMPT_PIECES, TokenizerKind, load_tokenizers
 from library.sd.fingerprint import part_fingerprint
 from library.sd.layout import SD_SCALE, SDXL_SCALE, Marks, Part, StableDiffusionLayouts
 from library.sd.model_kind import check_kind, prediction_problem, read_marks, zero_snr_warning
@@ -168,14 +168,26 @@ class StableDiffusionArchitecture:
         return (OPEN_CLIP_H if options.clip.v2 else CLIP_L,)
 
     def token_counter(self, options: Any) -> TokenCounter:
-        tokenizers = load_tokenizers(*self.tokenizer_kinds(options))
-        tokens, weighted = options.clip.max_token_length or PIECE, options.clip.weighted_captions
-        return lambda text: tuple(tokenizer.count(text, tokens=tokens, weighted=weighted) for tokenizer in tokenizers)
+        tokens = options.clip.max_token_length or PIECE
+        return token_counter(self.tokenizer_kinds(options), tokens=tokens, weighted=options.clip.weighted_captions)
+
+    def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterator[tuple[str, TokenUse]]:
+        kinds, tokens = self.tokenizer_kinds(options), self.prompt_tokens(options)
+        return cut_texts(texts, lambda: token_counter(kinds, tokens=tokens, weighted=True), limit=tokens)
+
+    def prompt_tokens(self, options: Any) -> int:
+        """Of a prompt that count, whatever the captions' length is."""
+        return PROMPT_PIECES * PIECE
 
     def reference_format(self, layouts: StableDiffusionLayouts, options: Any) -> SdReferenceFormat:
         from library.sd.reference_caches import SdReferenceFormat
 
         return SdReferenceFormat(self.name, self.latent_scale if layouts.vae is None else self.scale_of(layouts))
+
+
+def token_counter(kinds: Sequence[TokenizerKind], *, tokens: int, weighted: bool) -> TokenCounter:
+    tokenizers = load_tokenizers(*kinds)
+    return lambda text: tuple(tokenizer.count(text, tokens=tokens, weighted=weighted) for tokenizer in tokenizers)
 
 
 def hub_token(options: Any) -> str | None:

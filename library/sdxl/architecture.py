@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from library.files.model_path import SDXL as SDXL_KIND
 from library.sd.architecture import StableDiffusionArchitecture, file_text_part
 from library.sd.clip_layout import ClipConfig, clip_part
-from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_G, TokenizerKind
+from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_G, PIECE, TokenizerKind
 from library.sd.layout import SDXL_SCALE, Part, StableDiffusionLayouts
 from library.sd.source import MODEL_FLAG, TEXT_ENCODERS, ModelSource
 
@@ -36,6 +36,10 @@ class SdxlArchitecture(StableDiffusionArchitecture):
 
     def tokenizer_kinds(self, options: Any) -> tuple[TokenizerKind, ...]:
         return CLIP_L, OPEN_CLIP_G
+
+    def prompt_tokens(self, options: Any) -> int:
+        """As of a caption."""
+        return options.clip.max_token_length or PIECE
 
     def fit_problems(self, layouts: StableDiffusionLayouts) -> Iterator[str]:
         yield from super().fit_problems(layouts)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentRecipe
     from library.dataset.caches.reference_caches import ReferenceFormat
     from library.dataset.caches.text_cache import TextRecipe
-    from library.dataset.token_use import TokenCounter
+    from library.dataset.token_use import TokenCounter, TokenUse
 
 
 class Architecture(Protocol):
@@ -42,6 +42,9 @@ class Architecture(Protocol):
 
         Loading the tokenizers takes most of a second. Raises CheckpointError for a tokenizer that cannot be read.
         """
+
+    def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterable[tuple[str, TokenUse]]:
+        """The prompts for pictures that are longer than the text encoder takes: ``cut_texts`` of library/dataset/token_use.py."""
 
     def reference_format(self, layouts: Any, options: Any) -> ReferenceFormat:
         """What the caches of kohya-ss/sd-scripts for this architecture mean (--import_reference_caches)."""

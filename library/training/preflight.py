@@ -21,6 +21,7 @@ from library.dataset.image_records import ImageRecords
 from library.dataset.items import TrainingSet
 from library.dataset.order import batches_per_epoch
 from library.dataset.scan import scan
+from library.dataset.token_use import lost_text
 from library.dataset.toml_config import read_datasets
 from library.errors import DatasetError, OptionError, OutputError, ProblemList, os_error_text, user_errors_end_the_script
 from library.files.safetensors_file import read_header
@@ -175,7 +176,7 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             *option_warnings(options),
             *architecture.warnings_of(layouts, options),
             *training_set.warnings,
-            *prompt_warnings(prompts, architecture),
+            *prompt_warnings(prompts, architecture, options),
         ),
     )
 
@@ -265,8 +266,11 @@ def checked_prompts(options: Any) -> tuple[SamplePrompt, ...]:
     return tuple(read_prompts(Path(samples.sample_prompts))) if samples.sample_prompts else ()
 
 
-def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> Iterator[str]:
-    for warning in sample_warnings(prompts, architecture.prompt_settings, architecture.name):
+def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architecture, options: Any) -> Iterator[str]:
+    texts = [(prompt.index, text) for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")]
+    cut = dict(architecture.cut_prompts([text for _, text in texts], options))
+    lost = (f"prompt {index + 1} {lost_text(text, cut[text])}" for index, text in texts if text in cut)
+    for warning in (*sample_warnings(prompts, architecture.prompt_settings, architecture.name), *lost):
         yield f"--sample_prompts: {warning}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.dataset.token_use import TokenUse
+from library.dataset.token_use import TokenUse, lost_text
 from library.errors import CheckpointError, OptionError
 from library.files.open_weights import open_weights
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
@@ -399,6 +399,18 @@ def test_tokens_are_counted_without_any_model_file():
     assert STABLE_DIFFUSION.token_counter(options_for("sd2"))("a cat") == (TokenUse("OpenCLIP-H", 2, 75, None),)
     counter = SDXL.token_counter(options_for("sdxl", clip={"max_token_length": 150, "weighted_captions": True}))
     assert counter("(a cat:1.2)") == (TokenUse("CLIP-L", 2, 150, None), TokenUse("OpenCLIP-G", 2, 150, None))
+
+
+def test_long_prompts_are_cut():
+    """Stable Diffusion takes three rows of them whatever the captions' length is, SDXL as much as of a caption."""
+    long, short = "dog " * 230, "(cat:1.2) " * 75
+    options = options_for("sd1", clip={"max_token_length": 150})
+    assert list(STABLE_DIFFUSION.cut_prompts([short, long, long], options)) == [(long, TokenUse("CLIP-L", 230, 225, 900))]
+    for tokens, cut in ((None, [long]), (225, [long]), (150, [long])):
+        options = options_for("sdxl", clip={"max_token_length": tokens})
+        found = list(SDXL.cut_prompts([short, long], options))
+        assert [text for text, _ in found] == cut and found[0][1].limit == (tokens or 75)
+    assert lost_text(*found[0]).startswith("has 230 tokens, of which CLIP-L takes 150: cut off is 'dog dog")
 
 
 def test_every_sampler_of_the_flag_is_one_that_prompts_may_name():
