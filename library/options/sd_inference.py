@@ -4,6 +4,7 @@ kohya-ss/sd-scripts, and where that has none, those of anima_minimal_inference.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -93,14 +94,15 @@ class SdMergeOptions(MergeOptions):
 
 
 def split_strength(written: str) -> tuple[str, float | None]:
-    """``"lora.safetensors;0.8"`` -> path and strength; None without one, or where it is no number."""
+    """``"lora.safetensors;0.8"`` -> path and strength; None without one, or where it is no finite number."""
     path, mark, text = written.rpartition(STRENGTH_MARK)
     if not mark:
         return user_path(written), None
     try:
-        return user_path(path), float(text)
+        strength = float(text)
     except ValueError:
         return user_path(path), None
+    return user_path(path), strength if math.isfinite(strength) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ def test_files_and_their_strengths():
     files = read(SdxlInferenceOptions, "--lora_weights", "a.safetensors;0.8", "b;c.safetensors;-1", "d.safetensors").loras.files
     assert files == [("a.safetensors", 0.8), ("b;c.safetensors", -1.0), ("d.safetensors", 1.0)]
     assert split_strength("~/a.safetensors;0.5") == (str(Path.home() / "a.safetensors"), 0.5)
-    assert split_strength("a;b") == ("a", None)
+    assert [split_strength(f"a;{text}") for text in ("b", "nan", "inf")] == [("a", None)] * 3
     assert "write FILE;STRENGTH" in problems(SdxlInferenceOptions, "--lora_weights", "a;b")
     assert "--exclude_patterns needs --lora_weights" in problems(SdInferenceOptions, "--exclude_patterns", "x")
 
