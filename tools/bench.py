@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import platform
 import sys
@@ -38,7 +39,7 @@ PHASES = {
     "cache": "a cold and a warm start",
     "fp8": "how far frozen weights in 8 bits move results, and what they take",
     "memory": "the bookkeeping of swapping blocks",
-    "gpu": "a step of the real-size model on a GPU, its share of the matrix peak, its memory",
+    "gpu": "a step of the real-size Anima and SDXL on a GPU, its share of the matrix peak, its memory",
     "data": "the start of a set of 100,000 images, reading caches, decoding images",
 }
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.phases or list(PHASES):
         found = run_phase(name, repeats=options.repeats, threads=options.threads)
         figures += found or []
-        failed += [name] if found is None else []
+        failed += [name] if found is None else [figure.name for figure in found if math.isnan(figure.value)]
     print(f"\n{machine(options.threads)}\n\n{table(figures)}")
     if failed:
         print(f"not measured: {', '.join(failed)}", file=sys.stderr)

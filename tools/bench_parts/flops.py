@@ -1,10 +1,34 @@
-"""How many floating-point operations a training step of Anima's denoiser cannot do without."""
+"""How many floating-point operations a training step cannot do without: Anima's by formula, any model's by counting."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from library.anima.layout import CONTEXT_ROWS, DenoiserConfig
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    """Of the matrix products, convolutions and attention of ``work``, which may be on the meta device: two for each
+    multiplication and addition, nothing for all else. Gradients that nobody asks for, such as those of frozen weights, are not
+    among them.
+
+    Attention is counted as plain products, so that the one that fused kernels add to the backward pass does not count.
+    """
+    in_place: dict[Any, Any] = {torch.ops.aten.addmm_: _in_place_product_flops}  # which torch leaves out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counted.get_total_flops()
+
+
+def _in_place_product_flops(_: Any, a: Any, b: Any, **how: Any) -> int:
+    """Shapes (N, K) and (K, M), as the counter gives them."""
+    return mm_flop(a, b)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
