@@ -122,7 +122,7 @@ class SdxlTrainOptions(StableDiffusionTrainOptions):
     def given_text_rates(self) -> list[float] | None:
         """--text_encoder_lr1 and 2 where they are given, else --text_encoder_lr, else --learning_rate; None = none is given."""
         if self.encoder_rates.both == (None, None):
-            return TrainOptions.given_text_rates.fget(self)  # type: ignore[attr-defined]
+            return super().given_text_rates
         listed = self.listed_text_rates or [self.optimizer.learning_rate] * 2
         return [rate if own is None else own for rate, own in zip(listed, self.encoder_rates.both, strict=True)]
 
