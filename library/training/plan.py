@@ -157,6 +157,10 @@ def counted_times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
+# network arguments that give modules of the denoiser other rates -> how the plan tells it
+RATE_ARGUMENTS = {"network_reg_lrs": "some by network_reg_lrs", "_lr_weight": "times a factor in each block"}
+
+
 def trained_line(options: Any) -> str:
     """What is trained, at which learning rate; why what is not trained is not. ``options``: an architecture's groups."""
     parts = (("denoiser", _denoiser_training(options)), ("text encoder", _text_encoder_training(options)))
@@ -172,7 +176,7 @@ def _denoiser_training(options: Any) -> str:
     rates = getattr(options, "rates", None)
     given = {} if rates is None else {field.name.removesuffix("_lr"): getattr(rates, field.name) for field in fields(rates)}
     own = [f"{part} at {rate:g}" if rate else f"{part}: not" for part, rate in given.items() if rate is not None]
-    own += ["some by network_reg_lrs"] if any("network_reg_lrs" in pair for pair in options.network.network_args or ()) else []
+    own += [how for name, how in RATE_ARGUMENTS.items() if any(name in pair for pair in options.network.network_args or ())]
     base = f" at {options.denoiser_rate:g}" if options.denoiser_rate else ""
     return f"{base} ({', '.join([*own, *([] if base else ['nothing else'])])})" if own else base
 

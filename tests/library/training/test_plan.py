@@ -90,6 +90,8 @@ def test_counts_of_one_are_told_as_one(runs):
          "denoiser at 0.001 (mlp: not, mod at 1e-05), text encoder: not (--network_train_unet_only)"),
         ("--mlp_lr=1e-4 --unet_lr=0", "denoiser (mlp at 0.0001, nothing else), text encoder at 0.001"),
         ("--network_args network_reg_lrs=.*mlp.*=1e-4", "denoiser at 0.001 (some by network_reg_lrs), text encoder at 0.001"),
+        ("--network_args down_lr_weight=linear up_lr_weight=zeros",
+         "denoiser at 0.001 (times a factor in each block), text encoder at 0.001"),
     ],
 )  # fmt: skip
 def test_what_is_trained_at_which_rate(flags, told):
