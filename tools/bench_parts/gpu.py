@@ -51,7 +51,6 @@ TARGET_GAIN = 2.0  # SDXL: speed of the fastest way, of the plain one's
 PUBLISHED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 PRODUCT_SIDE = 8192
 
-
 Backend = str | Callable[..., Any]
 
 
@@ -389,11 +388,11 @@ def forget_peak(device: torch.device) -> None:
 
 def free_memory(device: torch.device) -> None:
     """What the case before has left must not count in the next one."""
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
     torch._dynamo.reset()
     if device.type == "cuda":
-        reset_cudagraph_trees()  # those of ``inductor_with_graphs``, which the other line does not know of
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()  # those of ``inductor_with_graphs``, of which the compiler's own reset does not know
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
