@@ -50,7 +50,7 @@ OTHER_MODELS = {
     "Qwen-Image": r"transformer_blocks[._]\d+[._](img|txt)_mlp",
     "Lumina Image 2.0": r"layers[._]\d+[._](attention[._]qkv|feed_forward)|context_refiner|noise_refiner",
     "Wan": r"blocks[._]\d+[._](ffn[._]\d|cross_attn[._][kv]_img)",
-    "Anima": r"blocks[._]\d+[._](mlp[._]layer[12]|(self|cross)_attn[._]([qkv]|output)_proj|adaln_modulation)|llm_adapter",
+    "Anima": r"^(lora_unet_|diffusion_model\.)(llm_adapter|blocks[._]\d+[._](mlp[._]layer|(self|cross)_attn[._]\w+_proj|adaln))",
     # the names of text encoders alone are SDXL's, but FLUX and SD3 have them too
     "SDXL": r"^lora_te[12]_|^text_encoder_2\.|^lora_unet_(input_blocks|middle_block|output_blocks)_"
     r"|^(lora_unet_|unet\.)?(down_blocks|mid_block|up_blocks)[._].*transformer_blocks[._][1-9]",

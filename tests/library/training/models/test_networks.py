@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.errors import CheckpointError, NetworkError
+from library.errors import CheckpointError, NetworkError, UserError
 from library.options.anima import ComponentRates
 from library.options.network import NetworkOptions
 from library.training.models import networks
@@ -101,13 +101,14 @@ def test_network_weights_of_another_rank_or_size_are_one_error(tmp_path, file, s
 def test_network_weights_of_another_architecture_are_one_error(tmp_path):
     network = networks.create_network(options(), model := denoiser(), [])
     network.apply_to([], model, False, True)
-    for prefix in ("lora_unet_double_blocks_0_img_attn_qkv", "lora_transformer_layers_0_attn"):
+    for prefix, said in (
+        ("lora_unet_double_blocks_0_img_attn_qkv", r"a\.pt is a LoRA for FLUX, not for Anima.*choose one made for Anima"),
+        ("lora_transformer_layers_0_attn", r"a\.pt is no LoRA for this model.*choose a file made for this architecture"),
+    ):
         torch.save(
             {f"{prefix}.lora_down.weight": torch.zeros(2, 8), f"{prefix}.lora_up.weight": torch.zeros(8, 2)}, tmp_path / "a.pt"
         )
-        with pytest.raises(
-            NetworkError, match=r"a\.pt is no LoRA for this model.*choose a file made for this architecture"
-        ) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             networks.load_network_weights(network, tmp_path / "a.pt")
         assert len(caught.value.problems) == 1
     with pytest.raises(CheckpointError, match=r"--network_weights .*b\.pt: there is no such file \(did you mean a\.pt\?\)"):
@@ -129,7 +130,10 @@ def test_a_folder_is_no_lora_file(tmp_path, flag):
         ("networks.lora_flux", r"networks\.lora_flux cannot be found \(did you mean networks\.lora\?\)$"),
         ("networks.xyzxyzxyzxyz", r"the network modules of this project are networks\.lora, networks\.lora_anima$"),
         ("networks", r"networks cannot be found"),
-        ("networks.lora_formats", r"is not a network module: it has no create_network; use networks\.lora or networks\.lora_anima$"),
+        (
+            "networks.lora_formats",
+            r"is not a network module: it has no create_network; use networks\.lora or networks\.lora_anima$",
+        ),
         ("no_such_package.kohya", r"cannot be found; if it is a package of its own: pip install no_such_package$"),
         (".x", r"cannot be found"),
     ],
