@@ -358,7 +358,7 @@ class NetworkTrainer(ModelPreparation):
 
     def before_training(self) -> None:
         """Pictures and the loss of the model as it is; and a validation that the state the run goes on from still owes."""
-        if self.options.compile.torch_compile:
+        if self.options.compile.compiles:
             self.say(COMPILING)
         if self.progress.step == 0:
             self.sample_pictures(epoch=0)

@@ -15,7 +15,8 @@ from typing import Any
 from library.errors import OptionError, os_error_text
 from library.options.declare import Option, opt
 from library.options.given import Given, belongs_to_scripts, near_names, questioned
-from library.options.kinds import STEPS_OR_SHARE
+from library.options.kinds import STEPS_OR_SHARE, TEXT
+from library.options.left_out import LEFT_OUT, left_out_warning
 
 NEVER_IN_FILE = ("config_file", "output_config", "dry_run")
 
@@ -55,12 +56,16 @@ def config_path(text: str, *, must_exist: bool) -> Path:
 def read_config(path: Path, known: Mapping[str, Option]) -> Given:
     """Typed values of all keys. Raises OptionError when the file cannot be read as TOML."""
     given = Given()
+    left_out: list[str] = []
     for key, value in _load_toml(path).items():
-        if isinstance(value, dict):
-            for inner_key, inner_value in value.items():
-                _take_key(given, inner_key, inner_value, known, place=f"{path}, [{key}]", table=key)
-        else:
-            _take_key(given, key, value, known, place=str(path), table="")
+        place, table, pairs = (f"{path}, [{key}]", key, value) if isinstance(value, dict) else (str(path), "", {key: value})
+        for inner_key, inner_value in pairs.items():
+            if inner_key in LEFT_OUT and inner_key not in known:
+                left_out.append(inner_key)
+            else:
+                _take_key(given, inner_key, inner_value, known, place=place, table=table)
+    if left_out:
+        given.warnings.append(left_out_warning(str(path), left_out))
     return given
 
 
@@ -113,8 +118,14 @@ def _take_key(given: Given, key: str, value: object, known: Mapping[str, Option]
         hint = "; take it out" if belongs else questioned(near) or ": keys are named as the flags, see --help"
         given.problems.append(f"{place}: unknown key {key}{belongs}{hint}")
         given.doubtful.update(near)
-    else:
+    elif not _says_not_set(known[key], value):
         given.take(known[key], value, place=place)
+
+
+def _says_not_set(option: Option, value: object) -> bool:
+    """Programs write an empty text for what is not set; only texts can be empty themselves, and what may be None reads it so."""
+    is_plain_text = option.kind is TEXT and not option.choices
+    return value == "" and not option.is_optional and not is_plain_text
 
 
 def _is_table_array(value: object) -> bool:

@@ -21,6 +21,7 @@ class Given:
     places: dict[str, str] = field(default_factory=dict)  # option name -> where in a file its value stands
     problems: list[str] = field(default_factory=list)
     doubtful: set[str] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
 
     def take(self, option: Option, value: object, *, place: str = "") -> None:
         """Reads one value; a value of the wrong type or choice becomes a problem."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.options.declare import opt
-from library.options.rules import above_zero, at_least, needs
+from library.options.rules import at_least, needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class NetworkOptions:
     base_weights: list[str] | None = opt(None, "LoRA files to merge into the frozen model before training", path=True)
     base_weights_multiplier: list[float] | None = opt(None, "strength of each file of --base_weights (not set = 1)")
     scale_weight_norms: float | None = opt(
-        None, "after each step cut the change that a module makes to this norm (not set = never)"
+        None, "after each step cut the change that a module makes to this norm (not set or 0 = never)"
     )
     network_train_unet_only: bool = opt(False, "train the denoiser's part of the network only, not the text encoders'")
     network_train_text_encoder_only: bool = opt(False, "train the text encoders' part of the network only, not the denoiser's")
@@ -54,7 +54,7 @@ class NetworkOptions:
     def problems(self) -> Iterator[str]:
         yield from at_least(self, 1, "network_dim")
         yield from at_least(self, 0, "network_alpha")
-        yield from above_zero(self, "scale_weight_norms")
+        yield from at_least(self, 0, "scale_weight_norms")
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             yield f"--network_dropout is {self.network_dropout}: give a number from 0 to below 1"
         yield from needs(self, "dim_from_weights", "network_weights")

@@ -33,7 +33,9 @@ class SavingOptions:
     )
     save_every_n_epochs: int | None = opt(None, "save a LoRA file after every N-th epoch (not set = only at the end)")
     save_every_n_steps: int | None = opt(None, "save a LoRA file after every N-th step (not set = only at the end)")
-    save_n_epoch_ratio: int | None = opt(None, "save about N times, evenly spread over the epochs; decides --save_every_n_epochs")
+    save_n_epoch_ratio: int | None = opt(
+        None, "save about N times, evenly spread over the epochs; decides --save_every_n_epochs (0 = off)"
+    )
     save_last_n_epochs: int | None = opt(
         None, "keep the LoRA files of the last N saved epochs, delete older ones (not set = keep all)"
     )
@@ -46,7 +48,8 @@ class SavingOptions:
     training_comment: str | None = opt(None, "a note for the metadata of LoRA files, for example the trigger word")
 
     def problems(self) -> Iterator[str]:
-        yield from at_least(self, 1, "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio")
+        yield from at_least(self, 1, "save_every_n_epochs", "save_every_n_steps")
+        yield from at_least(self, 0, "save_n_epoch_ratio")
         yield from at_least(
             self, 1, "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state"
         )

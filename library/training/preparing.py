@@ -100,7 +100,7 @@ class ModelPreparation(CacheFilling):
         attention, compiling = self.options.attention, self.options.compile
         kernel = AttentionKernel(attention.mode, attention.split_attn)
         use_attention(self.denoiser, kernel, device=self.device, dtype=self.weight_dtype, trains=True)
-        if compiling.torch_compile:
+        if compiling.compiles:
             check_backend(compiling.dynamo_backend, self.device)
 
     def print_plan(self) -> None:
@@ -158,7 +158,7 @@ class ModelPreparation(CacheFilling):
             self.network.enable_gradient_checkpointing()
         self.network.to(device=self.device, dtype=self.trained_dtype)
         arrange_denoiser(self.options, self.denoiser, self.device)
-        if self.options.compile.torch_compile:
+        if self.options.compile.compiles:
             compile_blocks(self.denoiser, self.options.compile.dynamo_backend)
         arrange_text_encoders(self.options, self.trained_encoders)
         self.network.prepare_grad_etc(self.trained_encoders, self.denoiser)

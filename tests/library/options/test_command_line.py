@@ -224,3 +224,27 @@ def test_help_ends_quietly_where_its_reader_leaves(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, "--help"], stdout=write, stderr=subprocess.PIPE, cwd=REPOSITORY)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_keys_that_do_nothing_are_left_out_of_a_file_and_said_once(config, capsys, monkeypatch):
+    file = config("epoch = 1\nnoise_offset_type = 'Original'\nsave_n_epoch_ratio = 0\nscale_weight_norms = 0\n")
+    assert read(file).network.scale_weight_norms == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "options.toml: left out: epoch, noise_offset_type; " in line
+    monkeypatch.setenv("RANK", "1")
+    read(file)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_left_out_of_files_is_an_error_on_the_command_line():
+    (problem,) = problems("--stop_text_encoder_training=3")
+    assert problem.startswith("unknown flag --stop_text_encoder_training: it is for the training of whole models; a LoRA's text")
+    assert problem.endswith("; drop --stop_text_encoder_training")
+    (problem,) = problems("--use_safetensors")
+    assert "unknown flag --use_safetensors: it is for scripts that convert models; a LoRA is a .safetensors file" in problem
+
+
+def test_compiling_can_be_named_and_switched_off():
+    assert read("--torch_compile").compile.compiles
+    assert not read("--torch_compile", "--dynamo_backend=no").compile.compiles
+    assert not read("--dynamo_backend=no").compile.compiles

@@ -10,6 +10,7 @@ from library.options.anima import AnimaTrainOptions
 from library.options.config_file import config_path, config_text, read_config
 from library.options.declare import groups_of, options_of
 from library.options.given import known_options
+from library.options.left_out import LEFT_OUT
 
 GROUPS = {name: options_of(group) for name, group in groups_of(AnimaTrainOptions).items()}
 KNOWN = known_options(GROUPS.values())
@@ -192,3 +193,42 @@ def test_secret_of_a_wrong_type_is_not_shown(tmp_path, value, shown):
     (problem,) = problems(tmp_path, f"wandb_api_key = {value}")
     assert problem.startswith(f"my.toml: wandb_api_key is {shown}, but must be a text")
     assert "12345" not in problem and "hush" not in problem
+
+
+GUI_FILE = """
+adaptive_noise_scale = 0
+bucket_no_upscale = true
+dynamo_backend = "no"
+epoch = 1
+gradient_accumulation_steps = ""
+learning_rate = 0.0001
+lowvram = false
+lr_scheduler_args = []
+max_bucket_reso = 2048
+mixed_precision = ""
+noise_offset_type = "Original"
+resolution = "512,512"
+save_n_epoch_ratio = 0
+scale_weight_norms = 0
+shuffle_caption = ""
+stop_text_encoder_training = 10
+text_encoder_lr = [0.0001, 5e-5]
+xformers = true
+[more]
+loraplus_unet_lr_ratio = 4
+epoch = 2
+"""
+
+
+def test_file_of_a_program_that_writes_them(tmp_path):
+    given = read(tmp_path, GUI_FILE)
+    assert given.problems == [] and given.values["dynamo_backend"] == "no"
+    assert not {"mixed_precision", "shuffle_caption", "gradient_accumulation_steps", "epoch"} & given.values.keys()  # not set
+    (warning,) = given.warnings
+    assert "left out: epoch, lowvram, noise_offset_type, stop_text_encoder_training, loraplus_unet_lr_ratio; " in warning
+    assert warning.startswith(str(tmp_path / "my.toml"))
+
+
+def test_nothing_left_out_is_an_option(tmp_path):
+    assert not LEFT_OUT.keys() & KNOWN.keys()
+    assert read(tmp_path, "seed = 1\n").warnings == []
