@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
-from library.dataset.token_use import TokenUse, cut_texts
+from library.dataset.token_use import TokenLimit, TokenUse, cut_caption_warnings, cut_texts
 from library.nn.blocks import run_plainly
 from library.nn.memory_use import MemoryUse
 from library.sampling.picture_plan import Picture
@@ -44,6 +44,10 @@ class TinyArchitecture:
 
     def cut_prompts(self, texts, options):
         return cut_texts(texts, lambda: self.token_counter(options), limit=TOKENS)
+
+    def caption_warnings(self, training_set, options):
+        lengths = lambda text: [(len(text), TOKENS)]  # noqa: E731
+        return cut_caption_warnings(training_set, lambda: lengths, TokenLimit(TOKENS, "shorten them"))
 
     def reference_format(self, layouts, options):
         return TinyReferenceFormat()

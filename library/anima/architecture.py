@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.anima.layout import DenoiserLayout, read_denoiser_layout
+from library.anima.layout import CONTEXT_ROWS, DenoiserLayout, read_denoiser_layout
 from library.anima.text_layout import TextEncoderLayout, read_text_encoder_layout
 from library.anima.tokenizers import TokenizerFiles, find_tokenizers
 from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
-from library.dataset.token_use import TokenCounter, TokenUse, cut_texts
+from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
 from library.errors import CheckpointError, OptionError, ProblemList
 from library.files.safetensors_file import file_fingerprint
 from library.nn.blocks import swap_problem
@@ -20,6 +20,7 @@ from library.randomness import derive_seed
 
 if TYPE_CHECKING:
     from library.anima.reference_caches import AnimaReferenceFormat
+    from library.dataset.items import TrainingSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,17 @@ class AnimaArchitecture:
         return count
 
     def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterator[tuple[str, TokenUse]]:
-        limit = min(options.anima.qwen3_max_token_length, options.anima.t5_max_token_length)
-        return cut_texts(texts, lambda: self.token_counter(options), limit=limit - 2)  # T5 adds a mark at each end
+        return cut_texts(texts, lambda: self.token_counter(options), limit=unmarked_tokens(options))
+
+    def caption_warnings(self, training_set: TrainingSet, options: Any) -> Iterator[str]:
+        can_raise = min(options.anima.qwen3_max_token_length, options.anima.t5_max_token_length) < CONTEXT_ROWS
+        cure = "raise --qwen3_max_token_length and --t5_max_token_length, or shorten them" if can_raise else "shorten them"
+        limit = TokenLimit(unmarked_tokens(options), cure)
+        return cut_caption_warnings(training_set, lambda: self._token_lengths(options), limit)
+
+    def _token_lengths(self, options: Any) -> TokenLengths:
+        count = self.token_counter(options)
+        return lambda text: [(use.tokens, use.limit) for use in count(text)]
 
     def reference_format(self, layouts: AnimaLayouts, options: Any) -> AnimaReferenceFormat:
         from library.anima.reference_caches import AnimaReferenceFormat
@@ -118,6 +128,11 @@ def tokenizer_files(options: Any) -> TokenizerFiles:
     return find_tokenizers(
         anima.qwen3, anima.t5_tokenizer_path, qwen_max=anima.qwen3_max_token_length, t5_max=anima.t5_max_token_length
     )
+
+
+def unmarked_tokens(options: Any) -> int:
+    """Of a text of no more bytes both encoders see the whole: T5 adds a mark at each end."""
+    return min(options.anima.qwen3_max_token_length, options.anima.t5_max_token_length) - 2
 
 
 def check_block_swap(options: Any, denoiser: DenoiserLayout) -> None:

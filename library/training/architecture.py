@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from library.dataset.caches.latent_cache import LatentRecipe
     from library.dataset.caches.reference_caches import ReferenceFormat
     from library.dataset.caches.text_cache import TextRecipe
+    from library.dataset.items import TrainingSet
     from library.dataset.token_use import TokenCounter, TokenUse
 
 
@@ -45,6 +46,9 @@ class Architecture(Protocol):
 
     def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterable[tuple[str, TokenUse]]:
         """The prompts for pictures that are longer than the text encoder takes: ``cut_texts`` of library/dataset/token_use.py."""
+
+    def caption_warnings(self, training_set: TrainingSet, options: Any) -> Iterable[str]:
+        """What a text encoder will not make of the captions, though they probably mean it: library/dataset/token_use.py."""
 
     def reference_format(self, layouts: Any, options: Any) -> ReferenceFormat:
         """What the caches of kohya-ss/sd-scripts for this architecture mean (--import_reference_caches)."""

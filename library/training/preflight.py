@@ -176,6 +176,7 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             *option_warnings(options),
             *architecture.warnings_of(layouts, options),
             *training_set.warnings,
+            *architecture.caption_warnings(training_set, options),
             *prompt_warnings(prompts, architecture, options),
         ),
     )

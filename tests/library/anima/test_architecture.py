@@ -18,6 +18,7 @@ from library.options.anima import LONGEST_TEXT_TOKENS, AnimaOptions, AnimaTrainO
 from library.options.memory import BlockMemoryOptions
 from library.options.models import ModelOptions
 from library.options.run import RunOptions
+from tests.caption_sets import captions
 
 
 @pytest.fixture
@@ -111,6 +112,13 @@ def test_tokens_are_counted_without_any_model_file(options, tmp_path):
     assert ANIMA.token_counter(nothing)("a cat") == (TokenUse("Qwen3", 2, 512, None), TokenUse("T5", 4, 512, None))
     short = with_groups(nothing, anima={"qwen3_max_token_length": 1, "t5_max_token_length": 3})
     assert ANIMA.token_counter(short)("a cat") == (TokenUse("Qwen3", 2, 1, 1), TokenUse("T5", 4, 3, 1))
+
+
+def test_captions_that_are_cut(options):
+    short = replace(options, anima=replace(options.anima, t5_max_token_length=20))
+    (warning,) = ANIMA.caption_warnings(captions("a cat", "dog " * 40), short)
+    assert warning.startswith("1 of 2 captions is longer than the 20 tokens") and "raise --qwen3_max_token_length and" in warning
+    assert not list(ANIMA.caption_warnings(captions("a cat", "dog " * 40), options))
 
 
 def test_tokens_are_counted_by_the_tokenizers_of_the_run(options, tiny_anima, tmp_path):

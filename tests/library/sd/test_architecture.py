@@ -22,6 +22,7 @@ from library.sd.architecture import SAMPLERS as DRAWN
 from library.sd.architecture import STABLE_DIFFUSION
 from library.sd.layout import EPSILON, VELOCITY, Marks
 from library.sdxl.architecture import SDXL
+from tests.caption_sets import captions
 from tools.tiny_sd import make_sd
 from tools.tiny_sd_models import MODELS
 
@@ -399,6 +400,16 @@ def test_tokens_are_counted_without_any_model_file():
     assert STABLE_DIFFUSION.token_counter(options_for("sd2"))("a cat") == (TokenUse("OpenCLIP-H", 2, 75, None),)
     counter = SDXL.token_counter(options_for("sdxl", clip={"max_token_length": 150, "weighted_captions": True}))
     assert counter("(a cat:1.2)") == (TokenUse("CLIP-L", 2, 150, None), TokenUse("OpenCLIP-G", 2, 150, None))
+
+
+def test_captions_that_are_cut_or_weighted_in_vain():
+    training_set = captions("dog " * 100, "a (cat:1.3)")
+    for architecture, kind in ((STABLE_DIFFUSION, "sd1"), (STABLE_DIFFUSION, "sd2"), (SDXL, "sdxl")):
+        cut, weighted = architecture.caption_warnings(training_set, options_for(kind))
+        assert cut.startswith("1 of 2 captions is longer than the 75 tokens") and "100 tokens): raise --max_token_length" in cut
+        assert weighted.startswith("1 of 2 captions has weights (such as '(cat:1.3)'") and "--weighted_captions" in weighted
+        options = options_for(kind, clip={"max_token_length": 225, "weighted_captions": True})
+        assert not list(architecture.caption_warnings(training_set, options))
 
 
 def test_long_prompts_are_cut():

@@ -40,12 +40,14 @@ def test_mistakes_are_told_before_a_model_is_fetched(fetches, tmp_path, monkeypa
     assert caught.value.problems[1:] == (() if fetches else ("the model is wrong, too",))
 
 
-def test_sample_prompts_that_lose_their_end_are_told(picture_folder, tmp_path):
+def test_captions_and_sample_prompts_that_lose_their_end_are_told(picture_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"a cat --n {'x' * 30}\na dog --n {'y' * 41}\n{'z' * 50}\n")
     run = TinyRuns(tmp_path, picture_folder(2)).checked(
         "--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first"
     )
-    assert [line for line in run.warnings if "tokens" in line] == [
+    captions, *prompts = [line for line in run.warnings if "tokens" in line]
+    assert captions.startswith("2 of 2 captions are longer than the 40 tokens that the text encoder takes")
+    assert prompts == [
         "--sample_prompts: prompt 2 has 41 tokens, of which letters takes 40: cut off is 'y'",
         "--sample_prompts: prompt 3 has 50 tokens, of which letters takes 40: cut off is 'zzzzzzzzzz'",
     ]
