@@ -33,18 +33,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from library.errors import NetworkError
 from library.sd.unet_names import UNetConfig, original_names
 from networks.arguments import parse_arguments
-from networks.block_weights import SD_BLOCKS, SDXL_BLOCKS, BlockArguments, BlockCount, sd_block, sdxl_block
+from networks.block_weights import BlockArguments, sd_block, sdxl_block
 from networks.layer import LoRAModule
-from networks.layout_names import NameTable
 from networks.network import LoRANetwork, build_network, build_network_from_weights
-from networks.sd_layouts import SD1_NAMES, SD2_NAMES, SDXL_NAMES
+from networks.sd_arguments import Sd1Arguments, Sd2Arguments, SdxlArguments
 from networks.selection import COMPILED, ModelRules
 
 __all__ = ["LoRAModule", "LoRANetwork", "create_network", "create_network_from_weights"]
@@ -56,20 +55,6 @@ LAYERS = (nn.Linear, nn.Conv2d)
 WRAPPER = "module."  # of distributed training
 CONVOLUTIONAL = r"(?!.*\b(proj_in|proj_out|transformer_blocks)\b).*"  # what lies outside the transformers
 SD2_CONTEXT_WIDTH = 1024
-
-
-class Sd1Arguments(BlockArguments):
-    NAMES: ClassVar[NameTable | None] = SD1_NAMES
-    BLOCKS: ClassVar[BlockCount] = SD_BLOCKS
-
-
-class Sd2Arguments(Sd1Arguments):
-    NAMES: ClassVar[NameTable | None] = SD2_NAMES
-
-
-class SdxlArguments(BlockArguments):
-    NAMES: ClassVar[NameTable | None] = SDXL_NAMES
-    BLOCKS: ClassVar[BlockCount] = SDXL_BLOCKS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,17 +25,17 @@ with the module's path, dots as underscores, as ComfyUI reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from networks.anima_layouts import ANIMA_NAMES
-from networks.arguments import NetworkArguments, argument, component_flags, component_rate, parse_arguments, parse_bool
-from networks.layout_names import NameTable
+from networks.anima_arguments import COMPONENT_RATES, AnimaArguments
+from networks.arguments import parse_arguments
 from networks.network import LoRANetwork, build_network, build_network_from_weights
 from networks.selection import ModelRules
+
+__all__ = ["COMPONENT_RATES", "create_network", "create_network_from_weights"]
 
 DENOISER_PARTS = r"blocks\.\d+|x_embedder|t_embedder|final_layer"
 ADAPTER_PARTS = r"llm_adapter\.blocks\.\d+"  # never its embedding or output projection
@@ -54,21 +54,6 @@ TEXT_ENCODER = ModelRules(
     candidates=r"(?:.*\.)?(layers\.\d+\..+)",  # whatever wraps the decoder: a causal-LM head, our own encoder class
     excludes=DENOISER_EXCLUDES,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnimaArguments(NetworkArguments):
-    NAMES: ClassVar[NameTable | None] = ANIMA_NAMES
-
-    train_llm_adapter: bool = argument(parse_bool, "also the Linears of the LLM adapter's blocks", default=False)
-    self_attn_lr: float | None = component_rate("self_attn")
-    cross_attn_lr: float | None = component_rate("cross_attn")
-    mlp_lr: float | None = component_rate("mlp")
-    mod_lr: float | None = component_rate("mod")
-    llm_adapter_lr: float | None = component_rate("llm_adapter")
-
-
-COMPONENT_RATES = component_flags(AnimaArguments)  # what the trainer may pass besides --network_args
 
 
 def denoiser_rules(*, with_adapter: bool) -> ModelRules:

@@ -28,6 +28,7 @@ from library.files.safetensors_file import read_header
 from library.files.user_path import dead_link
 from library.options.declare import warnings_of
 from library.sampling.picture_plan import sample_warnings, sampler_problems
+from library.sampling.pictures import no_picture_warning
 from library.sampling.prompts import SamplePrompt, known_values, read_prompts
 from library.training.architecture import Architecture
 from library.training.files.hub import check_upload, fetch_state, make_repository
@@ -41,10 +42,11 @@ from library.training.files.state import (
     state_settings,
 )
 from library.training.models.base_weights import with_base_weights
+from library.training.models.network_checks import network_notices, network_problems
 from library.training.models.networks import check_weights_file, find_network_module
 from library.training.optimizing.optimizer_names import optimizer_notices, optimizer_problems
 from library.training.optimizing.schedule_names import schedule_notices, schedule_problems
-from library.training.run_rules import run_problems
+from library.training.run_rules import run_problems, run_warnings
 from library.training.running.console import progress_bar, set_up_console
 from library.training.running.interrupts import watch_launcher
 from library.training.running.trackers import tracker_problems
@@ -109,6 +111,7 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     if options.network.network_module:
         with problems.collect():
             find_network_module(options.network.network_module)
+    problems.add(*network_problems(options, architecture.name))
     prompts: tuple[SamplePrompt, ...] = ()
     with problems.collect():
         prompts = checked_prompts(options)
@@ -174,9 +177,11 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
         warnings=(
             *changes,
             *option_warnings(options),
+            *run_warnings(options, total_steps=length.total_steps),
+            *network_notices(options, architecture.name),
             *architecture.warnings_of(layouts, options),
             *training_set.warnings,
-            *architecture.caption_warnings(training_set, options),
+            *no_picture_warning(options.samples, *length.ended_by(begin.progress)),
             *prompt_warnings(prompts, architecture, options),
         ),
     )
@@ -256,6 +261,8 @@ def check_writable(folder: Path, what: str, cure: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as error:
+        if folder.is_file():
+            raise OutputError(f"{what} {folder} is a file, not a folder: name a folder{cure}") from error
         raise OutputError(f"{what} {folder}: {dead_link(folder) or os_error_text(error)}{cure}") from error
     finally:
         with suppress(OSError):  # where the folder is no folder, the error above says so

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from networks import lora_anima
+from networks.anima_layouts import ANIMA_NAMES
 from tests.library.anima.test_against_diffusers import their_adapter, their_dit, their_name
 from tests.library.anima.tiny_dit import TINY, batch, tiny_denoiser, tiny_weights
 from tests.networks.full_anima_lora import METADATA, randomize
@@ -105,7 +106,7 @@ def test_each_module_alone_reaches_its_place(network, pipeline, tmp_path):
         for path, module in model.named_modules():
             if hasattr(module, "lora_A"):
                 found[f"{part}.{path}"] = module.get_delta_weight("default_0")
-    keys = {lora.lora_name: lora_anima.ANIMA_NAMES.find(f"{lora.lora_name}.alpha").name("diffusers") for lora in network.loras}
+    keys = {lora.lora_name: ANIMA_NAMES.find(f"{lora.lora_name}.alpha").name("diffusers") for lora in network.loras}
     assert set(found) == set(keys.values())
     for lora in network.loras:
         wanted = lora.scale * lora.lora_up.weight @ lora.lora_down.weight

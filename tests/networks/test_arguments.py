@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from library.errors import NetworkError
+from networks.anima_arguments import COMPONENT_RATES, AnimaArguments
 from networks.arguments import NetworkArguments, parse_arguments
-from networks.lora_anima import COMPONENT_RATES, AnimaArguments
 
 
 def parsed(**given):

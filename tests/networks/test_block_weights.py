@@ -7,7 +7,7 @@ import pytest
 from library.errors import NetworkError
 from networks.arguments import parse_arguments
 from networks.block_weights import SD_BLOCKS, SDXL_BLOCKS, sd_block, sdxl_block
-from networks.lora import Sd1Arguments, SdxlArguments
+from networks.sd_arguments import Sd1Arguments, SdxlArguments
 
 
 def parsed(kind=Sd1Arguments, **given):

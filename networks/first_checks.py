@@ -1,0 +1,38 @@
+"""What shows of a network before torch is imported: arguments that are wrong, LoRA files for another model.
+
+The trainers ask this for this project's own network modules (library/training/models/network_checks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from library.errors import NetworkError
+from networks.anima_arguments import AnimaArguments
+from networks.arguments import NetworkArguments, component_flags, parse_arguments
+from networks.lora_names import names_problem
+from networks.sd_arguments import Sd1Arguments, Sd2Arguments, SdxlArguments
+
+MODELS = {"networks.lora": "Stable Diffusion 1.x, 2.x and SDXL", "networks.lora_anima": "Anima"}  # what each module is for
+
+
+def arguments_class(architecture: str, *, v2: bool) -> type[NetworkArguments] | None:
+    """``architecture``: the name that it has in caches; ``v2``: of Stable Diffusion it is 2.x. None where nothing is known."""
+    known = {"anima": AnimaArguments, "sd": Sd2Arguments if v2 else Sd1Arguments, "sdxl": SdxlArguments}
+    return known.get(architecture)
+
+
+def argument_problems(kind: type[NetworkArguments], given: Mapping[str, Any]) -> Iterator[str]:
+    """Of the pairs of --network_args: unknown names, and values that cannot be read. Those that are flags of their own, which the
+    trainer tells, are left out."""
+    flags = component_flags(kind)
+    try:
+        parse_arguments(kind, {name: value for name, value in given.items() if name not in flags})
+    except NetworkError as error:
+        yield from error.problems
+
+
+def file_problem(kind: type[NetworkArguments], flag: str, file: object, keys: Iterable[str]) -> str | None:
+    """Why a LoRA file with these tensors is none for the model; None where nothing is seen."""
+    return None if kind.NAMES is None else names_problem(f"{flag} {file}", keys, kind.NAMES)
