@@ -125,6 +125,10 @@ class AnimaTrainOptions(TrainOptions):
                 )
 
     @property
+    def objective(self) -> str:
+        return "velocity of a rectified flow"
+
+    @property
     def has_own_rates(self) -> bool:
         own = TrainOptions.has_own_rates.fget(self)  # type: ignore[attr-defined]
         return own or any(getattr(self.rates, rate.name) for rate in fields(self.rates))

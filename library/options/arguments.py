@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from library.options.declare import Option
-from library.options.given import Given, belongs_to_scripts, near_names, questioned
+from library.options.given import Given, belongs_to_scripts, near_names, other_names, questioned
 from library.options.left_out import LEFT_OUT
 
 FLAG = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?", re.DOTALL)  # what starts with -- and holds no blank before its =
@@ -74,7 +74,8 @@ def _refuse_unknown(given: Given, argument: str, rest: deque[str], known: Mappin
     while rest and not equals and not _ends_values(rest[0]):
         rest.popleft()
     name = flag.removeprefix("--")
-    belongs = belongs_to_scripts(name) or (f": {LEFT_OUT[name]}" if name in LEFT_OUT else "")
+    belongs = "" if other_names(name, known) else belongs_to_scripts(name)
+    belongs = belongs or (f": {LEFT_OUT[name]}" if name in LEFT_OUT else "")
     near = [] if belongs else near_names(flag, known)
     hint = f"; drop {flag}" if belongs else questioned(near, dashes="--") or ": --help lists all flags"
     given.problems.append(f"unknown flag {flag}{belongs}{hint}")

@@ -28,6 +28,11 @@ class AttentionOptions:
         named = self.attn_mode or ("xformers" if self.xformers else "torch")
         return "torch" if named == "sdpa" else named
 
+    @property
+    def flag(self) -> str:
+        """As it was typed."""
+        return "--xformers" if self.attn_mode is None and self.xformers else f"--attn_mode={self.mode}"
+
     def problems(self) -> Iterator[str]:
         return iter(())
 

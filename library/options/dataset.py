@@ -12,6 +12,7 @@ from library.options.rules import at_least
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")  # a dataset file may also name box
 
+BUCKET_SIDES_PX = {"min_bucket_reso": 256, "max_bucket_reso": 1024}  # unless flags say otherwise
 MAX_SIDE_PX = 16_384  # of a resolution; as of sample pictures
 MAX_AREA_PX = 2**27  # of a resolution: 8192 x 16384; a picture that covers it may be a third larger (verify.MAX_PIXELS)
 
@@ -36,8 +37,8 @@ class DatasetOptions:
     resolution: str | None = opt(None, "training size in pixels: N for N x N, or WIDTH,HEIGHT", kind=RESOLUTION)
     train_batch_size: int = opt(1, "images per process in one batch")
     enable_bucket: bool = opt(False, "sort images into buckets by aspect ratio instead of cropping all to one size")
-    min_bucket_reso: int = opt(256, "shortest side of a bucket in pixels")
-    max_bucket_reso: int = opt(1024, "longest side of a bucket in pixels")
+    min_bucket_reso: int = opt(BUCKET_SIDES_PX["min_bucket_reso"], "shortest side of a bucket in pixels")
+    max_bucket_reso: int = opt(BUCKET_SIDES_PX["max_bucket_reso"], "longest side of a bucket in pixels")
     bucket_reso_steps: int = opt(64, "sides of buckets are multiples of this many pixels")
     bucket_no_upscale: bool = opt(False, "never enlarge an image: buckets are made from the images' own sizes")
     resize_interpolation: str | None = opt(
@@ -85,6 +86,14 @@ class DatasetOptions:
         ignored = [name for name in sources if getattr(self, name)]
         if self.dataset_config and ignored:
             yield f"--dataset_config describes the dataset; ignored: {', '.join(f'--{name}' for name in ignored)}"
+
+        sizes = ("min_bucket_reso", "max_bucket_reso")
+        given = [f"--{name}={getattr(self, name)}" for name in sizes if getattr(self, name) != BUCKET_SIDES_PX[name]]
+        if self.enable_bucket and self.bucket_no_upscale and given and not self.dataset_config:
+            yield (
+                f"{' and '.join(given)}: not used with --bucket_no_upscale, which makes buckets from the images' own sizes, "
+                "bounded by the area of --resolution alone"
+            )
 
     def missing(self) -> Iterator[str]:
         """For whoever needs a dataset."""

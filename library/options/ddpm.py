@@ -25,6 +25,11 @@ class DdpmOptions:
         False, "weigh low noise less: the loss by 1 / sqrt(SNR), or by 1 / (SNR + 1) with --v_parameterization"
     )
 
+    @property
+    def objective(self) -> str:
+        """What the model is trained to predict, for the plan."""
+        return "velocity (v)" if self.v_parameterization else "noise prediction (epsilon)"
+
     def problems(self) -> Iterator[str]:
         yield from at_least(self, 0, "min_snr_gamma", "v_pred_like_loss")
         if self.scale_v_pred_loss_like_noise_pred and not self.v_parameterization:

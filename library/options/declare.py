@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from library.files.user_path import user_path
-from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, Kind
+from library.options.kinds import BY_TYPE, PATH, SWITCH, TEXT, WHOLE, Kind
 
 _METADATA = "option"
 DATA_URL = "data:"  # what stands for a picture in place of its path
@@ -61,7 +61,8 @@ class Option:
     def allowed(self) -> str:
         """What the option takes, in words."""
         if self.choices:
-            return f"one of {', '.join(map(str, self.choices))}"
+            in_order = sorted(self.choices) if self.kind is WHOLE else self.choices
+            return f"one of {', '.join(map(str, in_order))}"
         return f"a list, each {self.kind.words}" if self.is_list else self.kind.words
 
     def read(self, value: object) -> Any:

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from library.files.user_path import PathProblem
 from library.options.declare import Option
-from library.options.kinds import PATH, TEXT, Unfit
+from library.options.kinds import NUMBER, PATH, TEXT, Unfit
 from library.options.scripts import scripts_with
+
+# a number format as others write it -> as options do
+OTHER_FORMATS = {
+    **dict.fromkeys(("fp32", "float32", "float", "no"), ("no", "float")),
+    **dict.fromkeys(("float16", "half"), ("fp16",)),
+    "bfloat16": ("bf16",),
+}
+# a flag of one inference script -> what others call it
+OTHER_NAMES = {
+    **dict.fromkeys(("save_path", "outdir", "output_dir"), ("output_dir", "save_path")),
+    **dict.fromkeys(("pretrained_model_name_or_path", "ckpt", "ckpt_path", "dit"), ("ckpt_path", "dit")),
+    **dict.fromkeys(("network_weights", "lora_weight", "lora_weights"), ("lora_weights", "lora_weight")),
+    **dict.fromkeys(("w", "h", "width", "height"), ("image_size",)),
+    "network_mul": ("lora_multiplier", "lora_weights"),
+    "steps": ("infer_steps",),
+    "scale": ("guidance_scale",),
+}
 
 
 @dataclass(slots=True)
@@ -33,7 +51,11 @@ class Given:
         except ValueError as error:
             allowed = str(error) if isinstance(error, Unfit) and not option.is_list else option.allowed
             shown = "***" if option.secret else _shown(value)
-            hint = _near_choice(value, tuple(map(str, option.choices))) or (_quotes_hint(option, value, shown) if place else "")
+            hint = (
+                _near_choice(value, tuple(map(str, option.choices)))
+                or _words_hint(option, value)
+                or (_quotes_hint(option, value, shown) if place else "")
+            )
             self.refuse(option, f"{_named(option, place)} is {shown}, but must be {allowed}{hint}")
 
     def refuse(self, option: Option, problem: str) -> None:
@@ -48,7 +70,12 @@ def near_names(name: str, known: Iterable[str]) -> list[str]:
     if wanted in names:
         return [wanted]
     longer = [known_name for known_name in names if wanted and known_name.startswith(wanted)]
-    return longer[:3] or difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    return other_names(wanted, names) or longer[:3] or difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+
+
+def other_names(name: str, known: Iterable[str]) -> list[str]:
+    """The options of ``known`` that mean what ``name`` means in another script."""
+    return [other for other in OTHER_NAMES.get(name.lower(), ()) if other in known]
 
 
 def questioned(names: list[str], *, dashes: str = "") -> str:
@@ -78,9 +105,23 @@ def _named(option: Option, place: str) -> str:
     return f"{place}: {option.name}" if place else option.flag
 
 
+def _words_hint(option: Option, value: object) -> str:
+    """For several numbers in one word."""
+    words = re.split(r"[\s,]+", ",".join(value).strip(",")) if isinstance(value, list) and value and _are_texts(value) else []
+    if not option.is_list or option.kind is not NUMBER or len(words) < 2 or not all(_takes(option, word) for word in words):
+        return ""
+    return f": write them as separate words, with blanks between, {option.flag} {' '.join(words)}"
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _near_choice(value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str):
         return ""
+    if same_format := [name for name in OTHER_FORMATS.get(value.lower(), ()) if name in choices]:
+        return questioned(same_format)
     same_letters = [choice for choice in choices if choice.lower() == value.lower()]
     return questioned(same_letters or difflib.get_close_matches(value, choices, n=1, cutoff=0.5))
 

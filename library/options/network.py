@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.options.declare import opt
-from library.options.rules import at_least, needs
+from library.options.rules import at_least, needs, quoted_together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,8 @@ class NetworkOptions:
         yield from at_least(self, 1, "network_dim")
         yield from at_least(self, 0, "network_alpha")
         yield from at_least(self, 0, "scale_weight_norms")
+        together = (quoted_together(argument, flag="--network_args") for argument in self.network_args or ())
+        yield from (problem for problem in together if problem)
         if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
             yield f"--network_dropout is {self.network_dropout}: give a number from 0 to below 1"
         yield from needs(self, "dim_from_weights", "network_weights")

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import fields
+
+ARGUMENT = re.compile(r"[A-Za-z_]\w*=.*[^,]")  # key=value; where a comma ends it, its value goes on
+
+
+def quoted_together(argument: str, *, flag: str) -> str | None:
+    """What is wrong with ``"a=1 b=2"`` as one word; None for one argument."""
+    words = argument.split()
+    if len(words) < 2 or not all(ARGUMENT.fullmatch(word) for word in words):
+        return None
+    return (
+        f"{flag} {argument!r} is one word, in which {len(words)} arguments stand: write them as separate words, with blanks "
+        f"between and no quotes around all, {flag} {' '.join(words)}; in a config file as separate texts of the list"
+    )
 
 
 def at_least(group: object, least: float, *names: str) -> Iterator[str]:

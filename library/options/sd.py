@@ -103,6 +103,15 @@ class StableDiffusionTrainOptions(TrainOptions):
     clip: SdClipOptions = field(default_factory=SdClipOptions)
     ddpm: DdpmTrainingOptions = field(default_factory=DdpmTrainingOptions)
 
+    def warnings(self) -> Iterator[str]:
+        yield from super().warnings()
+        switched_off = self.given_text_rates is not None and not any(self.given_text_rates)
+        if self.caches.text_cached and self.network.trains_text_encoder and not switched_off:
+            yield (
+                "--cache_text_encoder_outputs without --network_train_unet_only: a text encoder whose outputs are cached is not "
+                "trained, only the U-Net is; add --network_train_unet_only if that is meant, else drop the cache"
+            )
+
     @property
     def fetches_models(self) -> bool:
         return any(value and is_repo_id(value) for value in (self.model.pretrained_model_name_or_path, self.model.vae))

@@ -111,6 +111,11 @@ class TrainOptions:
         return any(argument.strip().startswith("network_reg_lrs") for argument in self.network.network_args or ())
 
     @property
+    def objective(self) -> str:
+        """What the model is trained to predict, for the plan."""
+        return self.ddpm.objective
+
+    @property
     def fetches_models(self) -> bool:
         """Whether a model comes from the Hugging Face hub."""
         return False

@@ -59,7 +59,7 @@ def checked_pictures(read: Callable[[], Any], checks: InferenceChecks) -> Checke
 def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     """Raises one UserError with all that was found."""
     problems = ProblemList()
-    problems.add(*attention_problems(options.attention.mode))
+    problems.add(*attention_problems(options.attention))
     if options.loras.lycoris and find_spec("lycoris") is None:
         problems.add("--lycoris needs the package lycoris-lora: pip install lycoris-lora")
     prompts: tuple[SamplePrompt, ...] = ()

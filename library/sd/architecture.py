@@ -27,7 +27,7 @@ from library.sd.clip_layout import Layout as ClipNames
 from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_H, PIECE, PROMPT_PIECES, TokenizerKind, load_tokenizers
 from library.sd.fingerprint import part_fingerprint
 from library.sd.layout import SD_SCALE, SDXL_SCALE, Marks, Part, StableDiffusionLayouts
-from library.sd.model_kind import check_kind, prediction_problem, read_marks, zero_snr_warning
+from library.sd.model_kind import check_kind, prediction_problem, read_marks, unmarked_velocity_warning, zero_snr_warning
 from library.sd.source import MODEL_FLAG, TEXT_ENCODERS, UNET, VAE, VAE_FLAG, ModelSource, find_model, find_vae
 from library.sd.unet_layout import PREFIX as UNET_PREFIX
 from library.sd.unet_layout import unet_part
@@ -97,7 +97,7 @@ class StableDiffusionArchitecture:
         if "text" in parts:
             with problems.collect():
                 found["text"] = self.text_parts(model, options)
-                check_clip_skip(found["text"], options)
+                self.check_clip_skip(found["text"], options)
         if "vae" in parts and not options.model.vae:
             with problems.collect():
                 found["vae"] = bundled_vae(model)
@@ -109,6 +109,11 @@ class StableDiffusionArchitecture:
         if options.clip.v2:
             return (file_text_part(model.file, SD2_TEXT, "open_clip", keep_layers=-1),)
         return (file_text_part(model.file, SD1_TEXT, "hf"),)
+
+    def check_clip_skip(self, parts: tuple[Part[ClipConfig], ...], options: Any) -> None:
+        """Raises OptionError where a text encoder has too few layers for --clip_skip."""
+        if problem := clip_skip_problem(options.clip.clip_skip, min(part.config.layers for part in parts)):
+            raise OptionError(problem)
 
     def fit_problems(self, layouts: StableDiffusionLayouts) -> Iterator[str]:
         """Parts that are right in themselves but not made for each other."""
@@ -128,6 +133,8 @@ class StableDiffusionArchitecture:
             return
         name = options.model.pretrained_model_name_or_path
         notes = [zero_snr_warning(marks, zero_terminal_snr=ddpm.zero_terminal_snr)]
+        if layouts.denoiser is not None:  # else its marks were not read
+            notes.append(unmarked_velocity_warning(marks, velocity=ddpm.v_parameterization, v2=options.clip.v2))
         if not marks.is_certain:
             notes.append(prediction_problem(marks, velocity=ddpm.v_parameterization))
         yield from (f"{MODEL_FLAG} {name} {note}" for note in notes if note)
@@ -269,12 +276,6 @@ def checked_marks(model: ModelSource, options: Any) -> Marks:
     if problem:
         raise CheckpointError(f"{MODEL_FLAG} {model.name} {problem}")
     return marks
-
-
-def check_clip_skip(parts: tuple[Part[ClipConfig], ...], options: Any) -> None:
-    """Raises OptionError where a text encoder has too few layers for --clip_skip."""
-    if problem := clip_skip_problem(options.clip.clip_skip, min(part.config.layers for part in parts)):
-        raise OptionError(problem)
 
 
 STABLE_DIFFUSION = StableDiffusionArchitecture()

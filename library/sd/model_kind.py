@@ -131,6 +131,16 @@ def prediction_problem(marks: Marks, *, velocity: bool) -> str | None:
     return f"predicts velocity (v) according to {marks.where}: add --v_parameterization"
 
 
+def unmarked_velocity_warning(marks: Marks, *, velocity: bool, v2: bool) -> str | None:
+    """``velocity``: --v_parameterization. SD 2.x is left in peace: half of what is published predicts velocity, unmarked."""
+    if not velocity or marks.prediction is not None or v2:
+        return None
+    return (
+        "does not say that it predicts velocity (v), and models of its kind predict noise as a rule: with --v_parameterization "
+        "such a model unlearns what it knows; drop it unless the model's maker says v-prediction"
+    )
+
+
 def zero_snr_warning(marks: Marks, *, zero_terminal_snr: bool) -> str | None:
     if not marks.zero_terminal_snr or zero_terminal_snr:
         return None

@@ -30,6 +30,9 @@ class SdxlArchitecture(StableDiffusionArchitecture):
             return tuple(clip_part(model.part(folder), prefix="", layout="hf") for folder in TEXT_ENCODERS)
         return (file_text_part(model.file, CLIP_L_PREFIX, "hf"), file_text_part(model.file, CLIP_G_PREFIX, "open_clip"))
 
+    def check_clip_skip(self, parts: tuple[Part[ClipConfig], ...], options: Any) -> None:
+        """It goes into the metadata only, so that any number will do."""
+
     def text_settings(self, options: Any) -> dict[str, object]:
         """--clip_skip has no say."""
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from library.dataset.caches.size import memory_warning
@@ -25,11 +25,12 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class NetworkSize:
-    """What the network module would train: modules, parameters, and the file's size in bytes."""
+    """What the network module would train: modules, parameters, the file's size in bytes, and the line of trained_parts.py."""
 
     modules: int
     parameters: int
     file_bytes: int
+    trained: str = ""
 
 
 def plan_lines(run: CheckedRun, size: NetworkSize) -> list[str]:
@@ -157,40 +158,10 @@ def counted_times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
-# network arguments that give modules of the denoiser other rates -> how the plan tells it
-RATE_ARGUMENTS = {"network_reg_lrs": "some by network_reg_lrs", "_lr_weight": "times a factor in each block"}
-
-
-def trained_line(options: Any) -> str:
-    """What is trained, at which learning rate; why what is not trained is not. ``options``: an architecture's groups."""
-    parts = (("denoiser", _denoiser_training(options)), ("text encoder", _text_encoder_training(options)))
-    return f"  trained: {', '.join(f'{part}{how}' for part, how in parts)}"
-
-
-def _denoiser_training(options: Any) -> str:
-    """``" at 0.001 (mlp at 0.0005, mod: not)"``, ``": not (...)"``."""
-    if not options.network.trains_denoiser:
-        return ": not (--network_train_text_encoder_only)"
-    if not options.trains_denoiser:
-        return ": not (its learning rate is 0)"
-    rates = getattr(options, "rates", None)
-    given = {} if rates is None else {field.name.removesuffix("_lr"): getattr(rates, field.name) for field in fields(rates)}
-    own = [f"{part} at {rate:g}" if rate else f"{part}: not" for part, rate in given.items() if rate is not None]
-    own += [how for name, how in RATE_ARGUMENTS.items() if any(name in pair for pair in options.network.network_args or ())]
-    base = f" at {options.denoiser_rate:g}" if options.denoiser_rate else ""
-    return f"{base} ({', '.join([*own, *([] if base else ['nothing else'])])})" if own else base
-
-
-def _text_encoder_training(options: Any) -> str:
-    if options.trains_text_encoder:
-        return f" at {' and '.join(f'{rate:g}' for rate in options.text_rates)}"
-    if not options.network.trains_text_encoder:
-        return ": not (--network_train_unet_only)"
-    return f": not ({'its outputs are cached' if options.caches.text_cached else 'its learning rate is 0'})"
-
-
 def _output_lines(run: CheckedRun, size: NetworkSize) -> Iterator[str]:
-    yield trained_line(run.options)
+    if size.trained:
+        yield size.trained
+    yield f"  objective: {run.options.objective}"
     yield f"  LoRA: {size.modules} modules, {size.parameters:,} parameters, a file of about {size.file_bytes / MIB:.2f} MiB"
     epochs = [epoch for epoch in range(1, run.length.epochs + 1) if run.saves.saves_epoch(epoch)]
     steps = run.length.total_steps // run.saves.every_n_steps if run.saves.every_n_steps else 0

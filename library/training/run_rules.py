@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError
 from library.nn.attention_packages import PACKAGES
+from library.options.optimizer import OptimizerOptions
 from library.training.optimizing.optimizer_names import FINDS_STEP_SIZE, optimizer_kind, optimizer_source
+from library.training.optimizing.schedule_names import step_count
 
 if TYPE_CHECKING:
-    from library.options.optimizer import OptimizerOptions
+    from library.options.attention import AttentionOptions
+    from library.options.schedule import ScheduleOptions
 
 OLDEST_DEEPSPEED = (0, 19)  # from here on it skips a step whose float32 gradient is not finite
 # optimizers that treat each number by itself (8-bit ones: with its neighbours, which are rounded together): of a long row of
@@ -37,20 +40,61 @@ ON_GPU_ONLY = ("bitsandbytes",)
 
 def run_problems(options: Any) -> Iterator[str]:
     """All problems of a training run that this file knows. ``options``: an architecture's option set."""
-    yield from attention_problems(options.attention.mode)
+    yield from attention_problems(options.attention)
     if options.memory.fused_backward_pass:
         yield from fused_backward_problems(options.optimizer, processes=int(os.environ.get("WORLD_SIZE", "1")))
     yield from deepspeed_problems(options) if options.distributed.deepspeed else launcher_problems()
 
 
-def attention_problems(mode: str) -> Iterator[str]:
-    """The kernel of ``mode`` (as ``AttentionOptions.mode`` gives it) cannot be had here."""
-    package = PACKAGES.get(mode)
-    if package is not None and find_spec(package.top_module) is None:
+def run_warnings(options: Any, *, total_steps: int) -> Iterator[str]:
+    """What is allowed but probably not meant, where the optimizer's class and the run's length tell."""
+    kind = optimizer_kind(options.optimizer)
+    if kind != "adafactor_relative" and optimizer_source(options.optimizer).package not in FINDS_STEP_SIZE:
+        yield from rate_warnings(options)
+    if kind == "plain" and not options.schedule.lr_scheduler_type:
+        yield from warmup_warnings(options.schedule, total_steps=total_steps)
+
+
+def rate_warnings(options: Any) -> Iterator[str]:
+    """--learning_rate, or the flag of a part, is not given, so that a part is trained at the rate that whole models take."""
+    low = OptimizerOptions().learning_rate
+    if options.optimizer.learning_rate != low:
+        return
+    parts = [
+        *(["the denoiser"] if options.trains_denoiser and options.denoiser_rate == low else []),
+        *(["the text encoder"] if low in options.text_rates else []),
+    ]
+    if parts:
         yield (
-            f"--attn_mode={mode} needs the package {package.top_module}, which is not installed: pip install {package.name}, "
-            "or give --attn_mode=torch, which needs nothing"
+            f"--learning_rate is not given: {' and '.join(parts)} {'are' if parts[1:] else 'is'} trained at {low:g}, "
+            "kohya-ss/sd-scripts' default, at which a LoRA learns next to nothing; a LoRA often takes 1e-4"
         )
+
+
+def warmup_warnings(schedule: ScheduleOptions, *, total_steps: int) -> Iterator[str]:
+    """The run ends while its rate still rises."""
+    if schedule.lr_warmup_steps and step_count(schedule.lr_warmup_steps, total_steps) >= total_steps:
+        yield (
+            f"--lr_warmup_steps is {schedule.lr_warmup_steps}, and the run has {total_steps} steps: the learning rate rises to "
+            "the very end and is never as high as given; a tenth of the run (0.1) is usual"
+        )
+
+
+def attention_problems(options: AttentionOptions) -> Iterator[str]:
+    """The package of the kernel that ``options`` name is not installed."""
+    package = PACKAGES.get(options.mode)
+    if package is None or find_spec(package.top_module) is not None:
+        return
+    if options.flag == "--xformers":
+        yield (
+            f"--xformers needs the package {package.top_module}, which is not installed: drop it (PyTorch's own attention, the "
+            f"default, takes as little memory), or pip install {package.name}"
+        )
+        return
+    yield (
+        f"{options.flag} needs the package {package.top_module}, which is not installed: pip install {package.name}, "
+        "or give --attn_mode=torch, which needs nothing"
+    )
 
 
 def fused_backward_problems(options: OptimizerOptions, *, processes: int) -> Iterator[str]:

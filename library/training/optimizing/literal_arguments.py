@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from library.errors import OptionError, did_you_mean
+from library.options.rules import quoted_together
 
 
 def parse_literals(arguments: Sequence[str] | None, *, flag: str) -> dict[str, Any]:
@@ -22,6 +23,9 @@ def parse_literals(arguments: Sequence[str] | None, *, flag: str) -> dict[str, A
         try:
             values[key] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            if problem := quoted_together(argument, flag=flag):
+                problems.append(problem)
+                continue
             problems.append(f"{flag} {argument!r}: {text.strip()!r} is not a Python value{_value_hint(key, text.strip())}")
     if problems:
         raise OptionError(*problems)
@@ -54,7 +58,7 @@ def argument_problems(call: Callable[..., Any], values: dict[str, Any], *, flag:
             yield from _kind_problem(named[key], value, flag)
         elif not takes_any:
             hint = did_you_mean(key, named)
-            yield f"{flag} {key}={value!r}: {who} has no argument {key}{hint}; it takes {', '.join(sorted(named))}"
+            yield f"{flag} {key}={value!r}: {who} has no argument {key}{hint}; it takes {', '.join(sorted(named)) or 'none'}"
 
 
 def _kind_problem(parameter: inspect.Parameter, value: Any, flag: str) -> Iterator[str]:

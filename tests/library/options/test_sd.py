@@ -102,7 +102,7 @@ def test_commands_of_the_guides():
 
 def test_75_tokens_can_be_said():
     assert read(SD, "--max_token_length=75").clip.max_token_length == 75
-    assert "--max_token_length is '77', but must be one of 150, 225, 75" in problems(SD, "--max_token_length=77")[0]
+    assert "--max_token_length is '77', but must be one of 75, 150, 225" in problems(SD, "--max_token_length=77")[0]
 
 
 # arguments -> the rates of the text encoders; 0 = no LoRA
@@ -161,6 +161,10 @@ REFUSED = [
     (SDXL, "--text_encoder_lr1=-1", "--text_encoder_lr1 is -1.0: give 0 or more"),
     (SDXL, "--network_train_text_encoder_only --text_encoder_lr1=0 --text_encoder_lr2=0", "with --text_encoder_lr 0 0 leaves nothing"),
     (SDXL, "--deepspeed --zero_stage=7", "--zero_stage is '7'"),
+    (SD, "--mixed_precision=fp32", "must be one of no, fp16, bf16 (did you mean no?)"),
+    (SD, "--save_precision=fp32", "(did you mean float?)"),
+    (SD, "--mixed_precision=bfloat16", "(did you mean bf16?)"),
+    (SDXL, "--text_encoder_lr=5e-5,1e-5", ": write them as separate words, with blanks between, --text_encoder_lr 5e-5 1e-5"),
 ]  # fmt: skip
 
 
@@ -203,6 +207,7 @@ WARNED = [
     (SD, "--tokenizer_cache_dir=x", "--tokenizer_cache_dir does nothing: the tokenizers come with this project"),
     (SDXL, "--huggingface_token=hf_x", "--huggingface_token does nothing without --huggingface_repo_id or --resume"),
     (SD, "--mem_eff_attn", "--mem_eff_attn does nothing"),
+    (SDXL, "--cache_text_encoder_outputs_to_disk", "--cache_text_encoder_outputs without --network_train_unet_only: a text encoder"),
     (SDXL, "--clip_skip=2", "--clip_skip=2 goes into the metadata only"),
     (SDXL, "--mixed_precision=fp16", "--mixed_precision=fp16 runs SDXL's VAE in fp16"),
 ]  # fmt: skip
@@ -221,7 +226,9 @@ def test_warned(script, arguments, expected):
         (SDXL, "--mixed_precision=fp16 --no_half_vae"),
         (SDXL, "--mixed_precision=fp16 --vae=fixed.safetensors"),
         (SDXL, "--text_encoder_lr 1e-5 0"),
-        (SD, "--weighted_captions --cache_text_encoder_outputs"),
+        (SD, "--weighted_captions --cache_text_encoder_outputs --network_train_unet_only"),
+        (SD, "--cache_text_encoder_outputs --text_encoder_lr 0"),
+        (SD, "--enable_bucket --bucket_no_upscale"),
         (SD, "--huggingface_token=hf_x --vae=someone/their-vae"),
     ],
 )
@@ -233,3 +240,39 @@ def test_not_warned(script, arguments):
 def test_a_model_is_a_file_a_folder_or_a_repository(place):
     options = read(SD, f"--pretrained_model_name_or_path={place} --vae={place}", without="pretrained_model_name_or_path")
     assert options.model.pretrained_model_name_or_path == options.model.vae == place
+
+
+def test_arguments_that_stand_in_one_word():
+    (problem,) = problems_of_words("--network_args", "conv_dim=4 conv_alpha=1")
+    assert problem == (
+        "--network_args 'conv_dim=4 conv_alpha=1' is one word, in which 2 arguments stand: write them as separate words, with "
+        "blanks between and no quotes around all, --network_args conv_dim=4 conv_alpha=1; in a config file as separate texts of "
+        "the list"
+    )
+
+
+def problems_of_words(*words: str) -> tuple[str, ...]:
+    with pytest.raises(OptionError) as caught:
+        read_options(SETS[SD], [*(f"--{name}={value}" for name, value in REQUIRED.items()), *words])
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["conv_dim=4", "network_reg_lrs=.*mlp.*=1e-4, .*attn.*=1e-5", "exclude_patterns=['a b', 'c=d']", "preset=my file.toml",
+     "block_dims=1, 2, 3"],
+)  # fmt: skip
+def test_one_argument_may_hold_blanks(argument):
+    required = [f"--{name}={value}" for name, value in REQUIRED.items()]
+    assert read_options(SETS[SD], [*required, "--network_args", argument]).network.network_args == [argument]
+
+
+def test_objective():
+    assert read(SD).objective == "noise prediction (epsilon)"
+    assert read(SDXL, "--v_parameterization").objective == "velocity (v)"
+
+
+def test_bucket_sides_that_are_not_used():
+    flags = "--enable_bucket --bucket_no_upscale --min_bucket_reso=128 --max_bucket_reso=2048 --train_data_dir=x --resolution=512"
+    (warning,) = warnings_of(read(SD, flags, without="dataset_config"))
+    assert warning.startswith("--min_bucket_reso=128 and --max_bucket_reso=2048: not used with --bucket_no_upscale")

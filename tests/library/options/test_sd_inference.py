@@ -84,3 +84,22 @@ def test_what_only_one_of_them_has():
     ):
         assert flag.partition("=")[0] in problems(kind, flag)
     assert "write --p2 TEXT" in problems(SdxlInferenceOptions, "--interactive", "--prompt2=b")
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--save_path=x", "--output_dir"),
+        ("--pretrained_model_name_or_path=x", "--ckpt_path"),
+        ("--network_weights=x", "--lora_weights"),
+        ("--lora_weight=x", "--lora_weights"),
+        ("--network_mul=1", "--lora_weights"),
+        ("--W=512", "--image_size"),
+        ("--H=512", "--image_size"),
+        ("--steps=20", "--infer_steps"),
+        ("--scale=7", "--guidance_scale"),
+    ],
+)
+def test_flags_of_other_inference_scripts(flag, meant):
+    for kind in (SdInferenceOptions, SdxlInferenceOptions):
+        assert problems(kind, flag) == f"unknown flag {flag.partition('=')[0]} (did you mean {meant}?)"

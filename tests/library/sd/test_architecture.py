@@ -309,7 +309,7 @@ def test_a_folder_that_says_epsilon_refuses_velocity(tiny_sd):
 
 
 @pytest.mark.parametrize(
-    ("said", "flag", "word"), [("v", False, "add"), ("epsilon", True, "drop"), ("v", True, None), ("else", True, None)]
+    ("said", "flag", "word"), [("v", False, "add"), ("epsilon", True, "drop"), ("v", True, None), ("else", False, None)]
 )
 def test_metadata_alone_warns(said, flag, word, tiny_sd, tmp_path):
     model = changed_file(tiny_sd["sd1"], tmp_path / "x.safetensors", dict, {"modelspec.prediction_type": said})
@@ -449,3 +449,13 @@ def test_the_fingerprint_of_shards_is_that_of_their_tensors(tiny_sd, tmp_path):
     layouts = read("sdxl", folder)
     assert len(layouts.vae.source.shards) == 2 and part_fingerprint(layouts.vae) == before
     assert open_weights(folder / "vae", flag="--vae").shapes.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("sd1", True), ("sdxl", True), ("sd2", False)])
+def test_velocity_that_no_mark_speaks_of(kind, warned, tiny_sd):
+    architecture = SDXL if kind == "sdxl" else STABLE_DIFFUSION
+    options = options_for(kind, tiny_sd[kind], ddpm={"v_parameterization": True}, clip={"v2": kind == "sd2"})
+    warnings = list(architecture.warnings_of(architecture.read_layouts(options), options))
+    assert len(warnings) == warned
+    assert all("does not say that it predicts velocity (v), and models of its kind predict noise" in text for text in warnings)
+    assert not list(architecture.warnings_of(architecture.read_layouts(options, {"vae"}), options))  # caching does not ask

@@ -51,3 +51,16 @@ def test_captions_and_sample_prompts_that_lose_their_end_are_told(picture_folder
         "--sample_prompts: prompt 2 has 41 tokens, of which letters takes 40: cut off is 'y'",
         "--sample_prompts: prompt 3 has 50 tokens, of which letters takes 40: cut off is 'zzzzzzzzzz'",
     ]
+
+
+def test_an_output_folder_that_is_a_file(picture_folder, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match="--output_dir .*file is a file, not a folder: name a folder$"):
+        TinyRuns(tmp_path, picture_folder(2)).checked("--max_train_steps=1", output="file")
+
+
+def test_rates_that_cannot_work_are_told(picture_folder, tmp_path):
+    flags = ("--max_train_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=3")
+    run = TinyRuns(tmp_path, picture_folder(2)).checked(*flags, "--learning_rate=2e-6")
+    rate, warmup = (warning for warning in run.warnings if warning.startswith(("--learning_rate", "--lr_")))
+    assert rate.startswith("--learning_rate is not given") and warmup.startswith("--lr_warmup_steps is 3, and the run has 3 steps")

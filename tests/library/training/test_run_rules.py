@@ -6,6 +6,7 @@ import pytest
 
 from library.nn import attention_kernels
 from library.options.anima import AnimaTrainOptions
+from library.options.attention import AttentionOptions
 from library.options.command_line import read_options
 from library.training import run_rules
 
@@ -31,7 +32,6 @@ def test_nothing_to_mend(arguments, nothing_installed):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--xformers", "--attn_mode=xformers needs the package xformers, which is not installed: pip install xformers"),
         ("--attn_mode=xformers", "pip install xformers"),
         ("--attn_mode=flash", "--attn_mode=flash needs the package flash_attn, which is not installed: pip install flash-attn"),
     ],
@@ -41,8 +41,16 @@ def test_missing_attention_package(arguments, expected, nothing_installed):
     assert expected in problem and "--attn_mode=torch" in problem
 
 
+def test_the_older_flag_is_named_as_it_was_typed(nothing_installed):
+    (problem,) = problems("--xformers")
+    assert problem == (
+        "--xformers needs the package xformers, which is not installed: drop it (PyTorch's own attention, the default, takes as "
+        "little memory), or pip install xformers"
+    )
+
+
 def test_sageattention_is_named_as_pip_names_it(nothing_installed):
-    (problem,) = run_rules.attention_problems("sageattn")
+    (problem,) = run_rules.attention_problems(AttentionOptions(attn_mode="sageattn"))
     assert "pip install sageattention" in problem
 
 
@@ -169,3 +177,39 @@ def test_a_launcher_configured_for_deepspeed_wants_the_flag(deepspeed_installed,
     (problem,) = problems("")
     assert problem.startswith("accelerate is configured for DeepSpeed: add --deepspeed")
     assert problems("--deepspeed") == []
+
+
+def warnings(arguments: str, *, total_steps: int = 100) -> list[str]:
+    options = read_options(AnimaTrainOptions, [*REQUIRED.split(), *arguments.split()])
+    return list(run_rules.run_warnings(options, total_steps=total_steps))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("", "the denoiser and the text encoder are"),
+        ("--cache_text_encoder_outputs", "the denoiser is"),
+        ("--unet_lr=1e-4", "the text encoder is"),
+        ("--text_encoder_lr 1e-5", "the denoiser is"),
+        ("--optimizer_type=AdamWScheduleFree", "the denoiser and the text encoder are"),
+    ],
+)
+def test_a_rate_that_is_not_given_is_told(arguments, parts):
+    (warning,) = warnings(arguments)
+    assert warning.startswith(f"--learning_rate is not given: {parts} trained at 2e-06, ") and warning.endswith("takes 1e-4")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--learning_rate=1e-4", "--unet_lr=1e-4 --text_encoder_lr 1e-5", "--unet_lr=1e-4 --network_train_unet_only",
+     "--optimizer_type=Prodigy", "--optimizer_type=Adafactor"],
+)  # fmt: skip
+def test_rates_that_are_given_or_found_are_not_told(arguments):
+    assert warnings(arguments) == []
+
+
+@pytest.mark.parametrize(("warmup", "told"), [("99", False), ("100", True), ("500", True), ("0.5", False), ("100%", True)])
+def test_a_warm_up_that_never_ends(warmup, told):
+    found = warnings(f"--learning_rate=1e-4 --lr_scheduler=cosine --lr_warmup_steps={warmup}")
+    assert len(found) == told
+    assert all("and the run has 100 steps: the learning rate rises to the very end" in warning for warning in found)
