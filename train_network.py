@@ -164,7 +164,7 @@ class NetworkTrainer(ModelPreparation):
         rates = self.options.given_text_rates
         groups = networks.optimizer_groups(self.network, self.options.optimizer, rates)  # now, for what it shows and refuses
         self.optimizer_name = try_optimizer(self.options, self.run.length.total_steps)
-        self.print_plan()
+        self.print_plan(groups)
         if self.options.run.dry_run:
             return
         if self.accelerator.is_main_process:
@@ -389,8 +389,8 @@ class NetworkTrainer(ModelPreparation):
         """
         ended = self.run.length.ended_epoch(self.progress.position)
         self.sample_pictures(epoch=None)
-        if ended is not None:
-            self.sample_pictures(epoch=ended)
+        if (left := self.run.length.left_epoch(self.progress)) is not None:
+            self.sample_pictures(epoch=left)
         self.validate()
         due = self.run.saves.due(self.progress.step, ended, self.run.names)
         if due:

@@ -92,6 +92,13 @@ def test_logging_and_sampling_change_nothing(train, tmp_path):
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
 
 
+def test_an_epoch_that_the_run_ends_in_is_drawn_once(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --d 3\n")
+    train("--max_train_steps=1", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_every_n_epochs=1")
+    (name,) = [path.name for path in (tmp_path / "out" / "sample").iterdir()]
+    assert name.startswith("t_e000001_00_")
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Adafactor"])
 def test_resumed_equals_uninterrupted(train, tmp_path, optimizer):
     settings = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +41,21 @@ def is_due(options: SampleTimes, *, step: int, epoch: int | None) -> bool:
     if every_epochs > 0:
         return epoch is not None and epoch % every_epochs == 0
     return every_steps > 0 and epoch is None and step % every_steps == 0
+
+
+def no_picture_warning(options: SampleTimes, steps: range, epochs: range) -> Iterator[str]:
+    """One where no picture is due in a run that ends the (1-based) ``steps`` and ``epochs``, though there are times for them."""
+    every_epochs, every_steps = options.sample_every_n_epochs or 0, options.sample_every_n_steps or 0
+    if options.sample_at_first and steps.start == 1:
+        return
+    flag, every, what, ended = "--sample_every_n_steps", every_steps, "steps", steps
+    if every_epochs > 0:
+        flag, every, what, ended = "--sample_every_n_epochs", every_epochs, "epochs", epochs
+    if every > 0 and (ended.stop - 1) // every == (ended.start - 1) // every:
+        yield (
+            f"no picture will be drawn: {flag} is {every:,}, and this run ends {what} {ended.start:,} to {ended.stop - 1:,}: "
+            "give a smaller number"
+        )
 
 
 def picture_name(

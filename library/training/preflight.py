@@ -29,6 +29,7 @@ from library.files.user_path import dead_link
 from library.options.declare import warnings_of
 from library.sampling.picture_plan import sample_warnings, sampler_problems
 from library.sampling.pictures import no_picture_warning
+from library.sampling.pictures import no_picture_warning
 from library.sampling.prompts import SamplePrompt, known_values, read_prompts
 from library.training.architecture import Architecture
 from library.training.files.hub import check_upload, fetch_state, make_repository
@@ -181,6 +182,7 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             *network_notices(options, architecture.name),
             *architecture.warnings_of(layouts, options),
             *training_set.warnings,
+            *no_picture_warning(options.samples, *length.ended_by(begin.progress)),
             *no_picture_warning(options.samples, *length.ended_by(begin.progress)),
             *prompt_warnings(prompts, architecture, options),
         ),

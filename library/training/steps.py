@@ -47,6 +47,18 @@ class RunLength:
         epochs, rest = divmod(position, self.steps_per_epoch)
         return epochs if epochs and not rest else None
 
+    def ended_by(self, start: Progress) -> tuple[range, range]:
+        """The (1-based) steps and epochs that a run from ``start`` on ends, the last epoch perhaps in its middle."""
+        last = start.position + self.total_steps - start.step
+        epochs = range(start.position // self.steps_per_epoch + 1, -(-last // self.steps_per_epoch) + 1)
+        return range(start.step + 1, self.total_steps + 1), epochs
+
+    def left_epoch(self, progress: Progress) -> int | None:
+        """As ``ended_epoch``; and the end of the run ends the epoch that it lies in, as in the reference's loop over epochs."""
+        if progress.step == self.total_steps:
+            return -(-progress.position // self.steps_per_epoch)
+        return self.ended_epoch(progress.position)
+
     def micro_step(self, epoch: int, batch_index: int) -> int:
         """Number of a micro-batch counted over the whole run, from 0: what its noise is drawn for."""
         return (epoch - 1) * self.batches_per_epoch + batch_index

@@ -16,6 +16,7 @@ from library.sampling.pictures import (
     dated_stem,
     free_stem,
     is_due,
+    no_picture_warning,
     picture_name,
     picture_parameters,
     save_picture,
@@ -117,3 +118,21 @@ def test_names_have_milliseconds_and_are_not_taken(tmp_path):
     (tmp_path / f"{stem}-2.png").touch()
     assert free_stem(tmp_path, stem, [".png"]) == stem
     assert free_stem(tmp_path, stem, [".png", "_latent.safetensors"]) == f"{stem}-3"
+
+
+@pytest.mark.parametrize(
+    ("times", "steps", "epochs", "told"),
+    [
+        (Times(), range(1, 3), range(1, 2), None),
+        (Times(sample_every_n_epochs=1), range(1, 3), range(1, 2), None),
+        (Times(sample_every_n_epochs=2, sample_every_n_steps=1), range(1, 3), range(1, 2), "epochs is 2, and this run ends epochs 1 to 1:"),
+        (Times(sample_every_n_epochs=2, sample_at_first=True), range(1, 3), range(1, 2), None),
+        (Times(sample_every_n_epochs=4, sample_at_first=True), range(9, 20), range(5, 8), "epochs is 4, and this run ends epochs 5 to 7:"),
+        (Times(sample_every_n_steps=1000), range(1, 1000), range(1, 9), "steps is 1,000, and this run ends steps 1 to 999:"),
+        (Times(sample_every_n_steps=1000), range(1, 1001), range(1, 9), None),
+    ],
+)  # fmt: skip
+def test_runs_without_any_picture_are_told(times, steps, epochs, told):
+    warnings = list(no_picture_warning(times, steps, epochs))
+    assert len(warnings) == (told is not None)
+    assert not warnings or warnings[0].startswith(f"no picture will be drawn: --sample_every_n_{told}")

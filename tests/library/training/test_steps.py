@@ -58,3 +58,12 @@ def test_a_state_is_continued_unless_a_step_is_given():
 def test_a_start_behind_the_end_is_an_error(options):
     with pytest.raises(OptionError, match="ends at step 12"):
         initial_progress(ResumeOptions(**options), LENGTH, None)
+
+
+def test_the_end_of_a_run_ends_its_last_epoch():
+    length = RunLength(batches_per_epoch=6, accumulation=2, total_steps=5)
+    assert [length.left_epoch(Progress(step, step)) for step in range(1, 6)] == [None, None, 1, None, 2]
+    assert length.left_epoch(Progress(5, 2)) == 1  # --initial_step 3, with the data from the beginning
+    assert length.ended_by(Progress()) == (range(1, 6), range(1, 3))
+    assert length.ended_by(Progress(4, 4)) == (range(5, 6), range(2, 3))
+    assert length.ended_by(Progress(4, 0)) == (range(5, 6), range(1, 2))
