@@ -111,7 +111,7 @@ def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dty
     package = PACKAGES[kernel.mode]
     problems = list(_problems(kernel.mode, package, device, dtype, head_dim))
     if trains and not package.trains:
-        problems.append(f"--attn_mode={kernel.mode} computes no gradients, so it cannot train: {INSTEAD}")
+        problems.append(f"{_flag(kernel.mode)} computes no gradients, so it cannot train: {INSTEAD}")
     if not problems:
         problems += _trial_problems(kernel, device, dtype, trains=trains, head_dim=head_dim)
     if problems:
@@ -119,7 +119,7 @@ def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dty
 
 
 def _problems(mode: str, package: Package, device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[str]:
-    flag = f"--attn_mode={mode}"
+    flag = _flag(mode)
     try:
         importlib.import_module(package.module)
     except ModuleNotFoundError as error:
@@ -146,7 +146,12 @@ def _trial_problems(
             out.sum().backward()
         float(out.detach().sum())  # waits for the device: kernels fail there
     except Exception as error:  # each package has errors of its own for what it was not built for
-        yield f"--attn_mode={kernel.mode} does not work here ({described(error)}): {INSTEAD}"
+        yield f"{_flag(kernel.mode)} does not work here ({described(error)}): {INSTEAD}"
+
+
+def _flag(mode: str) -> str:
+    """With the older way to write it, as far as there is one: which of the two was typed is not known here."""
+    return f"--attn_mode={mode} (also written --{mode})" if mode == "xformers" else f"--attn_mode={mode}"
 
 
 def described(error: Exception) -> str:
