@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ ARCHITECTURES = {
     "sdxl": ToolArchitecture(SdxlTrainOptions, SDXL, "sdxl_train_network", "SdxlNetworkTrainer"),
     "anima": ToolArchitecture(AnimaTrainOptions, ANIMA, "anima_train_network", "AnimaNetworkTrainer"),
 }
+# how messages name the script for a model of another kind: ``described`` of library/files/model_path.py
+SCRIPTS = "|".join(each.script for each in ARCHITECTURES.values())
+TRAINED_ELSEWHERE = re.compile(rf"\b(?P<script>{SCRIPTS})\.py(?P<flags>( --\w+)*) trains those")
 # switches of the tools of kohya-ss/sd-scripts, and what one may expect beside them, for which there is no trainer here yet
 NOT_HERE = {"sd3": "SD3", "lumina": "Lumina Image 2.0", "flux": "FLUX"}
 
@@ -45,7 +49,13 @@ def run_tool(part: str, argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with user_errors_end_the_script():
         chosen = chosen_architecture(arguments)
-    data = checked_job(lambda: read_cache_tool_options(chosen.options, part, arguments), chosen.architecture, part)
+
+    def reworded(text: str) -> str:
+        return with_switches(text, chosen)
+
+    data = checked_job(
+        lambda: read_cache_tool_options(chosen.options, part, arguments), chosen.architecture, part, reworded=reworded
+    )
     fill(getattr(importlib.import_module(chosen.script), chosen.trainer), data, part)
 
 
@@ -58,6 +68,22 @@ def chosen_architecture(arguments: Sequence[str]) -> ToolArchitecture:
     if len(given) > 1:
         raise OptionError(f"{' and '.join(f'--{name}' for name in given)} are given together: choose one")
     return ARCHITECTURES[given[0] if given else DEFAULT]
+
+
+def with_switches(text: str, chosen: ToolArchitecture) -> str:
+    """A message about another architecture's model names the script that trains it: here it names the switch instead."""
+    given = next(name for name, each in ARCHITECTURES.items() if each == chosen)
+
+    def advice(mark: re.Match[str]) -> str:
+        wanted = next(name for name, each in ARCHITECTURES.items() if each.script == mark["script"])
+        if wanted == given:  # of this architecture after all, but for a flag
+            return f"add{mark['flags']}" if mark["flags"] else mark[0]
+        steps = [f"drop --{given}"] if given != DEFAULT else []
+        added = [f"--{wanted}"] if wanted != DEFAULT else []
+        added += mark["flags"].split()
+        return " and ".join([*steps, *([f"add {' '.join(added)}"] if added else [])])
+
+    return TRAINED_ELSEWHERE.sub(advice, text)
 
 
 def _names() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from library.dataset.order import batches_per_epoch
-from library.errors import ProblemList, TrainingError, user_errors_end_the_script
+from library.errors import ProblemList, TrainingError, UserError, user_errors_end_the_script
 from library.options.cache_tool import IMPLIED
 from library.training.architecture import Architecture
 from library.training.plan import cache_lines, variant_lines
@@ -38,14 +38,20 @@ NAMES = {"vae": "latents", "text": "text outputs"}  # of what a part of the mode
 logger = logging.getLogger(__name__)
 
 
-def checked_job(read: Callable[[], Any], architecture: Architecture, part: str) -> CheckedData:
+def checked_job(
+    read: Callable[[], Any], architecture: Architecture, part: str, *, reworded: Callable[[str], str] = str
+) -> CheckedData:
     """For a tool's first lines: reads the command line, checks the data and the files of ``part`` ("vae" or "text"), and tells
-    what is to be done. Ends the tool on a mistake, after --dry_run, and after a look."""
-    return checked_start(read, architecture, lambda options: _told_job(options, architecture, part))
+    what is to be done. Ends the tool on a mistake, after --dry_run, and after a look. ``reworded``: messages about the data and
+    the files as the tool says them."""
+    return checked_start(read, architecture, lambda options: _told_job(options, architecture, part, reworded))
 
 
-def _told_job(options: Any, architecture: Architecture, part: str) -> CheckedData:
-    data = check_job(options, architecture, part)
+def _told_job(options: Any, architecture: Architecture, part: str, reworded: Callable[[str], str]) -> CheckedData:
+    try:
+        data = check_job(options, architecture, part)
+    except UserError as error:
+        raise type(error)(*map(reworded, error.problems)) from error
     for line in job_lines(data, part):
         logger.info("%s", line)
     for warning in data.warnings:
@@ -66,9 +72,11 @@ def check_job(options: Any, architecture: Architecture, part: str) -> CheckedDat
     with problems.collect():
         prompts = checked_prompts(options) if part == "text" else ()
     with problems.collect():
-        layouts = architecture.read_layouts(options, options.parts)
-    with problems.collect():
         training_set = read_training_set(options, architecture)
+    if options.fetches_models:  # gigabytes: only when nothing else is wrong
+        problems.raise_if_any()
+    with problems.collect():
+        layouts = architecture.read_layouts(options, options.parts)
     problems.raise_if_any()
     assert training_set is not None
     length = RunLength.of(options.run, batches_per_epoch(training_set, processes=process_count()))
@@ -87,6 +95,7 @@ def check_job(options: Any, architecture: Architecture, part: str) -> CheckedDat
             *options.caches.warnings(),
             *training_set.warnings,
             *architecture.warnings_of(layouts, options),
+            *(architecture.caption_warnings(training_set, options) if part == "text" else ()),
         ),
     )
 

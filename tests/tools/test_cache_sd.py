@@ -38,4 +38,4 @@ def test_latents_need_nothing_but_a_vae(run_script, tiny_sd, dataset, tmp_path):
 def test_sdxl_without_its_switch_is_told(run_script, tiny_sd, dataset):
     done = run_script(TOOLS[1], f"--dataset_config={dataset}", f"--pretrained_model_name_or_path={tiny_sd['sdxl']}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "is an SDXL checkpoint (sdxl_train_network.py trains those)" in done.stderr
+    assert "is an SDXL checkpoint (add --sdxl), not a Stable Diffusion 1.x or 2.x checkpoint" in done.stderr

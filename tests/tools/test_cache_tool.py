@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 
 from library.errors import OptionError
+from library.files.model_path import ANIMA_DIT, SD1, SD2, SDXL, described, with_article
 from library.options.anima import AnimaTrainOptions
 from library.options.cache_tool import CacheToolOptions, read_cache_tool_options
 from library.options.declare import groups_of, options_of
-from tools.cache_tool import ARCHITECTURES, DEFAULT, chosen_architecture
+from tools.cache_tool import ARCHITECTURES, DEFAULT, chosen_architecture, with_switches
 
 DATA = ["--anima", "--train_data_dir=pictures", "--resolution=64"]
 
@@ -94,3 +95,19 @@ def test_skip_existing_trusts_the_files():
 
 def test_variants_need_no_flag_of_the_cache():
     assert read("text", "--qwen3=q", "--caption_variants=3").caches.caption_variants == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "advice"),
+    [
+        ("sd", SDXL, "add --sdxl"),
+        ("sd", SD2, "add --v2"),
+        ("sd", ANIMA_DIT, "add --anima"),
+        ("sdxl", SD1, "drop --sdxl"),
+        ("sdxl", SD2, "drop --sdxl and add --v2"),
+        ("anima", SDXL, "drop --anima and add --sdxl"),
+    ],
+)
+def test_a_model_of_another_kind_needs_another_switch(given, found, advice):
+    message = f"x.safetensors is {described(found)}, not another"
+    assert with_switches(message, ARCHITECTURES[given]) == f"x.safetensors is {with_article(found)} ({advice}), not another"

@@ -7,6 +7,7 @@ import pytest
 from library.errors import CheckpointError, DatasetError
 from library.options.anima import AnimaTrainOptions
 from library.options.cache_tool import read_cache_tool_options
+from library.options.train import TrainOptions
 from library.training.cache_job import check_job, checked_job, fill, job_lines
 from tests.tiny_arch import TinyArchitecture, TinyTrainer
 
@@ -99,9 +100,27 @@ def test_the_problems_of_data_and_model_come_together(read, tmp_path):
             raise CheckpointError(f"no {', '.join(parts)}")
 
     (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         check_job(read("vae"), Broken(), "vae")
-    assert "no vae" in caught.value.problems[0] and "broken.png" in str(caught.value)
+    assert "no vae" in caught.value.problems[-1] and "broken.png" in caught.value.problems[0]
+
+
+def test_nothing_is_fetched_while_the_data_is_wrong(read, tmp_path, monkeypatch):
+    def fetch(self, options, parts=()):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(TinyArchitecture, "read_layouts", fetch)
+    monkeypatch.setattr(TrainOptions, "fetches_models", True)
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match="broken.png"):
+        check_job(read("vae"), TinyArchitecture(), "vae")
+
+
+def test_captions_that_are_cut_are_told_where_they_are_encoded(read, tmp_path):
+    for caption in (tmp_path / "pictures").glob("*.txt"):
+        caption.write_text("x" * 50)
+    assert not any("longer" in warning for warning in check_job(read("vae"), TinyArchitecture(), "vae").warnings)
+    assert any("captions are longer" in warning for warning in check_job(read("text"), TinyArchitecture(), "text").warnings)
 
 
 def test_what_a_model_file_shows_is_told(read, capsys):
