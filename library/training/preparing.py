@@ -42,6 +42,7 @@ from library.training.models.model_memory import (
     denoiser_place,
 )
 from library.training.models.strength import strength_problems
+from library.training.models.trained_parts import check_denoiser_is_there, trained_line
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
 from library.training.preflight import CheckedRun, cached_prompt
 
@@ -85,6 +86,7 @@ class ModelPreparation(CacheFilling):
         networks.prepare_network(self.network, self.options)
         trains_text, trains_denoiser = bool(self.trained_encoders), self.options.trains_denoiser
         self.network.apply_to(self.trained_encoders, self.denoiser, trains_text, trains_denoiser)
+        check_denoiser_is_there(self.network, self.options)
         check_save_format(self.network, self.options.saving.save_format)
         if self.options.network.network_weights:
             self.say(networks.load_network_weights(self.network, self.options.network.network_weights))
@@ -103,11 +105,12 @@ class ModelPreparation(CacheFilling):
         if compiling.compiles:
             check_backend(compiling.dynamo_backend, self.device)
 
-    def print_plan(self) -> None:
+    def print_plan(self, groups: tuple[list[dict[str, Any]], list[str]]) -> None:
+        """``groups``: networks.optimizer_groups()."""
         parameters = sum(p.numel() for p in self.network.parameters())
         dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
         modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
-        size = NetworkSize(modules, parameters, parameters * dtype.itemsize)
+        size = NetworkSize(modules, parameters, parameters * dtype.itemsize, trained_line(self.network, groups, self.options))
         self.say(*plan_lines(self.run, size), *self.memory_lines(parameters))
         for warning in (*self.run.warnings, *memory_warnings(self.run), *self.room_warnings(size)):
             logger.warning("warning: %s", warning)
