@@ -255,7 +255,10 @@ def copy_output(stream, file, show: bool) -> None:
 def run_tests(python: Path, pytest_arguments: Sequence[str]) -> int:
     """In a few processes at once; a ``-n`` of one's own, which comes later, counts instead."""
     processes = min(os.cpu_count() or 1, MOST_TEST_PROCESSES)
-    process = subprocess.Popen([str(python), "-m", "pytest", "-n", str(processes), *pytest_arguments], cwd=ROOT)
+    one_thread = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}  # of each process: no crowd
+    spread = ("-n", str(processes), "--dist", "worksteal")  # whoever is done early takes over what is left of another's share
+    command = [str(python), "-m", "pytest", *spread, *pytest_arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **one_thread})
     try:
         return process.wait()
     except KeyboardInterrupt:
