@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LOGGERS = ("library", "networks", "train_network")  # parents of every logger that the project uses
 # what diffusers imports, whether it is used or not, and what tells of packages that nothing here needs
 SILENCED = ("bitsandbytes.backends.cpu.ops",)
+PAGED_ON_CPU = "Paged optimizers are not supported on CPU"  # bitsandbytes: plain ones then, which use as much memory
 SHOWN_FROM = 64  # what a progress bar must have to count; less is done before a bar could be seen
 
 
@@ -39,6 +40,7 @@ class BarFriendlyHandler(logging.Handler):
 def set_up_console(options: ConsoleOptions) -> None:
     """Called by a script's start, once. Processes other than the main one only show errors."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF data; the scan has told what matters
+    warnings.filterwarnings("ignore", message=PAGED_ON_CPU)
     for name in SILENCED:
         logging.getLogger(name).setLevel(logging.ERROR)
     show_every_text()

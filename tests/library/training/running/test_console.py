@@ -86,3 +86,9 @@ def test_a_line_that_cannot_be_made_is_told_and_the_run_goes_on():
     done = run('log("%d steps", "no number"); log("after")')
     assert done.returncode == 0 and done.stdout == "after\n"
     assert "Logging error" in done.stderr and "no number" in done.stderr
+
+
+def test_what_a_package_says_to_nobodys_use_is_not_shown():
+    text = "Paged optimizers are not supported on CPU. Falling back to non-paged optimizer behavior."
+    done = run(f"import warnings; warnings.warn({text!r}); warnings.warn('but this')")
+    assert "Paged" not in done.stderr and "but this" in done.stderr
