@@ -29,7 +29,6 @@ from library.files.user_path import dead_link
 from library.options.declare import warnings_of
 from library.sampling.picture_plan import sample_warnings, sampler_problems
 from library.sampling.pictures import no_picture_warning
-from library.sampling.pictures import no_picture_warning
 from library.sampling.prompts import SamplePrompt, known_values, read_prompts
 from library.training.architecture import Architecture
 from library.training.files.hub import check_upload, fetch_state, make_repository
@@ -45,7 +44,7 @@ from library.training.files.state import (
 from library.training.models.base_weights import with_base_weights
 from library.training.models.network_checks import network_notices, network_problems
 from library.training.models.networks import check_weights_file, find_network_module
-from library.training.optimizing.optimizer_names import optimizer_notices, optimizer_problems
+from library.training.optimizing.optimizer_names import optimizer_notices, optimizer_problems, rate_problems, used_rates
 from library.training.optimizing.schedule_names import schedule_notices, schedule_problems
 from library.training.run_rules import run_problems, run_warnings
 from library.training.running.console import progress_bar, set_up_console
@@ -98,7 +97,8 @@ class CheckedRun(CheckedData):
 def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     """Raises one UserError with all that was found. Needs no torch; loads no model."""
     problems = ProblemList()
-    problems.add(*optimizer_problems(options.optimizer), *schedule_problems(options.schedule, options.optimizer))
+    problems.add(*optimizer_problems(options.optimizer), *rate_problems(options))
+    problems.add(*schedule_problems(options.schedule, options.optimizer))
     problems.add(*tracker_problems(options.logging), *run_problems(options))
     for flag, folder in (("--output_dir", options.saving.output_dir), ("--logging_dir", options.logging.logging_dir)):
         if folder:
@@ -182,7 +182,7 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             *network_notices(options, architecture.name),
             *architecture.warnings_of(layouts, options),
             *training_set.warnings,
-            *no_picture_warning(options.samples, *length.ended_by(begin.progress)),
+            *architecture.caption_warnings(training_set, options),
             *no_picture_warning(options.samples, *length.ended_by(begin.progress)),
             *prompt_warnings(prompts, architecture, options),
         ),
@@ -239,7 +239,7 @@ def check_lora_file(flag: str, file: str | None) -> None:
 def option_warnings(options: Any) -> Iterator[str]:
     """What is allowed but does not do what one may think."""
     yield from warnings_of(options)
-    yield from optimizer_notices(options.optimizer)
+    yield from optimizer_notices(options.optimizer, used_rates(options))
     yield from schedule_notices(options.schedule, options.optimizer)
 
 

@@ -43,7 +43,8 @@ def check_denoiser_is_there(network: Any, options: Any) -> None:
     why = f"{file} has none" if options.network.dim_from_weights else f"--network_module {module} made none"
     raise NetworkError(
         f"the denoiser is to be trained, but the network has no module of it: {why}; give "
-        f"--network_module={options.NETWORK_MODULE} and arguments that leave some, or train the text encoder alone with --network_train_text_encoder_only"
+        f"--network_module={options.NETWORK_MODULE} and arguments that leave some, or train the text encoder alone with "
+        "--network_train_text_encoder_only"
     )
 
 

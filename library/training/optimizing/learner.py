@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +34,18 @@ def try_optimizer(options: TrainOptions, total_steps: int) -> str:
 
     Returns the optimizer's description for metadata. Raises OptionError.
     """
-    made = create_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], options.optimizer)
-    create_schedule(made.optimizer, options.schedule, total_steps=total_steps, optimizer=options.optimizer)
+    with _silence():
+        made = create_optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], options.optimizer)
+        create_schedule(made.optimizer, options.schedule, total_steps=total_steps, optimizer=options.optimizer)
     return made.description
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Around what is only tried: what its makers print and warn of comes when it is made for good."""
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Learner:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from library.training.optimizing.literal_arguments import class_place, parse_lit
 
 if TYPE_CHECKING:
     from library.options.optimizer import OptimizerOptions
+    from library.options.train import TrainOptions
 
 ARGS_FLAG = "--optimizer_args"
 OptimizerKind = Literal["plain", "schedule_free", "adafactor_relative"]
@@ -21,6 +22,7 @@ OptimizerKind = Literal["plain", "schedule_free", "adafactor_relative"]
 # How people install a package whose import name differs from its name in pip.
 PIP_NAMES = {"lion_pytorch": "lion-pytorch"}
 FINDS_STEP_SIZE = ("dadaptation", "prodigyopt")  # packages whose optimizers scale one learning rate themselves
+LEAST_RATE = 0.1  # that such an optimizer is given by somebody who knows it
 # These cannot train a LoRA: their step() needs more than gradients.
 UNUSABLE = {"LBFGS": "needs several losses in one step", "SparseAdam": "needs sparse gradients"}
 
@@ -137,16 +139,44 @@ def optimizer_kind(options: OptimizerOptions) -> OptimizerKind:
     return "plain"
 
 
-def optimizer_notices(options: OptimizerOptions) -> list[str]:
-    """What the user should know about a valid choice; lines for the plan."""
+def used_rates(options: TrainOptions) -> list[float]:
+    """The learning rates above 0 that flags give what is trained, as far as these say: network arguments may give others."""
+    parts = getattr(options, "rates", None)  # of the denoiser, where the architecture has such flags
+    own = [getattr(parts, item.name) for item in fields(parts)] if parts is not None else []
+    denoiser = [options.denoiser_rate, *own] if options.trains_denoiser else []
+    return sorted({rate for rate in (*denoiser, *options.text_rates) if rate})
+
+
+def rate_problems(options: TrainOptions) -> Iterator[str]:
+    """Of optimizers that find one step size for all weights. An unknown optimizer is told by optimizer_problems."""
+    try:
+        source = optimizer_source(options.optimizer)
+    except OptionError:
+        return
+    yield from one_rate_problems(source, used_rates(options))
+
+
+def one_rate_problems(source: OptimizerSource, rates: Collection[float]) -> Iterator[str]:
+    """``rates``: the different ones above 0."""
+    if source.package in FINDS_STEP_SIZE and len(rates) > 1:
+        yield (
+            f"{source.class_name} finds one step size for all weights, but they have the learning rates "
+            f"{' and '.join(f'{rate:g}' for rate in sorted(rates))}: give all the same, or leave out --unet_lr, "
+            "--text_encoder_lr and what else sets learning rates"
+        )
+
+
+def optimizer_notices(options: OptimizerOptions, rates: Collection[float]) -> list[str]:
+    """What the user should know about a valid choice; lines for the plan. ``rates``: used_rates()."""
     source = optimizer_source(options)
     if optimizer_kind(options) == "adafactor_relative":
         return [
             "Adafactor sets its own learning rate (relative_step=True): --learning_rate, --unet_lr and --text_encoder_lr do not "
             "change the training; add --optimizer_args relative_step=False to use them"
         ]
-    if source.package in FINDS_STEP_SIZE and options.learning_rate < 0.1:
-        return [f"{source.class_name} finds its own step size and expects --learning_rate 1.0; it is {options.learning_rate:g}"]
+    if source.package in FINDS_STEP_SIZE and any(rate < LEAST_RATE for rate in rates):
+        low = " and ".join(f"{rate:g}" for rate in sorted(rates) if rate < LEAST_RATE)
+        return [f"{source.class_name} finds its own step size and expects the learning rate 1.0; it is {low}"]
     return []
 
 

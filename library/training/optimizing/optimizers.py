@@ -18,9 +18,9 @@ from library.errors import CheckpointError, OptionError, did_you_mean
 from library.training.optimizing.literal_arguments import argument_problems, parse_literals
 from library.training.optimizing.optimizer_names import (
     ARGS_FLAG,
-    FINDS_STEP_SIZE,
     OptimizerSource,
     missing_package,
+    one_rate_problems,
     optimizer_arguments,
     optimizer_kind,
     optimizer_source,
@@ -90,12 +90,9 @@ def _with_learning_rates(
 
 
 def _check_rates(source: OptimizerSource, groups: list[dict[str, Any]], lr: float | None) -> None:
-    rates: set[Any] = {group.get("lr", lr) for group in groups} - {0}
-    if source.package in FINDS_STEP_SIZE and len(rates) > 1:
-        raise OptionError(
-            f"{source.class_name} finds one step size for all weights, but they have the learning rates {sorted(rates)}: "
-            "leave out --unet_lr, --text_encoder_lr and network arguments that set learning rates"
-        )
+    rates: set[Any] = {group.get("lr", lr) for group in groups} - {0, None}
+    if problems := list(one_rate_problems(source, rates)):
+        raise OptionError(*problems)
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

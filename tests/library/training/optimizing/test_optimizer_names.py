@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from library.errors import OptionError
+from library.options.command_line import read_options
 from library.options.optimizer import OptimizerOptions
+from library.options.sd import SdxlTrainOptions
 from library.training.optimizing.optimizer_names import (
     NAMED_OPTIMIZERS,
     optimizer_arguments,
@@ -14,7 +16,9 @@ from library.training.optimizing.optimizer_names import (
     optimizer_notices,
     optimizer_problems,
     optimizer_source,
+    rate_problems,
     torch_optimizer_names,
+    used_rates,
 )
 
 RESOLVED = {
@@ -143,7 +147,7 @@ def test_adafactor_relative_steps(arguments, relative):
     made = options("Adafactor", *arguments)
     assert optimizer_arguments(made)["relative_step"] is relative
     assert optimizer_kind(made) == ("adafactor_relative" if relative else "plain")
-    assert bool(optimizer_notices(made)) is relative
+    assert bool(optimizer_notices(made, [1e-4])) is relative
 
 
 def test_kinds():
@@ -153,9 +157,35 @@ def test_kinds():
     assert {optimizer_kind(options(name)) for name in NAMED_OPTIMIZERS} == {"plain", "schedule_free", "adafactor_relative"}
 
 
-def test_step_size_finders_expect_a_rate_of_one():
-    assert "expects --learning_rate 1.0" in optimizer_notices(options("Prodigy", learning_rate=1e-4))[0]
-    assert not optimizer_notices(options("Prodigy", learning_rate=1.0))
+@pytest.mark.parametrize(
+    ("flags", "low"),
+    [("--learning_rate=1e-4", "0.0001"), ("--learning_rate=1", ""), ("--unet_lr=1 --network_train_unet_only", ""),
+     ("--unet_lr=1 --text_encoder_lr=1", ""), ("--learning_rate=1 --unet_lr=1e-3 --network_train_unet_only", "0.001")],
+)  # fmt: skip
+def test_step_size_finders_expect_a_rate_of_one(flags, low):
+    given = sdxl("--optimizer_type=Prodigy", *flags.split())
+    notices = optimizer_notices(given.optimizer, used_rates(given))
+    assert notices == ([f"Prodigy finds its own step size and expects the learning rate 1.0; it is {low}"] if low else [])
+
+
+def sdxl(*flags):
+    paths = "--pretrained_model_name_or_path=x --dataset_config=x --output_dir=x --network_module=networks.lora"
+    return read_options(SdxlTrainOptions, [*paths.split(), *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [("--learning_rate=1", ""), ("--unet_lr=1 --text_encoder_lr=0.5", "0.5 and 1"), ("--unet_lr=1", "2e-06 and 1"),
+     ("--unet_lr=1 --network_train_unet_only", ""), ("--learning_rate=1 --text_encoder_lr1=0", ""),
+     ("--unet_lr=1 --text_encoder_lr=0.5 --network_train_text_encoder_only", "")],
+)  # fmt: skip
+def test_step_size_finders_take_one_rate(flags, rates):
+    problems = list(rate_problems(sdxl("--optimizer_type=DAdaptAdam", *flags.split())))
+    assert len(problems) == bool(rates) and all(
+        f"have the learning rates {rates}: give all the same" in text for text in problems
+    )
+    assert list(rate_problems(sdxl("--optimizer_type=AdamW", *flags.split()))) == []
+    assert list(rate_problems(sdxl("--optimizer_type=Unknown", *flags.split()))) == []
 
 
 def test_unknown_name_raises_too():
