@@ -11,16 +11,25 @@ from library.files.safetensors_file import read_header, read_tensors
 SCRIPT = "anima_train_network.py"
 
 
-def write_dataset(path: Path, images: Path, *, resolution: int = 64, batch_size: int = 2, **subset: object) -> Path:
+def write_dataset(  # noqa: PLR0913  # what a dataset has
+    path: Path,
+    images: Path,
+    *,
+    resolution: int = 64,
+    batch_size: int = 2,
+    smallest_side: int = 32,
+    bucket_step: int = 16,
+    **subset: object,
+) -> Path:
     """A dataset file with one subset; further keys go into the subset."""
     keys = "\n".join(f"{key} = {toml_value(value)}" for key, value in subset.items())
     path.write_text(
         f"""[general]
 resolution = {resolution}
 enable_bucket = true
-min_bucket_reso = 32
+min_bucket_reso = {smallest_side}
 max_bucket_reso = {resolution * 2}
-bucket_reso_steps = 16
+bucket_reso_steps = {bucket_step}
 caption_extension = ".txt"
 
 [[datasets]]

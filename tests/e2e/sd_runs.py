@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from tests.e2e.anima_runs import lora, same_lora, toml_value
+from tests.e2e import anima_runs
+from tests.e2e.anima_runs import lora, same_lora
 
 __all__ = ["CACHED", "KINDS", "SCRIPTS", "VERSION_FLAGS", "lora", "model_flags", "run_flags", "same_lora", "write_dataset"]
 
@@ -15,28 +17,8 @@ VERSION_FLAGS: dict[str, list[str]] = {"sd1": [], "sd2": ["--v2"], "sdxl": []}
 CACHED = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 
 
-def write_dataset(path: Path, images: Path, *, batch_size: int = 2, **subset: object) -> Path:
-    """A dataset file with one subset of pictures around 64 px; further keys go into the subset."""
-    keys = "\n".join(f"{key} = {toml_value(value)}" for key, value in subset.items())
-    path.write_text(
-        f"""[general]
-resolution = 64
-enable_bucket = true
-min_bucket_reso = 64
-max_bucket_reso = 128
-bucket_reso_steps = 64
-caption_extension = ".txt"
-
-[[datasets]]
-batch_size = {batch_size}
-
-[[datasets.subsets]]
-image_dir = "{images.as_posix()}"
-{keys}
-""",
-        encoding="utf-8",
-    )
-    return path
+# pictures around 64 px
+write_dataset = partial(anima_runs.write_dataset, smallest_side=64, bucket_step=64)
 
 
 def model_flags(kind: str, tiny_sd: Mapping[str, Path]) -> list[str]:
