@@ -108,6 +108,8 @@ def _source(options: DatasetOptions) -> Source:
         path = Path(options.dataset_config)
         return Source(name=path.name, document=read_dataset_file(path), folder=path.parent)
     if options.in_json:
+        if problem := missing_path_problem(Path(options.in_json), folder=False):
+            raise DatasetError(f"--in_json: {problem}")
         subset = {"metadata_file": str(options.in_json)}
         if options.train_data_dir:
             subset["image_dir"] = str(options.train_data_dir)

@@ -62,12 +62,14 @@ def rate_warnings(options: Any) -> Iterator[str]:
         return
     parts = [
         *(["the denoiser"] if options.trains_denoiser and options.denoiser_rate == low else []),
-        *(["the text encoder"] if low in options.text_rates else []),
+        *([f"the text encoder{'s' if options.TEXT_ENCODERS > 1 else ''}"] if low in options.text_rates else []),
     ]
     if parts:
+        named = " and ".join(parts)
+        verb = "are" if parts[1:] or named.endswith("s") else "is"
         yield (
-            f"--learning_rate is not given: {' and '.join(parts)} {'are' if parts[1:] else 'is'} trained at {low:g}, "
-            "kohya-ss/sd-scripts' default, at which a LoRA learns next to nothing; a LoRA often takes 1e-4"
+            f"--learning_rate is {low:g}, as in kohya-ss/sd-scripts where none is given: {named} {verb} trained at it, and a "
+            "LoRA learns next to nothing; it often takes 1e-4"
         )
 
 

@@ -350,7 +350,9 @@ def test_in_json(images: Path, tmp_path: Path):
     (settings,) = read(in_json=metadata, train_data_dir=images, resolution="512", dataset_repeats=3)
     (subset,) = settings.subsets
     assert (subset.metadata_file, subset.image_dir, subset.num_repeats) == (metadata, images, 3)
-    assert "--in_json" in problems(in_json=tmp_path / "none.json", resolution="512")[0]
+    assert problems(in_json=tmp_path / "none.json", resolution="512") == [
+        f"--in_json: {tmp_path / 'none.json'} does not exist (did you mean meta.json?)"
+    ]
 
 
 def test_masks_of_named_folders(tmp_path: Path):

@@ -63,4 +63,4 @@ def test_rates_that_cannot_work_are_told(picture_folder, tmp_path):
     flags = ("--max_train_steps=3", "--lr_scheduler=linear", "--lr_warmup_steps=3")
     run = TinyRuns(tmp_path, picture_folder(2)).checked(*flags, "--learning_rate=2e-6")
     rate, warmup = (warning for warning in run.warnings if warning.startswith(("--learning_rate", "--lr_")))
-    assert rate.startswith("--learning_rate is not given") and warmup.startswith("--lr_warmup_steps is 3, and the run has 3 steps")
+    assert rate.startswith("--learning_rate is 2e-06") and warmup.startswith("--lr_warmup_steps is 3, and the run has 3 steps")

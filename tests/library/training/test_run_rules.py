@@ -8,10 +8,12 @@ from library.nn import attention_kernels
 from library.options.anima import AnimaTrainOptions
 from library.options.attention import AttentionOptions
 from library.options.command_line import read_options
+from library.options.sd import SdxlTrainOptions
 from library.training import run_rules
 
 REQUIRED = """--pretrained_model_name_or_path=dit.safetensors --qwen3=qwen3.safetensors --vae=vae.safetensors
     --dataset_config=my.toml --output_dir=out --network_module=networks.lora_anima"""
+RATE = "--learning_rate is 2e-06, as in kohya-ss/sd-scripts where none is given: "
 FUSED = "--fused_backward_pass --max_grad_norm=0"
 
 
@@ -196,7 +198,7 @@ def warnings(arguments: str, *, total_steps: int = 100) -> list[str]:
 )
 def test_a_rate_that_is_not_given_is_told(arguments, parts):
     (warning,) = warnings(arguments)
-    assert warning.startswith(f"--learning_rate is not given: {parts} trained at 2e-06, ") and warning.endswith("takes 1e-4")
+    assert warning.startswith(RATE) and f": {parts} trained at it" in warning and warning.endswith("takes 1e-4")
 
 
 @pytest.mark.parametrize(
@@ -213,3 +215,9 @@ def test_a_warm_up_that_never_ends(warmup, told):
     found = warnings(f"--learning_rate=1e-4 --lr_scheduler=cosine --lr_warmup_steps={warmup}")
     assert len(found) == told
     assert all("and the run has 100 steps: the learning rate rises to the very end" in warning for warning in found)
+
+
+def test_two_text_encoders_are_counted_as_such():
+    required = "--pretrained_model_name_or_path=x --dataset_config=x --output_dir=x --network_module=networks.lora --unet_lr=1e-4"
+    (warning,) = run_rules.run_warnings(read_options(SdxlTrainOptions, required.split()), total_steps=9)
+    assert "none is given: the text encoders are trained at it" in warning
