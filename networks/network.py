@@ -29,6 +29,7 @@ from networks.weights_file import (
     check_shapes,
     in_layer_shapes,
     no_module_fits,
+    trained_on,
     write_lora_file,
 )
 
@@ -264,7 +265,7 @@ class LoRANetwork(nn.Module):
         check_shapes(file, [(self._targets[name].candidate, self._targets[name].rank) for name in fitting], weights)
         for name in fitting:
             own[name].load_pair(weights[name])
-        warn_of_homeless(file, [name for name in weights if name not in own])
+        warn_of_homeless(file, [name for name in weights if name not in own], cure="; --dim_from_weights takes its modules")
         return LoadReport(loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
                           unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
 
@@ -346,6 +347,7 @@ def build_network(models: Models, arguments: NetworkArguments, *, multiplier: fl
         problems.extend(error.problems)
     if problems:
         raise NetworkError(*problems)
+    warn_of_rank(rank, targets)
     return _network(targets, arguments, multiplier, _dropouts(arguments, neuron_dropout))
 
 
@@ -391,9 +393,21 @@ def tell(warnings: Iterable[str]) -> None:
         logger.warning("--network_args: %s", line)
 
 
-def warn_of_homeless(file: str | Path, names: Sequence[str]) -> None:
+def warn_of_homeless(file: str | Path, names: Sequence[str], *, cure: str = "") -> None:
+    """Of modules of a file that this network does not have. ``cure`` ends the line."""
     if names:
-        logger.warning("%s: %d modules have no place in this network: left out (%s)", file, len(names), examples(names))
+        has = "1 module has" if len(names) == 1 else f"{len(names)} modules have"
+        logger.warning("warning: %s: %s no place in this network and what the file learned there is left out (%s): the network "
+                       "arguments, the trained parts or the model are not those of the file%s%s", file, has, examples(names),
+                       trained_on(file), cure)  # fmt: skip
+
+
+def warn_of_rank(rank: int, targets: Sequence[Target]) -> None:
+    """A change of a layer's weight has at most the rank of that: more is room that nothing can use."""
+    sides = [min(weight.shape[0], weight[0].numel()) for weight in (target.candidate.module.weight for target in targets)]
+    if sides and rank > max(sides):
+        logger.warning("warning: --network_dim=%d is more than any layer can use: the largest has rank %d; a smaller one learns "
+                       "as much with less memory and time", rank, max(sides))  # fmt: skip
 
 
 def _dropouts(arguments: NetworkArguments, neuron: float | None) -> Dropouts:

@@ -17,6 +17,7 @@ from library.files.atomic import write_atomically
 from library.files.model_hash import OLD_HASH_BYTES, OLD_HASH_DIGITS, OLD_HASH_OFFSET
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors, serialize
 from library.files.torch_file import torch_bytes
+from library.training.models.network_checks import base_model
 from networks.layout_names import is_part_of_adapter, model_of_lora, module_name
 from networks.selection import DOWN, UP, Candidate, examples
 
@@ -157,6 +158,14 @@ def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable
                         "architecture")  # fmt: skip
 
 
+def trained_on(file: str | Path) -> str:
+    """``" (its metadata names the base model sd_v1)"``; empty where a file says nothing about that."""
+    if Path(file).suffix != ".safetensors" or not Path(file).is_file():
+        return ""
+    base = base_model(read_header(Path(file)).metadata)
+    return f" (its metadata names the base model {base})" if base else ""
+
+
 def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raises one NetworkError for the modules of ``places`` (each with its rank here) whose shapes in the file differ."""
     ranks, sizes = [], []
@@ -172,7 +181,9 @@ def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weig
             ranks.append(f"{place.name} (rank {file_rank} in the file, {rank} here)")
     problems = []
     if sizes:
-        problems.append(f"{file} is for a model of other sizes: {examples(sizes)}; choose a file made for this model")
+        problems.append(
+            f"{file} is for a model of other sizes{trained_on(file)}: {examples(sizes)}; choose a file made for this model"
+        )
     if ranks:
         problems.append(
             f"{file} has other ranks: {examples(ranks)}; set --network_dim to the file's rank, or give --dim_from_weights"

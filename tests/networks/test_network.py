@@ -233,8 +233,10 @@ def test_partial_files_are_reported(tiny_denoiser, tmp_path, caplog):
         "4 are not in it and start anew (lora_unet_blocks_0_mlp_layer1, lora_unet_blocks_0_mlp_layer2, lora_unet_blocks_1_mlp_layer1 and 1 more)"
     )  # fmt: skip
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        f"{tmp_path / 'a.safetensors'}: 8 modules have no place in this network: left out (lora_unet_blocks_0_self_attn_k_proj, "
-        "lora_unet_blocks_0_self_attn_output_proj, lora_unet_blocks_0_self_attn_q_proj and 5 more)"
+        f"warning: {tmp_path / 'a.safetensors'}: 8 modules have no place in this network and what the file learned there is left "
+        "out (lora_unet_blocks_0_self_attn_k_proj, lora_unet_blocks_0_self_attn_output_proj, lora_unet_blocks_0_self_attn_q_proj "
+        "and 5 more): the network arguments, the trained parts or the model are not those of the file; --dim_from_weights takes "
+        "its modules"
     ]
 
 
@@ -250,7 +252,9 @@ def test_one_part_of_two(tiny_denoiser, tiny_text_encoder, tmp_path, caplog, tex
     report = network.load_weights(tmp_path / "both.safetensors")
     count = 7 if text else 20
     assert (report.loaded, report.missing, len(report.unexpected)) == (count, (), 27 - count)
-    assert f"{27 - count} modules have no place in this network: left out ({other}" in caplog.text
+    assert (
+        f"{27 - count} modules have no place in this network and what the file learned there is left out ({other}" in caplog.text
+    )
     network.save_weights(tmp_path / "one.safetensors", None, {})
     keys = list(read_header(tmp_path / "one.safetensors").tensors)
     assert len(keys) == 3 * count and all(key.startswith(prefix) for key in keys)
@@ -336,3 +340,19 @@ def test_equal_networks_give_equal_bytes_in_every_process(tmp_path):
         subprocess.run([sys.executable, "-c", SAVE, file, *names], check=True, env=environment, cwd=tmp_path)
         found.append(file.read_bytes())
     assert found[0] == found[1]
+
+
+def test_the_base_model_of_a_file_is_named(tiny_denoiser, tmp_path, caplog):
+    file = tmp_path / "a.safetensors"
+    applied(tiny_denoiser, exclude_patterns=".*mlp.*").save_weights(file, None, {"ss_base_model_version": "sd_v1"})
+    applied(tiny_denoiser, exclude_patterns=".*self_attn.*").load_weights(file)
+    assert "those of the file (its metadata names the base model sd_v1); --dim_from_weights" in caplog.text
+
+
+def test_ranks_that_no_layer_can_use_are_warned_of(tiny_denoiser, caplog):
+    targets = lora_anima.create_network(1.0, 4, 1.0, None, None, tiny_denoiser)._targets.values()
+    largest = max(min(target.candidate.module.weight.shape) for target in targets)
+    lora_anima.create_network(1.0, largest, 1.0, None, None, tiny_denoiser)
+    assert "--network_dim" not in caplog.text
+    lora_anima.create_network(1.0, largest + 1, 1.0, None, None, tiny_denoiser)
+    assert f"warning: --network_dim={largest + 1} is more than any layer can use: the largest has rank {largest}" in caplog.text
