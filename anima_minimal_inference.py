@@ -103,7 +103,7 @@ from library.sampling.inference import PictureMaker, Tick, run_inference
 from library.sampling.picture_plan import Picture
 from library.training.models.model_memory import arrange_denoiser, denoiser_place
 from networks import lora_anima
-from networks.merge_files import ModulePatterns, planned_merges
+from networks.merge_files import merges_of
 
 logger = logging.getLogger("library.sampling")  # by name: as a script this module is __main__
 
@@ -125,15 +125,7 @@ class AnimaPictureMaker(PictureMaker):
             if not options.loras.files:  # else what is merged is rounded too, afterwards
                 use_fp8(self.denoiser, DENOISER_FP8_LAYERS)
         self.text_encoder = build_text_encoder(layouts.text, layouts.tokenizers)
-        loras = options.loras
-        self.merges = planned_merges(
-            lora_anima,
-            loras.files,
-            text_encoders=[self.text_encoder.model],
-            denoiser=self.denoiser,
-            patterns=ModulePatterns.of(loras.include_patterns, loras.exclude_patterns),
-            lycoris=loras.lycoris,
-        )
+        self.merges = merges_of(options.loras, lora_anima, text_encoders=[self.text_encoder.model], denoiser=self.denoiser)
 
     @property
     def text_model(self) -> nn.Module:

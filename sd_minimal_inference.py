@@ -46,7 +46,7 @@ from library.sampling.sd_inference import StableDiffusionPictureMaker
 from library.sd.sampling import TextInputs, prompt_inputs
 from library.sd.text import SdPrompts, SdTextEncoder, build_text_encoder
 from networks import lora
-from networks.merge_files import FileMerges, ModulePatterns, planned_merges
+from networks.merge_files import FileMerges, merges_of
 
 logger = logging.getLogger("library.sampling")  # by name: as a script this module is __main__
 
@@ -61,9 +61,7 @@ class SdPictureMaker(StableDiffusionPictureMaker):
         return build_text_encoder(self.run.layouts.text, v2=files.v2, clip_skip=files.clip_skip)
 
     def planned_merges(self, text_models: Sequence[nn.Module], unet: nn.Module) -> FileMerges:
-        loras = self.options.loras
-        patterns = ModulePatterns.of(loras.include_patterns, loras.exclude_patterns)
-        return planned_merges(lora, loras.files, text_encoders=text_models, denoiser=unet, patterns=patterns)
+        return merges_of(self.options.loras, lora, text_encoders=text_models, denoiser=unet)
 
     def encode(self, text: str) -> SdPrompts:
         return self.text_encoder.encode_prompts([text], "cpu")

@@ -48,7 +48,7 @@ from library.sd.sampling import TextInputs
 from library.sdxl.sampling import prompt_inputs
 from library.sdxl.text import SdxlConditioning, SdxlTextEncoder, build_text_encoder
 from networks import lora
-from networks.merge_files import FileMerges, ModulePatterns, planned_merges
+from networks.merge_files import FileMerges, merges_of
 
 logger = logging.getLogger("library.sampling")  # by name: as a script this module is __main__
 
@@ -70,9 +70,7 @@ class SdxlPictureMaker(StableDiffusionPictureMaker):
         return build_text_encoder(self.run.layouts.text, max_token_length=self.options.files.max_token_length)
 
     def planned_merges(self, text_models: Sequence[nn.Module], unet: nn.Module) -> FileMerges:
-        loras = self.options.loras
-        patterns = ModulePatterns.of(loras.include_patterns, loras.exclude_patterns)
-        return planned_merges(lora, loras.files, text_encoders=text_models, denoiser=unet, patterns=patterns)
+        return merges_of(self.options.loras, lora, text_encoders=text_models, denoiser=unet)
 
     def texts_of(self, picture: Picture) -> list[Texts]:
         """The negative prompt is one for both encoders."""

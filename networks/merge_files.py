@@ -209,6 +209,18 @@ def lycoris_package() -> ModuleType:
         raise NetworkError(f"--lycoris needs the package {LYCORIS_PACKAGE} ({error}): pip install {LYCORIS_PACKAGE}") from error
 
 
+def merges_of(loras: Any, module: ModuleType, *, text_encoders: Sequence[nn.Module], denoiser: nn.Module) -> FileMerges:
+    """``planned_merges`` of what an inference script's options ``loras`` say."""
+    return planned_merges(
+        module,
+        loras.files,
+        text_encoders=text_encoders,
+        denoiser=denoiser,
+        patterns=ModulePatterns.of(loras.include_patterns, loras.exclude_patterns),
+        lycoris=loras.lycoris,
+    )
+
+
 def planned_merges(
     module: ModuleType,
     files: Sequence[tuple[str, float]],
