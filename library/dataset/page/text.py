@@ -15,14 +15,15 @@ BUCKETS_TOLD = 6
 NAMES_TOLD = 3
 NAME_CHARACTERS = 40  # longer file names lose their middle
 LOST_TOLD = 120  # characters
+COPY_TOLD = 200  # characters: a longer caption that is trained as it was read is not printed again
 
 
 def fact_lines(facts: Facts, showings: Showings) -> Iterator[str]:
     """A few lines for each dataset, then what is true of all of them; one fact a line, with its numbers."""
     for dataset in facts.datasets:
         yield from dataset_lines(dataset)
-    epochs = f"{showings.steps_per_epoch:,} steps an epoch, {counted(showings.epochs, 'epoch')}"
-    yield f"{epochs}, {showings.total_steps:,} steps in all"
+    epochs = f"{counted(showings.steps_per_epoch, 'step')} an epoch, {counted(showings.epochs, 'epoch')}"
+    yield f"{epochs}, {counted(showings.total_steps, 'step')} in all"
     for encoder in facts.encoders:
         cut = f", {counted(encoder.over, 'caption')} longer than that and cut" if encoder.over else ""
         yield f"{encoder.encoder}: at most {encoder.longest:,} tokens of {encoder.limit:,}{cut}"
@@ -125,7 +126,8 @@ def _item_lines(item: Item, examples: Sequence[CaptionExample], count_tokens: To
     for example in examples:
         uses = count_tokens(example.text)
         empty = "'' (dropped)" if example.dropped else "''"
-        yield _labelled(_when(example), example.text or empty, width)
+        is_long_copy = example.text == item.caption and len(item.caption) > COPY_TOLD
+        yield _labelled(_when(example), "the same" if is_long_copy else example.text or empty, width)
         tokens = ", ".join(f"{use.encoder} {use.tokens:,} of {use.limit:,}" for use in uses)
         yield f"  {'':{width}}[tokens: {tokens}]"
         for use in uses:

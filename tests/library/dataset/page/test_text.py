@@ -112,3 +112,16 @@ def test_lines_of_a_caption_stand_under_each_other(tmp_path):
 def test_control_characters_cannot_change_the_terminal():
     assert visible("a\x1b[31mred\ttab\nline") == "a\\x1b[31mred\\x09tab\nline"
     assert visible("家 👩\u200d👧 صورة") == "家 👩\u200d👧 صورة"
+
+
+def test_a_long_caption_is_printed_once(tmp_path):
+    text = captions(training_set([make_item(tmp_path, "a.png", "dog " * 100), make_item(tmp_path, "b.png", "a cat")]))
+    assert text.count("dog " * 90) == 1 and "epoch 1, showing 1: the same\n" in text
+    assert "as read:            a cat\n  epoch 1, showing 1: a cat\n" in text
+
+
+def test_one_step_is_called_one_step(tmp_path):
+    data = training_set([make_item(tmp_path)])
+    showings = replace(showings_of(data), steps_per_epoch=1, epochs=1, total_steps=1)
+    facts = gather_facts(data, showings, processes=1, count_tokens=count_words)
+    assert "1 step an epoch, 1 epoch, 1 step in all" in list(fact_lines(facts, showings))
