@@ -76,7 +76,7 @@ PAIR = ("lora_down.weight", "lora_up.weight")
         ([f"lora_unet_input_blocks_4_1_proj_in.{half}" for half in PAIR], "base.safetensors is a LoRA for SDXL, not for Anima"),
         (["lora_unet_blocks_0_mlp_layer1.lokr_w1"], "base.safetensors is no plain LoRA but a LoKr file"),
         (["lora_unet_blocks_0_mlp_layer1.lora_down.weight"], "only one of lora_down and lora_up"),
-        (["blocks.0.mlp.layer1.weight", "x_embedder.proj.1.weight"], "base.safetensors is no LoRA for this model"),
+        (["blocks.0.mlp.layer1.weight", "x_embedder.proj.1.weight"], "base.safetensors is a Cosmos-Predict2 DiT without an LLM adapter, not a LoRA file"),
         ([f"lora_unet_blocks_0_mlp_layer1.{half}" for half in PAIR], "is for a model of other sizes"),
     ],
     ids=("SDXL", "LyCORIS", "torn", "model", "sizes"),
