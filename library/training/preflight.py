@@ -179,14 +179,19 @@ def _complete(options: Any, architecture: Architecture, layouts: Any, training_s
             *changes,
             *option_warnings(options),
             *run_warnings(options, total_steps=length.total_steps),
-            *network_notices(options, architecture.name),
-            *architecture.warnings_of(layouts, options),
-            *training_set.warnings,
-            *architecture.caption_warnings(training_set, options),
+            *_input_warnings(options, architecture, layouts, training_set),
             *no_picture_warning(options.samples, *length.ended_by(begin.progress)),
             *prompt_warnings(prompts, architecture, options),
         ),
     )
+
+
+def _input_warnings(options: Any, architecture: Architecture, layouts: Any, training_set: TrainingSet) -> Iterator[str]:
+    """About the files that the run reads: LoRAs, models, images, captions."""
+    yield from network_notices(options, architecture.name)
+    yield from architecture.warnings_of(layouts, options)
+    yield from training_set.warnings
+    yield from architecture.caption_warnings(training_set, options)
 
 
 class _Beginning(NamedTuple):

@@ -173,7 +173,9 @@ def test_many_missing_keys_are_counted(tmp_path):
 def test_other_models_are_named(tmp_path, keys, kind):
     path = tmp_path / "model.safetensors"
     save_safetensors(path, {key: torch.zeros(1) for key in keys})
-    with pytest.raises(CheckpointError, match=f"--pretrained_model_name_or_path .*model.safetensors is {kind}.*, not an Anima DiT"):
+    with pytest.raises(
+        CheckpointError, match=f"--pretrained_model_name_or_path .*model.safetensors is {kind}.*, not an Anima DiT"
+    ):
         read_denoiser_layout(path)
     with pytest.raises(CheckpointError, match=f"--llm_adapter_path .* is {kind}, not an LLM adapter"):
         read_denoiser_layout(save_tiny(tmp_path / "dit.safetensors"), path)
