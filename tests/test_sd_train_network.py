@@ -56,8 +56,10 @@ def test_cold_warm_and_live_train_on_the_same_values(make_runs, kind):
     assert live.average.mean == pytest.approx(cold.average.mean, rel=1e-5)  # encoders in other batches round otherwise
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--cpu_offload_checkpointing"])
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [("sd1", "--gradient_checkpointing"), ("sdxl", "--gradient_checkpointing"), ("sdxl", "--cpu_offload_checkpointing")],
+)
 def test_checkpointing_changes_nothing(make_runs, kind, flag):
     runs = make_runs(kind)
     runs.train(*LATENTS, "--network_args", "conv_dim=2", output="plain")
@@ -65,7 +67,7 @@ def test_checkpointing_changes_nothing(make_runs, kind, flag):
     assert same_tensors(runs.lora("plain"), runs.lora("saved"))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(make_runs, kind):
     runs = make_runs(kind)
     flags = ("--cache_latents", "--max_train_steps=4", "--network_dropout=0.1", "--noise_offset=0.1", "--min_snr_gamma=5")
@@ -157,7 +159,7 @@ def test_velocity_is_another_target(make_runs):
     assert runs.metadata("velocity")["modelspec.prediction_type"] == "v"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_samples_are_drawn_and_change_nothing(make_runs, kind, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a (red:1.3) cat --w 64 --h 72 --s 2 --d 3 --n a very [bad] picture --ss euler_a\nanother --s 2 --l 1\n"
@@ -179,6 +181,7 @@ def test_weights_in_8_bits(make_runs, kind):
     assert trained(runs.lora(), "lora_unet") and not same_tensors(runs.lora(), runs.lora("plain"))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_alike(make_runs):
     runs = make_runs("sd1")
     runs.train(*CACHES, output="plain")

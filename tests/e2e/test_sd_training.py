@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from library.files.safetensors_file import read_header
-from tests.e2e.sd_runs import CACHED, KINDS, SCRIPTS, lora, model_flags, run_flags, same_lora, write_dataset
+from tests.e2e.sd_runs import CACHED, SCRIPTS, lora, model_flags, run_flags, same_lora, write_dataset
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ A_MODULE = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def test_the_usual_command(run_script, tiny_sd, dataset, tmp_path, kind):
     """With what people of the reference have in their commands: half precision, a text encoder, convolutions, samples, states."""
     prompts = tmp_path / "prompts.txt"
@@ -58,6 +58,7 @@ def test_the_usual_command(run_script, tiny_sd, dataset, tmp_path, kind):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(run_script, tiny_sd, picture_folder, tmp_path):
     images = picture_folder(6)
     one = write_dataset(tmp_path / "one.toml", images, batch_size=2)
@@ -72,6 +73,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(run_script, tiny_sd, pi
         assert (a[name] - b[name]).abs().max() <= 2e-6 + 1e-3 * a[name].abs().max(), name
 
 
+@pytest.mark.slow  # the same way as Anima's, whose test runs always
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_signal_saves_and_the_run_goes_on(start_script, run_script, tiny_sd, dataset, tmp_path):
     fixed = [*model_flags("sdxl", tiny_sd), *CACHED, "--max_train_steps=12", "--save_state", "--save_every_n_steps=2"]
