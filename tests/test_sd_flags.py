@@ -96,6 +96,7 @@ NOISE = ["--noise_offset=0.3", "--noise_offset=0.3 --noise_offset_random_strengt
          "--loss_type=smooth_l1 --huber_schedule=exponential"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_flags_of_noise_and_loss_all_train_otherwise(make_runs):
     runs = make_runs("sd1")
     found = []
@@ -215,7 +216,7 @@ def pictures_drawn(runs: SdRuns, folder: Path, *flags: str) -> bytes:
     return pixels
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_sampler_of_sample_pictures(make_runs, tmp_path, kind):
     runs = make_runs(kind)
     samplers = ("ddim", "euler_a", "dpmsolver++")

@@ -15,7 +15,8 @@ def dataset(picture_folder, tmp_path):
     return write_dataset(tmp_path / "my.toml", picture_folder(4))
 
 
-@pytest.mark.parametrize(("kind", "switch"), [pytest.param("sd2", (), marks=pytest.mark.slow), ("sdxl", ("--sdxl",))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "switch"), [("sd2", ()), ("sdxl", ("--sdxl",))])
 def test_training_after_both_tools_encodes_nothing(kind, switch, run_script, tiny_sd, dataset, tmp_path):
     """One command line for all three: the tools take it whole."""
     flags = [*model_flags(kind, tiny_sd), *run_flags(tmp_path / "out", dataset), *CACHES, "--max_train_steps=2"]

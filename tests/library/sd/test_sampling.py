@@ -37,7 +37,7 @@ def test_every_name_of_the_option_has_a_sampler():
 
 
 @pytest.mark.parametrize("prediction", [EPSILON, VELOCITY])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if not name.startswith("k_")])  # which are the same: see below
 def test_every_sampler_draws_with_any_number_of_steps(name, prediction):
     for steps in (1, 3, 4):
         unet = Unet()
