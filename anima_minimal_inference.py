@@ -161,11 +161,6 @@ class AnimaPictureMaker(PictureMaker):
             logger.info("8-bit layers: %s", choose_fp8_products(self.denoiser, self.device, dtype=self.dtype))
         arrange_denoiser(as_in_training, self.denoiser, self.device)
 
-    def tell_merged(self, model: str, modules: int) -> None:
-        if modules:
-            files = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in self.options.loras.files)
-            logger.info("merged %d LoRA modules into the %s (%s)", modules, model, files)
-
     def draw(
         self, pictures: Sequence[Picture], positive: AnimaConditioning, negative: AnimaConditioning | None, tick: Tick
     ) -> Tensor:

@@ -41,12 +41,7 @@ from library.dataset.batch import Batch
 from library.dataset.clock import Clock
 from library.dataset.conditioning import Conditioning
 from library.dataset.loader import BatchSource, ValidationBatches
-from library.errors import (
-    CheckpointError,
-    DatasetError,
-    TrainingError,
-    user_errors_end_the_script,
-)
+from library.errors import CheckpointError, DatasetError, TrainingError, user_errors_end_the_script
 from library.nn.compiling import COMPILING, CompilerError, compile_errors_are_told
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
@@ -59,23 +54,13 @@ from library.sd.layout import EPSILON, VELOCITY
 from library.sd.memory_use import memory_use
 from library.sd.metadata import describe
 from library.sd.sampling import TextInputs, draw_latents, prompt_inputs
-from library.sd.text import (
-    SdConditioning,
-    SdPrompts,
-    build_text_encoder,
-    load_text_encoder,
-    text_models,
-)
+from library.sd.text import SdConditioning, SdPrompts, build_text_encoder, load_text_encoder, text_models
 from library.sd.vae import load_vae
 from library.sd.vae_layout import STRIDE
 from library.training.files.hub import HubUploads
 from library.training.files.metadata import LoraMetadata
 from library.training.files.run_files import RunFiles, remove_left_over_files
-from library.training.files.state import (
-    StateDescription,
-    load_network_tensors,
-    load_training_tensors,
-)
+from library.training.files.state import StateDescription, load_network_tensors, load_training_tensors
 from library.training.loss.ddpm import DdpmObjective
 from library.training.loss.objective import NoisyLatents
 from library.training.loss.preservation import preserved_rows
@@ -87,17 +72,8 @@ from library.training.optimizing.learner import MAX_NORM_CURVES, Learner, try_op
 from library.training.preparing import ModelPreparation
 from library.training.running import trackers
 from library.training.running.interrupts import StopRequest, resume_command
-from library.training.running.meters import (
-    Arrived,
-    DelayedNumbers,
-    HostFacts,
-    LossAverage,
-    StepNumbers,
-)
-from library.training.running.processes import (
-    OtherProcessEnded,
-    ends_of_others_are_told,
-)
+from library.training.running.meters import Arrived, DelayedNumbers, HostFacts, LossAverage, StepNumbers
+from library.training.running.processes import OtherProcessEnded, ends_of_others_are_told
 from library.training.running.report import Report
 from library.training.sample_pictures import SamplePictures
 from library.training.steps import Progress

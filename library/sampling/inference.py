@@ -300,6 +300,11 @@ class PictureMaker(ABC):
 
             yield tick
 
+    def tell_merged(self, model: str, modules: int) -> None:
+        if modules:
+            files = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in self.options.loras.files)
+            logger.info("merged %d LoRA modules into the %s (%s)", modules, model, files)
+
     def tell_end(self, seconds: float) -> None:
         """One line: pictures, time, memory."""
         plural = "" if self.drawn == 1 else "s"

@@ -99,11 +99,6 @@ class StableDiffusionPictureMaker(PictureMaker):
         load_unet(self.unet, self.run.layouts.denoiser, device=self.device, dtype=self.dtype)
         self.tell_merged("U-Net", self.merges.into([self.unet], self.device))
 
-    def tell_merged(self, model: str, modules: int) -> None:
-        if modules:
-            files = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in self.options.loras.files)
-            logger.info("merged %d LoRA modules into the %s (%s)", modules, model, files)
-
     def load_vae(self) -> StableDiffusionVae:
         return load_vae(self.run.layouts.vae, device=self.device, dtype=self.vae_dtype, scale=self.ARCHITECTURE.latent_scale)
 

@@ -25,22 +25,9 @@ from library.training.files.room import check_room
 from library.training.files.saving import check_save_format, save_dtype
 from library.training.models import networks
 from library.training.models.base_weights import text_base_weights
-from library.training.models.fp8_models import (
-    arrange_fp8,
-    prepare_fp8,
-    wait_for_merging,
-)
-from library.training.models.memory_estimate import (
-    estimate_lines,
-    estimate_memory,
-    largest_batch,
-    saved_state_bytes,
-)
-from library.training.models.model_memory import (
-    arrange_denoiser,
-    arrange_text_encoders,
-    denoiser_place,
-)
+from library.training.models.fp8_models import arrange_fp8, prepare_fp8, wait_for_merging
+from library.training.models.memory_estimate import estimate_lines, estimate_memory, largest_batch, saved_state_bytes
+from library.training.models.model_memory import arrange_denoiser, arrange_text_encoders, denoiser_place
 from library.training.models.strength import strength_problems
 from library.training.models.trained_parts import check_denoiser_is_there, trained_line
 from library.training.plan import NetworkSize, memory_warnings, plan_lines
