@@ -13,7 +13,7 @@ import torch
 
 from library.dataset.buckets import Buckets
 from library.dataset.items import DatasetSettings
-from library.files.weights_source import Piece
+from library.files.weights_source import Part, Piece
 from library.nn.fp8 import use_fp8
 from library.nn.memory_use import LiveEncoders
 from library.options.command_line import read_options
@@ -23,7 +23,7 @@ from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.sampling.prompts import FLAGS
 from library.sd.clip_layout import expected_shapes
 from library.sd.fp8_layers import UNET_FP8_LAYERS
-from library.sd.layout import Part, StableDiffusionLayouts
+from library.sd.layout import StableDiffusionLayouts
 from library.sd.memory_use import memory_use
 from library.sd.prompt_weights import parse_weights
 from library.sd.sampling import SAMPLERS

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Config = TypeVar("Config")
 
 THIRDS = ("q", "k", "v")  # of a tensor that holds three projections below each other
 
@@ -48,6 +50,15 @@ class Piece:
 
 
 Pieces = Mapping[str, Piece]  # name in the module's state dict -> where it is in the file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part(Generic[Config]):
+    """One model of a checkpoint, checked: every tensor that it needs is in the file, in its shape."""
+
+    source: WeightsSource
+    config: Config
+    pieces: Pieces  # of the tensors that are loaded
 
 
 def changed(tensor: Tensor, change: str) -> Tensor:

@@ -21,12 +21,12 @@ from library.dataset.token_use import (
 )
 from library.errors import CheckpointError, OptionError, ProblemList
 from library.files.model_path import SD1
-from library.files.weights_source import WeightsSource
+from library.files.weights_source import Part, WeightsSource
 from library.sd.clip_layout import ClipConfig, clip_part, clip_skip_problem
 from library.sd.clip_layout import Layout as ClipNames
 from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_H, PIECE, PROMPT_PIECES, TokenizerKind, load_tokenizers
 from library.sd.fingerprint import part_fingerprint
-from library.sd.layout import SD_SCALE, SDXL_SCALE, Marks, Part, StableDiffusionLayouts
+from library.sd.layout import SD_SCALE, SDXL_SCALE, Marks, StableDiffusionLayouts
 from library.sd.model_kind import check_kind, prediction_problem, read_marks, unmarked_velocity_warning, zero_snr_warning
 from library.sd.source import MODEL_FLAG, TEXT_ENCODERS, UNET, VAE, VAE_FLAG, ModelSource, find_model, find_vae
 from library.sd.unet_layout import PREFIX as UNET_PREFIX

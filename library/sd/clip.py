@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.files.weights_source import module_tensors
+from library.files.weights_source import Part, module_tensors
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 from library.sd.clip_layout import ClipConfig
-from library.sd.layout import Part
 
 FP8_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"  # not the embeddings
 NORM_EPS = 1e-5

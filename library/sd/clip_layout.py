@@ -16,8 +16,7 @@ from typing import Any, Literal
 from library.errors import CheckpointError
 from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
-from library.files.weights_source import THIRDS, Piece, WeightsSource, changed_shape
-from library.sd.layout import Part
+from library.files.weights_source import THIRDS, Part, Piece, WeightsSource, changed_shape
 
 Layout = Literal["hf", "open_clip"]
 Shapes = dict[str, tuple[int, ...]]

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.files.weights_source import module_tensors
+from library.files.weights_source import Part, module_tensors
 from library.nn.loading import Place, load_into
-from library.sd.layout import Part
 from library.sd.unet_names import UNetConfig
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import Any, BinaryIO
 
 from library.files.open_weights import SafetensorsWeights, ShardedWeights
 from library.files.safetensors_file import TensorInfo, file_fingerprint
-from library.files.weights_source import THIRDS, WeightsSource
-from library.sd.layout import Part
+from library.files.weights_source import THIRDS, Part, WeightsSource
 
 CHUNK_BYTES = 4096
 CHUNKS = 3  # of each tensor: at its start, in its middle, at its end

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
-from library.files.weights_source import Pieces, WeightsSource
+from library.files.weights_source import Part
 
 if TYPE_CHECKING:
     from library.sd.clip_layout import ClipConfig
     from library.sd.unet_layout import UNetConfig
     from library.sd.vae_layout import VaeConfig
 
-Config = TypeVar("Config")
-
 EPSILON, VELOCITY = "epsilon", "v"  # what a U-Net may predict
 SD_SCALE, SDXL_SCALE = 0.18215, 0.13025  # what makes latents vary by about 1; SD 1.x and 2.x, and SDXL, as published
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part(Generic[Config]):
-    """One model of a checkpoint, checked: every tensor that it needs is in the file, in its shape."""
-
-    source: WeightsSource
-    config: Config
-    pieces: Pieces  # of the tensors that are loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

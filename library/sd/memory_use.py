@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.files.weights_source import changed_shape
+from library.files.weights_source import Part, changed_shape
 from library.nn.memory_use import LiveEncoders, MemoryUse
-from library.sd.layout import Part, StableDiffusionLayouts
+from library.sd.layout import StableDiffusionLayouts
 from library.sd.unet_names import UNetConfig, resnets, transformers
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError
+from library.files.weights_source import Part
 from library.nn.transfer import sent
 from library.sd.clip import ClipTextModel, build_clip, load_clip
 from library.sd.clip_layout import ClipConfig, clip_skip_problem
@@ -25,7 +26,6 @@ from library.sd.clip_tokenizer import (
     load_tokenizers,
     stacked,
 )
-from library.sd.layout import Part
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,8 +15,7 @@ from typing import Any, Literal
 from library.errors import CheckpointError
 from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
-from library.files.weights_source import Piece, WeightsSource, changed_shape
-from library.sd.layout import Part
+from library.files.weights_source import Part, Piece, WeightsSource, changed_shape
 from library.sd.unet_names import Shapes, UNetConfig, expected_shapes, original_names, transformers
 
 __all__ = ["UNetConfig", "original_names", "unet_part"]

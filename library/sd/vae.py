@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.files.weights_source import module_tensors
+from library.files.weights_source import Part, module_tensors
 from library.nn.loading import load_into
 from library.nn.transfer import sent
-from library.sd.layout import Part
 from library.sd.vae_layout import VaeConfig
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as published

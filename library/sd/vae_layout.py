@@ -16,8 +16,7 @@ from library.errors import CheckpointError
 from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.model_path import recognise_keys, with_article
-from library.files.weights_source import Piece, WeightsSource, changed_shape
-from library.sd.layout import Part
+from library.files.weights_source import Part, Piece, WeightsSource, changed_shape
 
 STRIDE = 8  # pixels per latent; the whole project counts on it
 LATENT_CHANNELS = 4

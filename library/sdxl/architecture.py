@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from library.files.model_path import SDXL as SDXL_KIND
+from library.files.weights_source import Part
 from library.sd.architecture import StableDiffusionArchitecture, file_text_part
 from library.sd.clip_layout import ClipConfig, clip_part
 from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_G, PIECE, TokenizerKind
-from library.sd.layout import SDXL_SCALE, Part, StableDiffusionLayouts
+from library.sd.layout import SDXL_SCALE, StableDiffusionLayouts
 from library.sd.source import MODEL_FLAG, TEXT_ENCODERS, ModelSource
 
 CLIP_L_PREFIX, CLIP_G_PREFIX = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import CheckpointError
+from library.files.weights_source import Part
 from library.nn.transfer import sent
 from library.sd.clip import ClipTextModel, build_clip
 from library.sd.clip_layout import ClipConfig
 from library.sd.clip_tokenizer import CLIP_L, END_ID, OPEN_CLIP_G, PIECE, ROW, ClipTokenizer, load_tokenizers
-from library.sd.layout import Part
 from library.sd.text import by_text, joined, sent_ids, unique_rows, weighed
 
 

@@ -44,7 +44,7 @@ class DdpmObjective:
         timesteps = timesteps_of(draws.uniform("timestep"), self.ddpm.drawn)
         noise = training_noise(latents, self.noise, draws)
         input_noise = model_input_noise(noise, self.noise, draws)
-        return self.corrupt_with(latents, noise, timesteps, input_noise=input_noise, dtype=dtype)
+        return replace(self.corrupt_with(latents, noise, timesteps, input_noise=input_noise, dtype=dtype), draws=draws)
 
     def corrupt_with(self, latents: Tensor, noise: Tensor, timesteps: Tensor, *, input_noise: Tensor | None = None,
                      dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip

@@ -8,7 +8,7 @@ library/training/loss/ddpm.py is the other one (Stable Diffusion 1, 2 and XL).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -37,6 +37,7 @@ class NoisyLatents:
     timesteps: Tensor  # (B,) flow: float32, sigma * 1000; DDPM: int64, 0..999
     target: Tensor  # (B, C, h, w) float32
     loss_weights: Tensor  # (B,) float32, how much the loss at this noise level counts
+    draws: Draws | None = None  # what else training draws at random for these samples; None outside of training
 
 
 class Objective(Protocol):
@@ -79,7 +80,7 @@ class FlowObjective:
         sigmas = self._draw_sigmas(draws, latent_hw=(latents.shape[-2], latents.shape[-1]))
         noise = training_noise(latents, self.noise, draws)
         input_noise = model_input_noise(noise, self.noise, draws)
-        return self.corrupt_with(latents, noise, sigmas, input_noise=input_noise, dtype=dtype)
+        return replace(self.corrupt_with(latents, noise, sigmas, input_noise=input_noise, dtype=dtype), draws=draws)
 
     def corrupt_with(self, latents: Tensor, noise: Tensor, sigmas: Tensor, *, input_noise: Tensor | None = None,
                      dtype: torch.dtype = torch.float32) -> NoisyLatents:  # fmt: skip

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.files.weights_source import file_tensors
+from library.files.weights_source import Part, file_tensors
 from library.sd.clip import ClipTextModel
 from library.sd.clip_layout import GELU, ClipConfig, Layout, clip_part, clip_pieces, expected_shapes
 from library.sd.clip_tokenizer import load_bpe
-from library.sd.layout import Part
 
 TINY_L = ClipConfig(width=16, layers=3, heads=2, mlp_width=24)
 TINY_G = ClipConfig(width=24, layers=4, heads=3, mlp_width=32, activation=GELU, projection=20)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from library.files.weights_source import Piece
+from library.files.weights_source import Part, Piece
 from library.nn.checkpointing import run_checkpointed
 from library.sd.clip import ClipTextModel, build_clip
 from library.sd.clip_layout import ClipConfig
-from library.sd.layout import Part, StableDiffusionLayouts
+from library.sd.layout import StableDiffusionLayouts
 from library.sd.memory_use import LiveEncoders, encoder_values, memory_use, trained_text_values
 from library.sd.unet_names import UNetConfig, expected_shapes
 from library.training.models.memory_estimate import activation_bytes

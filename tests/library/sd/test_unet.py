@@ -11,6 +11,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
 from library.errors import CheckpointError, OptionError
+from library.files.weights_source import Part
 from library.memory.activation_offload import OffloadingRunner
 from library.nn.attention import use_attention
 from library.nn.attention_kernels import COMPUTE, AttentionKernel, attend
@@ -19,7 +20,6 @@ from library.nn.fp8 import FP8, fp8_layers, use_fp8
 from library.options.memory import MemoryOptions
 from library.sd.denoiser import build_unet, load_unet
 from library.sd.fp8_layers import UNET_FP8_LAYERS
-from library.sd.layout import Part
 from library.sd.unet import StableDiffusionUNet, diffusers_config
 from library.sd.unet_layout import unet_part
 from library.sd.unet_names import expected_shapes
