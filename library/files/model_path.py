@@ -27,6 +27,9 @@ SDXL_REFINER = "SDXL refiner checkpoint"
 SD_UNCLIP = "Stable Diffusion unCLIP checkpoint"
 SD_VAE = "Stable Diffusion VAE"
 CONTROLNET = "ControlNet"
+LUMINA = "Lumina Image 2.0 checkpoint"
+LUMINA_DIFFUSERS = "Lumina Image 2.0 checkpoint in diffusers' layout, which is not read"
+GEMMA = "Gemma 2 text encoder"
 
 # Kind -> patterns that all must match some key; the first kind that fits is the answer, so what is more special comes first.
 # A checkpoint of several parts (U-Net + VAE + text encoders) is named after its denoiser.
@@ -43,12 +46,17 @@ KINDS: dict[str, tuple[str, ...]] = {
     SD1: (r"^cond_stage_model\.|input_blocks\.\d+\.\d+\.transformer_blocks|^down_blocks\.\d+\.attentions\.",),
     "FLUX checkpoint": (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.",),
     "SD3 or SD3.5 checkpoint": (r"(^|\.)joint_blocks\.\d+\.x_block\.|^transformer_blocks\.0\.ff_context\.",),
-    "Lumina Image 2.0 checkpoint": (r"(^|\.)(cap_embedder\.0\.weight|context_refiner\.0\.)",),
+    "NewBie checkpoint": (r"(^|\.)clip_text_pooled_proj\.",),
+    "Z-Image checkpoint": (r"(^|\.)(x_pad_token$|cap_pad_token$|all_x_embedder\.)",),
+    "OmniGen2 checkpoint": (r"(^|\.)ref_image_refiner\.",),
+    LUMINA_DIFFUSERS: (r"(^|\.)(time_caption_embed\.|context_refiner\.\d+\.attn\.to_q\.)",),
+    LUMINA: (r"(^|\.)(cap_embedder\.0\.weight|context_refiner\.0\.)",),
     "Qwen-Image DiT": (r"(^|\.)transformer_blocks\.\d+\.(txt_mlp|img_mlp)\.",),
     "Wan DiT": (r"(^|\.)blocks\.\d+\.(ffn\.0|cross_attn\.norm_k)\.",),
     QWEN_IMAGE_VAE: (r"^(vae\.)?(encoder|decoder)\.[\w.]*\.gamma$",),
     SD_VAE: (r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(mid\.block_1|mid_block\.resnets)\.",),
-    "Gemma text encoder": (r"layers\.\d+\.pre_feedforward_layernorm\.",),
+    "Gemma 3 text encoder": (r"layers\.\d+\.pre_feedforward_layernorm\.", r"layers\.\d+\.self_attn\.q_norm\."),
+    GEMMA: (r"layers\.\d+\.pre_feedforward_layernorm\.",),
     QWEN3: (r"(^|\.)layers\.\d+\.self_attn\.q_norm\.weight",),
     "language model of another family": (r"^(model\.)?layers\.\d+\.self_attn\.q_proj\.weight",),
     "T5 text encoder": (r"^(encoder\.)?block\.\d+\.layer\.0\.SelfAttention\.",),
@@ -60,6 +68,7 @@ TRAINED_BY = {
     SD1: "train_network.py",
     SD2: "train_network.py --v2",
     SDXL: "sdxl_train_network.py",
+    LUMINA: "lumina_train_network.py",
 }
 
 
