@@ -1,0 +1,61 @@
+"""What Lumina Image 2.0's modules are called in LoRA files: our names, ComfyUI's and diffusers'. Needs no torch.
+
+ComfyUI (comfy/lora.py) takes any weight by its full name in the checkpoint, which is what its layout is written with. Its further
+names for this class of models are those of Z-Image, whose q, k and v are equally wide: here they would address wrong rows, so only
+the fused attention.qkv is written. diffusers' names are those of its Lumina2Transformer2DModel (0.42.1), which has q, k and v
+apart; its loader takes no text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from networks.layout_names import COMFY, DIFFUSERS, NUMBER, OURS, Module, NameTable
+
+BLOCK_NUMBER = r"(?:(?<=layers[._])|(?<=refiner[._]))\d+(?=[._])"
+# path -> diffusers' path, inside a block
+BLOCK = {"attention.out": "attn.to_out.0", **{f"feed_forward.w{n}": f"feed_forward.linear_{n}" for n in (1, 2, 3)}}
+MODULATION = {"adaLN_modulation.1": "norm1.linear"}
+BLOCKS = {"layers": {**BLOCK, **MODULATION}, "noise_refiner": {**BLOCK, **MODULATION}, "context_refiner": BLOCK}
+DENOISER = {
+    "x_embedder": "x_embedder",
+    "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+    "final_layer.linear": "norm_out.linear_2",
+    **{
+        f"{blocks}.{NUMBER}.{path}": f"{blocks}.{NUMBER}.{theirs}"
+        for blocks, paths in BLOCKS.items()
+        for path, theirs in paths.items()
+    },
+}
+FUSED = tuple(f"{blocks}.{NUMBER}.attention.qkv" for blocks in BLOCKS)
+TEXT_ENCODER = (
+    *(f"layers.{NUMBER}.self_attn.{path}_proj" for path in "qkvo"),
+    *(f"layers.{NUMBER}.mlp.{path}_proj" for path in ("gate", "up", "down")),
+)
+COMFY_TEXT_ENCODER = "text_encoders.gemma2_2b.transformer.model."
+
+
+def _module(part: str, ours: str, path: str, comfy: str, aliases: tuple[str, ...] = (), **more: str) -> Module:
+    names: Mapping[str, str] = {OURS: ours + path.replace(".", "_"), COMFY: comfy + path, **more}
+    return Module(part=part, names=names, aliases=aliases)
+
+
+LUMINA_NAMES = NameTable(
+    "Lumina Image 2.0",
+    [
+        *(
+            _module("denoiser", "lora_unet_", path, "diffusion_model.", **{DIFFUSERS: f"transformer.{theirs}"})
+            for path, theirs in DENOISER.items()
+        ),
+        *(_module("denoiser", "lora_unet_", path, "diffusion_model.") for path in FUSED),
+        *(
+            # newer versions of ComfyUI also take what stands behind the encoder's name
+            _module("text encoder", "lora_te_", path, COMFY_TEXT_ENCODER, (f"transformer.model.{path}",))
+            for path in TEXT_ENCODER
+        ),
+    ],
+    block_number=BLOCK_NUMBER,
+)
