@@ -191,7 +191,7 @@ class NetworkTrainer(ModelPreparation):
             group=self.group,
             seed=self.seed,
             plan=self.plan_sample,
-            draw=self.draw_sample,
+            draw=self.draw_samples,
             decode=lambda latents: self.decode_images(self.vae, latents),
             encode=self.prompt_conditioning,
             stop_wanted=lambda: bool(self.stop),
@@ -285,10 +285,8 @@ class NetworkTrainer(ModelPreparation):
         if batch.pixels is not None:
             with torch.no_grad():
                 latents = self.encode_images(self.vae, batch.pixels, batch.latent_seeds)
-        if batch.text is not None:
-            return replace(batch, latents=latents)
         self.learner.strength.set(batch.network_multiplier)
-        return replace(batch, latents=latents, text=self.encoded_text(batch.captions))
+        return replace(batch, latents=latents, text=self.text_of(batch))
 
     def compute_loss(self, batch: Batch, noisy: NoisyLatents) -> Tensor:
         """The loss of each image (B,): in training with what was drawn for the step, in validation with what is fixed."""
@@ -305,7 +303,7 @@ class NetworkTrainer(ModelPreparation):
         if not rows:
             return noisy
         with self.learner.strength.at(0.0), self.accelerator.autocast():  # no strength, no dropout
-            plain = replace(batch, text=self.encoded_text(batch.captions)) if self.trained_encoders else batch
+            plain = replace(batch, text=self.text_of(batch)) if self.trained_encoders else batch
             prediction = self.predict(self.denoiser, noisy, plain).to(noisy.target.dtype)
         # of the whole batch, and put together row by row: to pick rows, or texts of their lengths, would wait for the device
         targets = [prediction[row] if row in rows else own for row, own in enumerate(noisy.target)]

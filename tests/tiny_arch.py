@@ -42,6 +42,9 @@ class TinyArchitecture:
         """A character is a token."""
         return lambda text: (TokenUse("letters", len(text), TOKENS, TOKENS if len(text) > TOKENS else None),)
 
+    def positive_prompt(self, prompt, options):
+        return prompt
+
     def cut_prompts(self, texts, options):
         return cut_texts(texts, lambda: self.token_counter(options), limit=TOKENS)
 

@@ -104,6 +104,9 @@ class AnimaArchitecture:
 
         return count
 
+    def positive_prompt(self, prompt: str, options: Any) -> str:
+        return prompt
+
     def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterator[tuple[str, TokenUse]]:
         return cut_texts(texts, lambda: self.token_counter(options), limit=unmarked_tokens(options))
 

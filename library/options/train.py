@@ -111,6 +111,11 @@ class TrainOptions:
         return any(argument.strip().startswith("network_reg_lrs") for argument in self.network.network_args or ())
 
     @property
+    def pictures_at_once(self) -> int:
+        """How many sample pictures of one size and setting are drawn together."""
+        return 1
+
+    @property
     def objective(self) -> str:
         """What the model is trained to predict, for the plan."""
         return self.ddpm.objective

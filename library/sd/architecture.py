@@ -187,6 +187,9 @@ class StableDiffusionArchitecture:
         tokens = options.clip.max_token_length or PIECE
         return token_counter(self.tokenizer_kinds(options), tokens=tokens, weighted=options.clip.weighted_captions)
 
+    def positive_prompt(self, prompt: str, options: Any) -> str:
+        return prompt
+
     def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterator[tuple[str, TokenUse]]:
         kinds, tokens = self.tokenizer_kinds(options), self.prompt_tokens(options)
         return cut_texts(texts, lambda: token_counter(kinds, tokens=tokens, weighted=True), limit=tokens)

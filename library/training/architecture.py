@@ -44,6 +44,10 @@ class Architecture(Protocol):
         Loading the tokenizers takes most of a second. Raises CheckpointError for a tokenizer that cannot be read.
         """
 
+    def positive_prompt(self, prompt: str, options: Any) -> str:
+        """The text that is encoded for the prompt of a picture: itself, or with what the model wants before it. Negative prompts
+        are encoded as they are."""
+
     def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterable[tuple[str, TokenUse]]:
         """The prompts for pictures that are longer than the text encoder takes: ``cut_texts`` of library/dataset/token_use.py."""
 

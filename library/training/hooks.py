@@ -60,6 +60,10 @@ class ArchitectureHooks(ABC):
     def build_text_encoder(self) -> Any:
         """The text encoders with tokenizers, without weights (on the meta device). Called only if some text must be encoded."""
 
+    def build_live_encoder(self) -> Any:
+        """The same for what runs at every step: without encoders whose outputs come from the cache (``completed_text``)."""
+        return self.build_text_encoder()
+
     @abstractmethod
     def text_models(self, text_encoder: Any) -> Sequence[nn.Module]:
         """The text encoders as the modules that a network may be made for, in the order of --text_encoder_lr."""
@@ -87,6 +91,10 @@ class ArchitectureHooks(ABC):
     def encode_text(self, text_encoder: Any, captions: Sequence[str]) -> Conditioning:
         """Conditioning of the captions. The caller sets gradient mode."""
 
+    def completed_text(self, live: Any, cached: Any) -> Conditioning:
+        """Where text is cached and a text encoder is trained: what the live encoders give, and the cache for all others."""
+        return live
+
     def encode_prompts(self, text_encoder: Any, prompts: Sequence[str]) -> Conditioning:
         """The same for prompts of sample pictures. An architecture that takes them another way (``prompts_apart``) answers this
         too, and is asked for one prompt at a time where it is going to be cached."""
@@ -101,7 +109,8 @@ class ArchitectureHooks(ABC):
         """Runs the denoiser once: noisy.latents (B, C, h, w), noisy.sigmas (B,) in [0, 1] -> (B, C, h, w) like noisy.target.
 
         ``batch`` has the text, and what else a denoiser may be told: the sizes of the images and where they were cut.
-        Used for training and validation; the caller sets autocast and gradient mode.
+        What training alone draws at random comes from noisy.draws. Used for training and validation; the caller sets autocast and
+        gradient mode.
         """
 
     @abstractmethod
@@ -114,6 +123,13 @@ class ArchitectureHooks(ABC):
 
         The caller sets autocast and gradient mode.
         """
+
+    def draw_samples(
+        self, pictures: Sequence[Picture], positives: Sequence[Conditioning], negatives: Sequence[Conditioning] | None
+    ) -> Tensor:
+        """Scaled latents (B, C, h, w) of pictures that differ in nothing but texts and seeds."""
+        others = [None] * len(pictures) if negatives is None else negatives
+        return torch.cat([self.draw_sample(*parts) for parts in zip(pictures, positives, others, strict=True)])
 
     @abstractmethod
     def decode_images(self, vae: Any, latents: Tensor) -> Tensor:

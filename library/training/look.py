@@ -49,7 +49,7 @@ def look_at_timesteps(options: Any, architecture: Architecture) -> None:
     path = output_path(options, TIMESTEPS)
     check_writable(path.parent, "--output_dir")
     flow, sizes = getattr(options, "flow", None), {(0, 0): 1.0}
-    if flow is not None and flow.timestep_sampling == "flux_shift":
+    if flow is not None and flow.depends_on_sizes:
         sizes = latent_sizes(read_training_set(options, architecture))
     from library.files.atomic import write_atomically
     from library.training.timestep_picture import ddpm_shares, draw_timesteps, flow_shares, shares_lines

@@ -282,7 +282,7 @@ def checked_prompts(options: Any) -> tuple[SamplePrompt, ...]:
 
 
 def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architecture, options: Any) -> Iterator[str]:
-    texts = [(prompt.index, text) for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or "")]
+    texts = list(_encoded_texts(prompts, architecture, options))
     cut = dict(architecture.cut_prompts([text for _, text in texts], options))
     lost = (f"prompt {index + 1} {lost_text(text, cut[text])}" for index, text in texts if text in cut)
     for warning in (*sample_warnings(prompts, architecture.prompt_settings, architecture.name), *lost):
@@ -336,17 +336,23 @@ def make_caches(options: Any, architecture: Architecture, layouts: Any, training
             training_set,
             with_base_weights(architecture.text_recipe(layouts, options), options.network),
             variants=variants,
-            extra_texts=prompt_texts(prompts, architecture),
+            extra_texts=prompt_texts(prompts, architecture, options),
             on_disk=caches.cache_text_encoder_outputs_to_disk,
             **where,
         )
     return latent_cache, text_cache
 
 
-def prompt_texts(prompts: tuple[SamplePrompt, ...], architecture: Architecture) -> tuple[str, ...]:
+def prompt_texts(prompts: tuple[SamplePrompt, ...], architecture: Architecture, options: Any) -> tuple[str, ...]:
     """Texts besides captions whose conditioning a run needs; the empty one, for dropout, every cache has by itself."""
-    texts = (text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt or ""))
-    return tuple(cached_prompt(text, architecture) for text in texts)
+    return tuple(cached_prompt(text, architecture) for _, text in _encoded_texts(prompts, architecture, options))
+
+
+def _encoded_texts(prompts: tuple[SamplePrompt, ...], architecture: Architecture, options: Any) -> Iterator[tuple[int, str]]:
+    """(the prompt's number, text) of what is encoded for sample pictures."""
+    for prompt in prompts:
+        yield prompt.index, architecture.positive_prompt(prompt.prompt, options)
+        yield prompt.index, prompt.negative_prompt or ""
 
 
 def cached_prompt(text: str, architecture: Architecture) -> str:

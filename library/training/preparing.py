@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.dataset.batch import Batch
 from library.dataset.conditioning import Conditioning
 from library.errors import OptionError
 from library.nn.attention import use_attention
@@ -53,7 +54,7 @@ class ModelPreparation(CacheFilling):
         prepare_fp8(self.options, self.denoiser, self.fp8_layers(), device=self.device)
         encoders: list[nn.Module | None] = []
         if self.options.trains_text_encoder:
-            self.text_encoder = self.build_text_encoder()
+            self.text_encoder = self.build_live_encoder()
             models, rates = list(self.text_models(self.text_encoder)), self.options.text_rates
             encoders = networks.with_gaps(self.options.network.network_module, models, rates)
             self.trained_encoders = [encoder for encoder in encoders if encoder is not None]
@@ -120,7 +121,7 @@ class ModelPreparation(CacheFilling):
     @property
     def live_encoders(self) -> LiveEncoders:
         return LiveEncoders(
-            text=self.run.text_cache is None,
+            text=self.run.text_cache is None or self.options.trains_text_encoder,
             vae=self.run.latent_cache is None,
             text_in_fp8=self.options.memory.fp8_base,
             text_is_trained=self.options.trains_text_encoder,
@@ -135,7 +136,7 @@ class ModelPreparation(CacheFilling):
     def load_models(self) -> None:
         """Loads the denoiser and what must encode at every step, and merges --base_weights into them."""
         if self.run.text_cache is None:
-            self.text_encoder = self.text_encoder or self.build_text_encoder()
+            self.text_encoder = self.text_encoder or self.build_live_encoder()
         encoders = self.text_models(self.text_encoder) if self.text_encoder is not None else []
         wait_for_merging(self.options, self.denoiser, *encoders)
         place = denoiser_place(self.options, self.denoiser, self.device)
@@ -157,6 +158,14 @@ class ModelPreparation(CacheFilling):
             self.vae = self.load_vae(device=self.device, dtype=self.vae_dtype)
         self.objective = self.create_objective()
 
+    def text_of(self, batch: Batch) -> Conditioning:
+        """The batch's text: as the encoders make it now, from the cache, or of both, where only some encoders are cached."""
+        cached = None if self.run.text_cache is None else batch.text
+        if cached is not None and not self.trained_encoders:
+            return cached
+        live = self.encoded_text(batch.captions)
+        return live if cached is None else self.completed_text(live, cached)
+
     def encoded_text(self, captions: Sequence[str], *, as_prompts: bool = False) -> Conditioning:
         """With gradients for a network on the text encoder, where there is one, and in autocast: a network of somebody else's may
         be float32 throughout."""
@@ -167,9 +176,13 @@ class ModelPreparation(CacheFilling):
             return encode(self.text_encoder, captions)
 
     def prompt_conditioning(self, text: str) -> Conditioning:
-        if self.run.text_cache is not None:
-            return self.run.text_cache.load_text(cached_prompt(text, self.run.architecture), kind=self.prompt_type())
-        return self.encoded_text([text], as_prompts=True)
+        """Of a text for sample pictures, on the device."""
+        cache = self.run.text_cache
+        cached = None if cache is None else cache.load_text(cached_prompt(text, self.run.architecture), kind=self.prompt_type())
+        if cached is not None and not self.trained_encoders:
+            return cached.to(self.device)
+        live = self.encoded_text([text], as_prompts=True).to(self.device)
+        return live if cached is None else self.completed_text(live, cached.to(self.device))
 
     @contextmanager
     def vae_on_device(self) -> Iterator[None]:
