@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from library.options.ddpm import ClipOptions, DdpmOptions
 from library.options.declare import opt
-from library.options.flow import FlowOptions
+from library.options.flow import AnimaFlowOptions
 from library.options.memory import BlockMemoryOptions
 from library.options.rules import at_least, belongs_elsewhere, even
 from library.options.samples import SAMPLERS, SampleOptions
@@ -102,7 +102,7 @@ class AnimaTrainOptions(TrainOptions):
     MODEL: ClassVar[str] = "Anima"
 
     anima: AnimaOptions = field(default_factory=AnimaOptions)
-    flow: FlowOptions = field(default_factory=FlowOptions)
+    flow: AnimaFlowOptions = field(default_factory=AnimaFlowOptions)
     memory: BlockMemoryOptions = field(default_factory=BlockMemoryOptions)
     rates: ComponentRates = field(default_factory=ComponentRates)
     samples: AnimaSampleOptions = field(default_factory=AnimaSampleOptions)
@@ -136,7 +136,7 @@ class AnimaTrainOptions(TrainOptions):
     @property
     def needs_dataset(self) -> bool:
         """flux_shift depends on the sizes of the pictures."""
-        return TrainOptions.needs_dataset.fget(self) or self.flow.timestep_sampling == "flux_shift"  # type: ignore[attr-defined]
+        return TrainOptions.needs_dataset.fget(self) or self.flow.depends_on_sizes  # type: ignore[attr-defined]
 
     def _component_rate_problems(self) -> Iterator[str]:
         if not self.network.network_train_text_encoder_only:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from library.training.loss.ddpm import NoiseLevels
-from library.training.loss.losses import flow_loss_weights
+from library.training.loss.losses import flow_loss_weights, image_scale
 from library.training.loss.timesteps import TABLE_STEPS, resolution_mu, sample_sigmas, sigma_sampler
 
 if TYPE_CHECKING:
@@ -52,13 +52,20 @@ class TimestepShares:
 def flow_shares(flow: FlowOptions, sizes: Sizes) -> TimestepShares:
     """How often each noise level is trained, over images of ``sizes``, and how much it counts in the loss."""
     middles = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
-    draws = middles if sigma_sampler(flow).draw == "uniform" else torch.special.ndtri(middles)
+    sampler = sigma_sampler(flow)
+    draws = middles if sampler.draw == "uniform" else torch.special.ndtri(middles)
     share = 1 / sum(sizes.values()) / QUANTILES
-    parts = [(sample_sigmas(draws, flow, latent_hw=size).double(), times * share) for size, times in sizes.items()]
+    parts = [(sample_sigmas(draws, flow, latent_hw=size), times * share) for size, times in sizes.items()]
     sigmas = torch.cat([part for part, _ in parts])
-    chances = torch.cat([torch.full_like(part, chance) for part, chance in parts])
-    weights = flow_loss_weights(flow.weighting_scheme, sigmas.float()).double()
-    return _shares(sigmas, chances, weights, _flow_settings(flow, sizes))
+    chances = torch.cat([torch.full_like(part, chance, dtype=torch.float64) for part, chance in parts])
+    levels = sigmas.double() + TABLE_STEP if sampler.rounds_down else sigmas.double()  # as those of a table of noise levels
+    return _shares(levels, chances, squared_error_weights(flow, sigmas).double(), _flow_settings(flow, sizes))
+
+
+def squared_error_weights(flow: FlowOptions, sigmas: Tensor) -> Tensor:
+    """How much the squared error of a velocity counts in the loss at each sigma (N,)."""
+    weights = flow_loss_weights(flow.loss_weighting, sigmas)
+    return weights * image_scale(flow.loss_weighting, sigmas) ** 2 if flow.judges_image else weights
 
 
 def ddpm_shares(ddpm: DdpmTrainingOptions) -> TimestepShares:
@@ -92,13 +99,8 @@ def _ddpm_settings(ddpm: DdpmTrainingOptions) -> str:
 
 def _flow_settings(flow: FlowOptions, sizes: Sizes) -> str:
     """The settings that act, as flags."""
-    named = {"sigmoid": ("sigmoid_scale",), "shift": ("sigmoid_scale", "discrete_flow_shift"), "sigma": ("discrete_flow_shift",),
-             "flux_shift": ("sigmoid_scale",)}.get(flow.timestep_sampling, ())  # fmt: skip
-    scheme = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)} if flow.timestep_sampling == "sigma" else {}
-    names = ("timestep_sampling", *named, "weighting_scheme", *scheme.get(flow.weighting_scheme, ()))
-    bounds = [name for name in ("min_timestep", "max_timestep") if getattr(flow, name) is not None]
-    parts = [f"--{name}={getattr(flow, name)}" for name in (*names, *bounds)]
-    if flow.timestep_sampling == "flux_shift":
+    parts = [f"--{name}={getattr(flow, name)}" for name in flow.acting]
+    if flow.depends_on_sizes:
         shifts = [math.exp(resolution_mu(size)) for size in sizes]
         parts.append(f"(shift {min(shifts):.2f} to {max(shifts):.2f} by the sizes of the pictures)")
     return " ".join(parts)

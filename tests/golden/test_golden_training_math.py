@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from golden_files import Golden, load_golden, relative_error
-from library.options.flow import FlowOptions
+from library.options.flow import AnimaFlowOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.training.loss.losses import elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
@@ -31,8 +31,8 @@ def trace() -> Golden:
     return load_golden("anima/mini_training_trace.safetensors")
 
 
-def flow_options(args: dict) -> FlowOptions:
-    return FlowOptions(**{field.name: args[field.name] for field in fields(FlowOptions) if field.name in args})
+def flow_options(args: dict) -> AnimaFlowOptions:
+    return AnimaFlowOptions(**{field.name: args[field.name] for field in fields(AnimaFlowOptions) if field.name in args})
 
 
 def loss_options(**changes) -> LossOptions:

@@ -10,7 +10,7 @@ from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.layout import config_from_shapes
 from library.nn.loading import load_into
-from library.options.flow import FlowOptions
+from library.options.flow import AnimaFlowOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
@@ -54,7 +54,7 @@ def test_five_steps():
     schedule = create_schedule(optimizer, ScheduleOptions(), total_steps=5, optimizer=optimizer_options)
     gradients = Gradients([p for group in groups for p in group["params"]], max_norm=optimizer_options.max_grad_norm)
     objective = FlowObjective(
-        FlowOptions(timestep_sampling=setup["timestep_sampling"], weighting_scheme="none"), NoiseOptions(), LossOptions()
+        AnimaFlowOptions(timestep_sampling=setup["timestep_sampling"], weighting_scheme="none"), NoiseOptions(), LossOptions()
     )
     for step in range(5):
         inputs = {name.split("/")[1]: tensor for name, tensor in trace.inputs.items() if name.startswith(f"step{step}/")}

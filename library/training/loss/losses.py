@@ -109,7 +109,7 @@ HUBER_SCHEDULES: dict[str, Callable[[LossOptions, Tensor, Tensor | None], Tensor
 
 
 def flow_loss_weights(weighting_scheme: str, sigmas: Tensor) -> Tensor:
-    """Weight of each sample's loss (B,), from its sigma (B,). Schemes that only change what is drawn weigh 1."""
+    """Weight of each sample's loss (B,), from its sigma (B,). Schemes that only change what is drawn weigh 1. All are finite."""
     weigh = LOSS_WEIGHTINGS.get(weighting_scheme)
     return torch.ones_like(sigmas) if weigh is None else weigh(sigmas)
 
@@ -123,3 +123,12 @@ def _cosmap(sigmas: Tensor) -> Tensor:
 
 
 LOSS_WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"sigma_sqrt": _sigma_sqrt, "cosmap": _cosmap}
+
+
+def image_scale(weighting_scheme: str, sigmas: Tensor) -> Tensor:
+    """What an error of the velocity is multiplied with to be one of the guessed image, ``x_t - sigma * velocity``: sigma (B,).
+
+    At sigma 0 the scheme ``sigma_sqrt`` gets the smallest sigma that its weights know: there 1/sigma^2 times the squared error of
+    the image, 0 times infinity, is the squared error of the velocity, as at every other sigma.
+    """
+    return sigmas.clamp_min(SMALLEST_WEIGHTED_SIGMA) if weighting_scheme == "sigma_sqrt" else sigmas

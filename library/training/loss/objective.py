@@ -3,6 +3,11 @@
 One class for each family, with the methods of :class:`Objective`. :class:`FlowObjective` is rectified flow (Anima, Lumina, SD3):
 x_t = sigma * noise + (1 - sigma) * x_0, and the denoiser predicts the velocity noise - x_0. ``DdpmObjective`` of
 library/training/loss/ddpm.py is the other one (Stable Diffusion 1, 2 and XL).
+
+The loss of a flow model compares velocities, or guesses of the image (SD3; Lumina with ``sigma_scaled``): these are
+x_t - sigma * velocity, so that their errors are sigma times those of the velocity, with the other sign, and no loss asks for the
+sign. With extra noise on the input (ip_noise_gamma) too it is the error of the velocity that counts, so that this noise stays out
+of what is learned.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import torch
 from torch import Tensor
 
 from library.errors import OptionError
-from library.training.loss.losses import elementwise_loss, flow_loss_weights, per_sample_mean
+from library.training.loss.losses import elementwise_loss, flow_loss_weights, image_scale, per_sample_mean
 from library.training.loss.noise import Draws, model_input_noise, training_noise
 from library.training.loss.timesteps import sample_sigmas, sigma_sampler
 from library.training.validating.validation_plan import validation_timesteps
@@ -95,7 +100,7 @@ class FlowObjective:
             sigmas=sigmas,
             timesteps=sigmas * TIMESTEPS,
             target=noise - latents,
-            loss_weights=flow_loss_weights(self.flow.weighting_scheme, sigmas),
+            loss_weights=flow_loss_weights(self.flow.loss_weighting, sigmas),
         )
 
     def validation_timesteps(self) -> tuple[int, ...]:
@@ -107,11 +112,15 @@ class FlowObjective:
         return self.corrupt_with(latents, noise, sigmas, dtype=dtype)
 
     def loss(self, prediction: Tensor, noisy: NoisyLatents, *, sample_weights: Tensor, mask: Tensor | None = None) -> Tensor:
-        loss = elementwise_loss(prediction, noisy.target, self.loss_options, timesteps=noisy.timesteps)
+        target = noisy.target
+        if self.flow.judges_image:
+            scale = image_scale(self.flow.loss_weighting, noisy.sigmas).reshape(-1, 1, 1, 1)
+            prediction, target = scale * prediction.float(), scale * target
+        loss = elementwise_loss(prediction, target, self.loss_options, timesteps=noisy.timesteps)
         return per_sample_mean(loss, mask) * noisy.loss_weights * sample_weights
 
     def loss_settings(self) -> tuple[object, ...]:
-        return self.loss_options, self.flow.weighting_scheme
+        return self.loss_options, self.flow.loss_weighting, self.flow.judges_image
 
     def _draw_sigmas(self, draws: Draws, latent_hw: tuple[int, int]) -> Tensor:
         raw = draws.normal("timestep") if sigma_sampler(self.flow).draw == "normal" else draws.uniform("timestep")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from library.options.flow import SampledFlowOptions, Sd3FlowOptions
+
 if TYPE_CHECKING:
     from library.options.flow import FlowOptions
 
@@ -27,25 +29,26 @@ DrawKind = Literal["uniform", "normal"]
 
 @dataclass(frozen=True, slots=True)
 class SigmaSampler:
-    """``draw``: distribution of the raw numbers, U(0, 1) or N(0, 1). ``to_sigmas(draws (B,), flow, latent (h, w)) -> (B,)``."""
+    """``draw``: distribution of the raw numbers, U(0, 1) or N(0, 1). ``to_sigmas(draws (B,), latent (h, w)) -> (B,)``, in the
+    range of --min_timestep and --max_timestep. ``rounds_down``: the timesteps are whole numbers, 0 to 999."""
 
     draw: DrawKind
-    to_sigmas: Callable[[Tensor, FlowOptions, tuple[int, int]], Tensor]
+    to_sigmas: Callable[[Tensor, tuple[int, int]], Tensor]
+    rounds_down: bool = False
 
 
 def sigma_sampler(flow: FlowOptions) -> SigmaSampler:
-    """The sampler that ``--timestep_sampling`` names; ``sigma`` draws from the density that ``--weighting_scheme`` names."""
-    if flow.timestep_sampling == "sigma":
-        density = DENSITIES[flow.weighting_scheme]
-        return SigmaSampler(
-            density.draw, lambda draws, flow, size_hw: table_sigmas(density.to_unit(draws, flow), flow.discrete_flow_shift)
-        )
-    return SIGMA_SAMPLERS[flow.timestep_sampling]
+    """The sampler of the options: SD3's densities, or what ``--timestep_sampling`` names."""
+    if isinstance(flow, Sd3FlowOptions):
+        return _whole_timestep_sampler(flow)
+    assert isinstance(flow, SampledFlowOptions)
+    sampling = _table_sampling(flow) if flow.timestep_sampling == "sigma" else SAMPLINGS[flow.timestep_sampling]
+    return SigmaSampler(sampling.draw, lambda draws, latent_hw: into_range(sampling.to_sigmas(draws, flow, latent_hw), flow))
 
 
 def sample_sigmas(draws: Tensor, flow: FlowOptions, *, latent_hw: tuple[int, int]) -> Tensor:
     """Raw draws (B,) of the sampler's kind -> sigmas (B,) float32, in the range of --min_timestep and --max_timestep."""
-    return into_range(sigma_sampler(flow).to_sigmas(draws.float(), flow, latent_hw), flow)
+    return sigma_sampler(flow).to_sigmas(draws.float(), latent_hw)
 
 
 def into_range(sigmas: Tensor, flow: FlowOptions) -> Tensor:
@@ -55,9 +58,14 @@ def into_range(sigmas: Tensor, flow: FlowOptions) -> Tensor:
     """
     if flow.min_timestep is None and flow.max_timestep is None:
         return sigmas
-    low = (flow.min_timestep or 0) / 1000
-    high = (1000 if flow.max_timestep is None else flow.max_timestep) / 1000
+    low, high = (bound / TABLE_STEPS for bound in flow.timestep_bounds)
     return low + (high - low) * sigmas
+
+
+def whole_timesteps(levels: Tensor, flow: FlowOptions) -> Tensor:
+    """Levels in [0, 1], 1 = most noise -> whole timesteps (float32), min_timestep and up, below max_timestep."""
+    low, high = flow.timestep_bounds
+    return (levels * (high - low) + low).floor().clamp(low, high - 1)
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
@@ -82,33 +90,66 @@ def table_sigmas(unit: Tensor, shift: float) -> Tensor:
     return shift_sigmas((TABLE_STEPS - index) / TABLE_STEPS, shift)
 
 
-def _uniform(draws: Tensor, flow: FlowOptions, latent_hw: tuple[int, int]) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What ``--timestep_sampling`` names: ``to_sigmas(draws (B,), flow, latent (h, w)) -> (B,)`` in [0, 1]."""
+
+    draw: DrawKind
+    to_sigmas: Callable[[Tensor, SampledFlowOptions, tuple[int, int]], Tensor]
+
+
+def _uniform(draws: Tensor, flow: SampledFlowOptions, latent_hw: tuple[int, int]) -> Tensor:
     return draws
 
 
-def _sigmoid(draws: Tensor, flow: FlowOptions, latent_hw: tuple[int, int]) -> Tensor:
+def _sigmoid(draws: Tensor, flow: SampledFlowOptions, latent_hw: tuple[int, int]) -> Tensor:
     return torch.sigmoid(flow.sigmoid_scale * draws)
 
 
-def _shift(draws: Tensor, flow: FlowOptions, latent_hw: tuple[int, int]) -> Tensor:
+def _shift(draws: Tensor, flow: SampledFlowOptions, latent_hw: tuple[int, int]) -> Tensor:
     return shift_sigmas(torch.sigmoid(flow.sigmoid_scale * draws), flow.discrete_flow_shift)
 
 
-def _flux_shift(draws: Tensor, flow: FlowOptions, latent_hw: tuple[int, int]) -> Tensor:
+def _nextdit_shift(draws: Tensor, flow: SampledFlowOptions, latent_hw: tuple[int, int]) -> Tensor:
+    return time_shift(draws, resolution_mu(latent_hw))
+
+
+def _flux_shift(draws: Tensor, flow: SampledFlowOptions, latent_hw: tuple[int, int]) -> Tensor:
     return time_shift(torch.sigmoid(flow.sigmoid_scale * draws), resolution_mu(latent_hw))
 
 
-SIGMA_SAMPLERS: dict[str, SigmaSampler] = {
-    "uniform": SigmaSampler("uniform", _uniform),
-    "sigmoid": SigmaSampler("normal", _sigmoid),
-    "shift": SigmaSampler("normal", _shift),
-    "flux_shift": SigmaSampler("normal", _flux_shift),
+SAMPLINGS: dict[str, Sampling] = {
+    "uniform": Sampling("uniform", _uniform),
+    "sigmoid": Sampling("normal", _sigmoid),
+    "shift": Sampling("normal", _shift),
+    "nextdit_shift": Sampling("uniform", _nextdit_shift),
+    "flux_shift": Sampling("normal", _flux_shift),
 }
+
+
+def _table_sampling(flow: SampledFlowOptions) -> Sampling:
+    """``sigma``: places in a table of timesteps, drawn from the density that ``--weighting_scheme`` names."""
+    density = DENSITIES[flow.weighting_scheme]
+    return Sampling(
+        density.draw, lambda draws, flow, latent_hw: table_sigmas(density.to_unit(draws, flow), flow.discrete_flow_shift)
+    )
+
+
+def _whole_timestep_sampler(flow: Sd3FlowOptions) -> SigmaSampler:
+    """SD3: the density's number is the noise level itself, before the shift and before it is rounded down."""
+    density = DENSITIES[flow.weighting_scheme]
+
+    def to_sigmas(draws: Tensor, latent_hw: tuple[int, int]) -> Tensor:
+        levels = density.to_unit(draws, flow).clamp(0, 1)  # a steep mode leaves the range
+        return whole_timesteps(shift_sigmas(levels, flow.training_shift), flow) / TABLE_STEPS
+
+    return SigmaSampler(density.draw, to_sigmas, rounds_down=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Density:
-    """Where in a table of timesteps to look: ``to_unit(draws (B,), flow) -> (B,)`` in [0, 1], 0 = most noise."""
+    """``to_unit(draws (B,), flow) -> (B,)`` in [0, 1]: where in a falling table of timesteps to look (0 = most noise), or a noise
+    level (1 = most noise)."""
 
     draw: DrawKind
     to_unit: Callable[[Tensor, FlowOptions], Tensor]

@@ -9,7 +9,7 @@ from library.errors import OptionError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.options.ddpm import DdpmTrainingOptions
-from library.options.flow import TIMESTEP_SAMPLINGS, FlowOptions
+from library.options.flow import TIMESTEP_SAMPLINGS, AnimaFlowOptions
 from library.options.sd import StableDiffusionTrainOptions
 from library.training.look import look
 from library.training.loss.losses import flow_loss_weights
@@ -19,7 +19,7 @@ from library.training.timestep_picture import BINS, ddpm_shares, flow_shares
 SIZES = {(128, 128): 3.0, (64, 64): 1.0}
 
 
-def drawn_at_random(flow: FlowOptions, count: int = 400_000) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn_at_random(flow: AnimaFlowOptions, count: int = 400_000) -> tuple[torch.Tensor, torch.Tensor]:
     """Shares of BINS parts of [0, 1], as the trainer's own draws give them; by number and by weight."""
     generator = torch.Generator().manual_seed(1)
     sigmas = []
@@ -36,7 +36,7 @@ def drawn_at_random(flow: FlowOptions, count: int = 400_000) -> tuple[torch.Tens
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "cosmap"])
 @pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)
 def test_curves_are_those_of_the_draws(sampling, scheme):
-    flow = FlowOptions(timestep_sampling=sampling, weighting_scheme=scheme, discrete_flow_shift=2.0, min_timestep=100)
+    flow = AnimaFlowOptions(timestep_sampling=sampling, weighting_scheme=scheme, discrete_flow_shift=2.0, min_timestep=100)
     shares = flow_shares(flow, SIZES)
     drawn, weighed = drawn_at_random(flow)
     assert (shares.drawn - drawn).abs().max() < 0.002 and (shares.weighed - weighed).abs().max() < 0.002
@@ -73,7 +73,7 @@ def test_flux_shift_needs_the_pictures(tmp_path):
 
 
 def test_the_levels_of_a_table_give_a_smooth_curve():
-    flow = FlowOptions(timestep_sampling="sigma", weighting_scheme="none")
+    flow = AnimaFlowOptions(timestep_sampling="sigma", weighting_scheme="none")
     shares = flow_shares(flow, SIZES)
     assert torch.allclose(shares.drawn, torch.full_like(shares.drawn, 1 / BINS))
 

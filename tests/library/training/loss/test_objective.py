@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from library.errors import OptionError
-from library.options.flow import FlowOptions
+from library.options.flow import AnimaFlowOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.training.loss.objective import FlowObjective, NoisyLatents
 
-GROUPS = (FlowOptions, NoiseOptions, LossOptions)
+GROUPS = (AnimaFlowOptions, NoiseOptions, LossOptions)
 LATENTS = torch.randn(4, 16, 8, 12, generator=torch.Generator().manual_seed(1))
 
 

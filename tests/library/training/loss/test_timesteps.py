@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.options.flow import FlowOptions
+from library.options.flow import AnimaFlowOptions
 from library.training.loss.timesteps import (
     DENSITIES,
-    SIGMA_SAMPLERS,
+    SAMPLINGS,
     sample_sigmas,
     shift_sigmas,
     sigma_sampler,
@@ -17,17 +17,17 @@ from library.training.loss.timesteps import (
 COUNT = 40_000
 
 
-def flow(**changes) -> FlowOptions:
-    return FlowOptions(**changes)
+def flow(**changes) -> AnimaFlowOptions:
+    return AnimaFlowOptions(**changes)
 
 
-def sigmas_of(options: FlowOptions, count: int = COUNT) -> torch.Tensor:
+def sigmas_of(options: AnimaFlowOptions, count: int = COUNT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     make = torch.randn if sigma_sampler(options).draw == "normal" else torch.rand
     return sample_sigmas(make(count, generator=generator), options, latent_hw=(64, 64))
 
 
-@pytest.mark.parametrize("name", [*SIGMA_SAMPLERS, *(f"sigma/{density}" for density in DENSITIES)])
+@pytest.mark.parametrize("name", [*SAMPLINGS, *(f"sigma/{density}" for density in DENSITIES)])
 def test_sigmas_are_in_range(name):
     sampling, _, scheme = name.partition("/")
     sigmas = sigmas_of(flow(timestep_sampling=sampling, weighting_scheme=scheme or "uniform", discrete_flow_shift=3.0))
@@ -91,7 +91,7 @@ def test_mode_scale_zero_is_uniform():
 
 
 @pytest.mark.parametrize(("low", "high"), [(200, 800), (None, 500), (300, None), (400, 400)])
-@pytest.mark.parametrize("sampling", [*SIGMA_SAMPLERS, "sigma"])
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, "sigma"])
 def test_timestep_bounds(sampling, low, high):
     options = flow(timestep_sampling=sampling, min_timestep=low, max_timestep=high)
     free = sigmas_of(flow(timestep_sampling=sampling), 500)
