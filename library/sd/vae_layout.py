@@ -1,11 +1,14 @@
-"""The image coder of Stable Diffusion 1.x, 2.x and SDXL in a file: sizes and key names. Needs no torch.
+"""The image coder of Stable Diffusion 1.x, 2.x and SDXL (4 latent channels) or of SD3, FLUX and Lumina (16) in a file: sizes and
+key names. Needs no torch.
 
 The module is diffusers' AutoencoderKL. The original layout counts the decoder's levels from full resolution, diffusers from the
 latents; the original keeps the projections of the attention as 1x1 convolutions; diffusers named them otherwise before 0.17.
+Those of 16 channels have no 1x1 convolutions around the latents.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +22,11 @@ from library.files.model_path import recognise_keys, with_article
 from library.files.weights_source import Part, Piece, WeightsSource, changed_shape
 
 STRIDE = 8  # pixels per latent; the whole project counts on it
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 4  # of Stable Diffusion 1.x, 2.x and SDXL
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 PREFIXES = ("first_stage_model.", "vae.", "")
 IGNORED = ("loss.", "model_ema.")  # of the coder's own training
-KIND = "Stable Diffusion VAE"
+KINDS = {LATENT_CHANNELS: "Stable Diffusion VAE", 16: "VAE of SD3, FLUX or Lumina"}  # by latent channels
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,7 +39,9 @@ class VaeConfig:
     blocks: int = 2  # residual blocks of a level of the encoder; the decoder has one more
     latent_channels: int = LATENT_CHANNELS
     norm_groups: int = 32
+    quant: bool = True  # has 1x1 convolutions around the latents
     scale: float | None = None  # of the latents, where a config file says it; else it is the architecture's
+    shift: float | None = None  # taken off before the scale; the same holds
 
 
 PUBLISHED = VaeConfig()
@@ -57,19 +62,20 @@ def find_vae(keys: Shapes) -> VaePlace | None:
     return next((place for place in places if place.prefix + marks[place.layout] in keys), None)
 
 
-def vae_part(source: WeightsSource, *, prefix: str, layout: str) -> Part[VaeConfig]:
-    """The coder whose keys begin with ``prefix``, in the "original" or the "diffusers" ``layout``.
+def vae_part(source: WeightsSource, *, prefix: str, layout: str, channels: int = LATENT_CHANNELS) -> Part[VaeConfig]:
+    """The coder whose keys begin with ``prefix``, in the "original" or the "diffusers" ``layout``. ``channels``: of the
+    latents that the denoiser wants.
 
     Raises one CheckpointError about all keys and shapes that are wrong, or naming the other model that the file holds.
     """
     own = {key[len(prefix) :]: shape for key, shape in source.shapes.items() if key.startswith(prefix)}
     own = {key: shape for key, shape in own.items() if not key.startswith(IGNORED)}
-    config = _config(source, own, layout, settings=_settings(source, prefix))
+    config = _config(source, own, layout, settings=_settings(source, prefix), channels=channels)
     pieces = vae_pieces(config, layout, is_old="decoder.mid_block.attentions.0.query.weight" in own)
     shapes = {piece.key: changed_shape(own[piece.key], piece.change) for piece in pieces.values() if piece.key in own}
     expected = {pieces[name].key: shape for name, shape in module_shapes(config).items()}
     if problems := compare_keys({**own, **shapes}, expected):
-        raise CheckpointError(f"{source.path} is not a complete {KIND}: {problems}")
+        raise CheckpointError(f"{source.path} is not a complete {KINDS[channels]}: {problems}")
     with_prefix = {name: Piece(prefix + piece.key, piece.change) for name, piece in pieces.items()}
     return Part(source=source, config=config, pieces=with_prefix)
 
@@ -77,20 +83,23 @@ def vae_part(source: WeightsSource, *, prefix: str, layout: str) -> Part[VaeConf
 # ---------------------------------------------------------------- sizes
 
 
-def _config(source: WeightsSource, own: Shapes, layout: str, *, settings: Mapping[str, Any]) -> VaeConfig:
+def _config(source: WeightsSource, own: Shapes, layout: str, *, settings: Mapping[str, Any], channels: int) -> VaeConfig:
     level = r"encoder\.down\.(\d+)\.block\.0\." if layout == ORIGINAL else r"encoder\.down_blocks\.(\d+)\.resnets\.0\."
     block = r"encoder\.down\.0\.block\.(\d+)\." if layout == ORIGINAL else r"encoder\.down_blocks\.0\.resnets\.(\d+)\."
     widths = {int(m[1]): shape[0] for key, shape in own.items() if (m := re.fullmatch(level + r"conv1\.weight", key))}
     blocks = {int(m[1]) for key in own if (m := re.match(block, key))}
     into_decoder = own.get("decoder.conv_in.weight", ())
     if not widths or not blocks or len(into_decoder) != 4:
-        raise CheckpointError(f"{source.path} holds no {KIND}{_other_model(source)}")
-    _check_family(source, channels=into_decoder[1], levels=len(widths))
+        raise CheckpointError(f"{source.path} holds no {KINDS[channels]}{_other_model(source)}")
+    _check_family(source, found=into_decoder[1], wanted=channels, levels=len(widths))
     config = VaeConfig(
         widths=tuple(widths[number] for number in sorted(widths)),
         blocks=len(blocks),
         norm_groups=int(_positive(source, settings, ("norm_groups", "norm_num_groups"), PUBLISHED.norm_groups)),
+        latent_channels=channels,
+        quant=_has_quant(own, settings, channels),
         scale=_positive(source, settings, ("scaling_factor",), None),
+        shift=_shift(source, settings),
     )
     _check_groups(source, config)
     return config
@@ -103,16 +112,14 @@ def _other_model(source: WeightsSource) -> str:
     return f": it is {with_article(kind)}"
 
 
-def _check_family(source: WeightsSource, *, channels: int, levels: int) -> None:
-    if channels != LATENT_CHANNELS:
-        whose = " (those of SD3, FLUX and Lumina have 16)" if channels == 16 else ""
-        raise CheckpointError(
-            f"{source.path} is a VAE of {channels} latent channels{whose}; Stable Diffusion 1.x, 2.x and SDXL need one of "
-            f"{LATENT_CHANNELS}"
-        )
+def _check_family(source: WeightsSource, *, found: int, wanted: int, levels: int) -> None:
+    if found != wanted:
+        whose = f" (it is a {KINDS[found]})" if found in KINDS else ""
+        needs = "Stable Diffusion 1.x, 2.x and SDXL need" if wanted == LATENT_CHANNELS else "SD3 and Lumina need"
+        raise CheckpointError(f"{source.path} is a VAE of {found} latent channels{whose}; {needs} one of {wanted}")
     if 2 ** (levels - 1) != STRIDE:
         raise CheckpointError(
-            f"{source.path} makes one latent of {2 ** (levels - 1)} pixels; the VAEs of Stable Diffusion and SDXL have {STRIDE}"
+            f"{source.path} makes one latent of {2 ** (levels - 1)} pixels; the VAEs that are trained on have {STRIDE}"
         )
 
 
@@ -127,9 +134,12 @@ def _check_groups(source: WeightsSource, config: VaeConfig) -> None:
 
 def _settings(source: WeightsSource, prefix: str) -> Mapping[str, Any]:
     """What shapes cannot tell: ``vae`` of the ``config`` entry in a safetensors header, else a coder's config.json beside it."""
-    described = header_settings(source.metadata).get("vae")
+    header = header_settings(source.metadata)
+    described = header.get("vae")
     if isinstance(described, dict):
         return described
+    if not prefix and not {"norm_groups", "norm_num_groups"}.isdisjoint(header):  # the header of a file of one model
+        return header
     if prefix:  # beside a file of several models may lie any model's
         return {}
     path = Path(source.path)
@@ -147,13 +157,27 @@ def _positive(source: WeightsSource, settings: Mapping[str, Any], names: tuple[s
     return value
 
 
+def _shift(source: WeightsSource, settings: Mapping[str, Any]) -> float | None:
+    value = settings.get("shift_factor")
+    if isinstance(value, bool) or not isinstance(value, int | float | None) or not math.isfinite(value or 0):
+        raise CheckpointError(f"the config of {source.path} says shift_factor = {value!r}; give a number")
+    return None if value is None else float(value)
+
+
+def _has_quant(own: Shapes, settings: Mapping[str, Any], channels: int) -> bool:
+    """Whether the 1x1 convolutions around the latents belong to the coder: a file of 4 channels that lacks them is damaged."""
+    if isinstance(said := settings.get("use_quant_conv"), bool):
+        return said
+    return channels == LATENT_CHANNELS or any(key.startswith(("quant_conv.", "post_quant_conv.")) for key in own)
+
+
 # ---------------------------------------------------------------- names
 
 
 def module_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
     """Every name and shape of the state dict of diffusers' AutoencoderKL of these sizes."""
     z, stem, top = config.latent_channels, config.widths[0], config.widths[-1]
-    shapes = dict([*_conv("quant_conv", 2 * z, 2 * z, 1), *_conv("post_quant_conv", z, z, 1)])
+    shapes = dict([*_conv("quant_conv", 2 * z, 2 * z, 1), *_conv("post_quant_conv", z, z, 1)] if config.quant else [])
     for side, first, last, end in (("encoder", (stem, 3), 2 * z, top), ("decoder", (top, z), 3, stem)):
         shapes.update(_conv(f"{side}.conv_in", *first, 3))
         shapes.update(_levels(config, side))

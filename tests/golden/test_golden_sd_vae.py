@@ -1,31 +1,25 @@
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 
-from library.files.open_weights import open_weights
-from library.files.safetensors_file import save_safetensors
 from library.sd.layout import SD_SCALE, SDXL_SCALE
-from library.sd.vae import load_vae, posterior_sample
-from library.sd.vae_layout import find_vae, vae_part
+from library.sd.vae import posterior_sample
 from tests.golden.golden_files import load_golden, relative_error
+from tests.golden.vae_of_golden import loaded_vae
 
 TOLERANCE = 2e-5  # the files allow 1e-4
 
 
-@pytest.mark.parametrize(("name", "scale"), [("sd/sd1_vae", SD_SCALE), ("sdxl/sdxl_vae", SDXL_SCALE)])
-def test_encoder_and_decoder(tmp_path, name, scale):
+@pytest.mark.parametrize(
+    ("name", "scale", "shift"),
+    [("sd/sd1_vae", SD_SCALE, 0.0), ("sdxl/sdxl_vae", SDXL_SCALE, 0.0), ("sd3/sd3_vae", 1.5305, 0.0609)],
+)
+def test_encoder_and_decoder(tmp_path, name, scale, shift):
     golden = load_golden(f"{name}.safetensors")
     sizes = golden.about["config"]
-    assert sizes["scale_factor"] == scale
-    header = {"config": json.dumps({"vae": {"norm_groups": sizes["norm_num_groups"]}})}
-    save_safetensors(tmp_path / "vae.safetensors", golden.weights, header)
-    source = open_weights(tmp_path / "vae.safetensors", flag="--vae")
-    place = find_vae(source.shapes)
-    assert place is not None
-    vae = load_vae(vae_part(source, prefix=place.prefix, layout=place.layout), device="cpu", dtype=torch.float32, scale=scale)
+    assert (sizes["scale_factor"], sizes.get("shift_factor", 0.0)) == (scale, shift)
+    groups, channels = sizes["norm_num_groups"], sizes.get("z_channels", 4)
+    vae = loaded_vae(golden, tmp_path, groups=groups, channels=channels, scale=scale, shift=shift)
     cases = {key.split("/")[0] for key in golden.inputs}
     assert cases
     for case in cases:
@@ -36,7 +30,7 @@ def test_encoder_and_decoder(tmp_path, name, scale):
         assert relative_error(log_variance, outputs["logvar"]) < TOLERANCE
         sample = posterior_sample(moments, golden.inputs[f"{case}/noise"])
         assert relative_error(sample, outputs["sample"]) < TOLERANCE
-        assert relative_error(sample * vae.scale, outputs["scaled"]) < TOLERANCE
+        assert relative_error(vae.scaled(sample), outputs["scaled"]) < TOLERANCE
         decoded = vae.decode(golden.inputs[f"{case}/scaled_latents_to_decode"])
         assert relative_error(decoded, outputs["decoded"]) < TOLERANCE
         if "decoded_u8" in outputs:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from library.files.open_weights import open_weights
+from library.files.safetensors_file import save_safetensors
 from library.sd.layout import SD_SCALE, SDXL_SCALE
 from library.sd.vae import load_vae, posterior_sample
 from library.sd.vae_layout import DIFFUSERS, ORIGINAL, vae_part
-from tests.library.sd.vae_files import write_vae, write_vae_folder
+from tests.library.sd.vae_files import HEADER, TINY_16, file_tensors_of, write_vae, write_vae_folder
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,36 @@ def test_the_scale_of_a_config_comes_before_the_architectures(tmp_path):
         path = write_vae_folder(tmp_path / str(scale), **settings)
         part = vae_part(open_weights(path, flag="--vae"), prefix="", layout=DIFFUSERS)
         assert load_vae(part, device="cpu", dtype=torch.float32, scale=SDXL_SCALE).scale == scale
+
+
+def test_latents_of_sixteen_channels_are_shifted_and_scaled_once(tmp_path):
+    path = write_vae(tmp_path / "vae.safetensors", config=TINY_16)
+    part = vae_part(open_weights(path, flag="--vae"), prefix="", layout=ORIGINAL, channels=16)
+    plain, shifted = (
+        load_vae(part, device="cpu", dtype=torch.float32, scale=scale, shift=shift) for scale, shift in ((1.0, 0.0), (0.5, 3.0))
+    )
+    raw, latents = (vae.encode(images(2), [1, 2]) for vae in (plain, shifted))
+    assert latents.shape == (2, 16, 2, 3)
+    torch.testing.assert_close(latents, (raw - 3) * 0.5)
+    torch.testing.assert_close(shifted.decode(latents), plain.decode(raw), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_a_mean_that_outweighs_its_deviation_keep_their_digits(tmp_path):
+    tensors = file_tensors_of(ORIGINAL)
+    tensors["encoder.conv_in.bias"] += 300
+    save_safetensors(tmp_path / "vae.safetensors", tensors, HEADER)
+    part = vae_part(open_weights(tmp_path / "vae.safetensors", flag="--vae"), prefix="", layout=ORIGINAL)
+    found, exact = (
+        load_vae(part, device="cpu", dtype=dtype, scale=1.0).moments(images(1)) for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("settings", "shift"), [({"shift_factor": 0.5}, 0.5), ({"shift_factor": 0}, 0.0), ({}, 0.0609)])
+def test_the_shift_of_a_config_comes_before_the_architectures(tmp_path, settings, shift):
+    path = write_vae_folder(tmp_path / "vae", model=TINY_16, **settings)
+    part = vae_part(open_weights(path, flag="--vae"), prefix="", layout=DIFFUSERS, channels=16)
+    assert load_vae(part, device="cpu", dtype=torch.float32, scale=1.5305, shift=0.0609).shift == shift
 
 
 @pytest.mark.gpu

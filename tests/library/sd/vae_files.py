@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from library.files.safetensors_file import save_safetensors
 from library.sd.vae_layout import DIFFUSERS, ORIGINAL, VaeConfig, module_shapes, vae_pieces
 
 TINY = VaeConfig(widths=(4, 8, 8, 8), blocks=1, norm_groups=2)
+TINY_16 = replace(TINY, latent_channels=16, quant=False)  # in the form of SD3's and FLUX'
 HEADER = {"config": json.dumps({"vae": {"norm_groups": TINY.norm_groups}})}
 
 
@@ -36,11 +38,11 @@ def write_vae(path: Path, layout: str = ORIGINAL, *, prefix: str = "", is_old: b
     return path
 
 
-def write_vae_folder(folder: Path, **settings: object) -> Path:
+def write_vae_folder(folder: Path, *, model: VaeConfig = TINY, **settings: object) -> Path:
     """As diffusers saves it; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKL", "norm_num_groups": TINY.norm_groups, **settings}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     path = folder / "diffusion_pytorch_model.safetensors"
-    save_safetensors(path, file_tensors_of(DIFFUSERS))
+    save_safetensors(path, file_tensors_of(DIFFUSERS, config=model))
     return path
