@@ -12,14 +12,24 @@ from library.errors import NetworkError
 from networks.anima_arguments import AnimaArguments
 from networks.arguments import NetworkArguments, component_flags, parse_arguments
 from networks.lora_names import names_problem
+from networks.lumina_arguments import LuminaArguments
 from networks.sd_arguments import Sd1Arguments, Sd2Arguments, SdxlArguments
 
-MODELS = {"networks.lora": "Stable Diffusion 1.x, 2.x and SDXL", "networks.lora_anima": "Anima"}  # what each module is for
+MODELS = {  # what each module is for
+    "networks.lora": "Stable Diffusion 1.x, 2.x and SDXL",
+    "networks.lora_anima": "Anima",
+    "networks.lora_lumina": "Lumina Image 2.0",
+}
 
 
 def arguments_class(architecture: str, *, v2: bool) -> type[NetworkArguments] | None:
     """``architecture``: the name that it has in caches; ``v2``: of Stable Diffusion it is 2.x. None where nothing is known."""
-    known = {"anima": AnimaArguments, "sd": Sd2Arguments if v2 else Sd1Arguments, "sdxl": SdxlArguments}
+    known = {
+        "anima": AnimaArguments,
+        "lumina": LuminaArguments,
+        "sd": Sd2Arguments if v2 else Sd1Arguments,
+        "sdxl": SdxlArguments,
+    }
     return known.get(architecture)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from library.errors import did_you_mean
 from networks.arguments import NetworkArguments, argument, parse_bool
-from networks.block_indices import Indices, other_blocks, parse_block_indices
+from networks.block_indices import Indices, parse_block_indices
 from networks.block_weights import parse_amount, parse_rank
 from networks.layout_names import NameTable
 from networks.lumina_layouts import LUMINA_NAMES
@@ -77,14 +77,13 @@ class LuminaArguments(NetworkArguments):
     @property
     def part_ranks(self) -> tuple[tuple[str, int], ...]:
         """(regex of whole paths, rank) of the denoiser's parts with ranks of their own; the first match counts."""
-        parts = (
-            (ATTENTION, self.attn_dim),
-            (FEED_FORWARD, self.mlp_dim),
-            (MODULATION, self.mod_dim),
-            (REFINERS, self.refiner_dim),
-        )
+        parts = {ATTENTION: self.attn_dim, FEED_FORWARD: self.mlp_dim, MODULATION: self.mod_dim, REFINERS: self.refiner_dim}
         embedders = [(rf"{name}(?:\..*)?", rank) for name, rank in zip(EMBEDDERS, self.embedder_dims, strict=False)]
-        return (*((pattern, rank) for pattern, rank in parts if rank is not None), *embedders)
+        return (*((pattern, rank) for pattern, rank in parts.items() if rank is not None), *embedders)
+
+    @property
+    def splits_fused(self) -> bool:
+        return self.split_qkv
 
     def warnings(self) -> Iterator[str]:
         for name in ("conv_dim", "conv_alpha"):

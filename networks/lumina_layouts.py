@@ -1,9 +1,9 @@
 """What Lumina Image 2.0's modules are called in LoRA files: our names, ComfyUI's and diffusers'. Needs no torch.
 
-ComfyUI (comfy/lora.py) takes any weight by its full name in the checkpoint, which is what its layout is written with. Its further
-names for this class of models are those of Z-Image, whose q, k and v are equally wide: here they would address wrong rows, so only
-the fused attention.qkv is written. diffusers' names are those of its Lumina2Transformer2DModel (0.42.1), which has q, k and v
-apart; its loader takes no text encoder.
+ComfyUI (comfy/lora.py) takes any weight by its full name in the checkpoint, which is what its layout is written with. Its
+further names for this class of models are those of Z-Image, whose q, k and v are equally wide: here they would address wrong
+rows, so only the fused attention.qkv is written. diffusers' names are those of its Lumina2Transformer2DModel (0.42.1), which has
+q, k and v apart; its loader takes no text encoder.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ TEXT_ENCODER = (
     *(f"layers.{NUMBER}.mlp.{path}_proj" for path in ("gate", "up", "down")),
 )
 COMFY_TEXT_ENCODER = "text_encoders.gemma2_2b.transformer.model."
+
+
+def qkv_split(rows: int, width: int) -> tuple[int, int, int]:
+    """How many of a fused layer's ``rows`` are of q, k and v: of q as many as the model is wide, of k and v half of the rest."""
+    shared = (rows - width) // 2
+    return width, shared, shared
 
 
 def _module(part: str, ours: str, path: str, comfy: str, aliases: tuple[str, ...] = (), **more: str) -> Module:
