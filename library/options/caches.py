@@ -47,6 +47,11 @@ class CacheOptions:
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
     @property
+    def text_flag(self) -> str:
+        """What caches text, as it was typed."""
+        return f"--cache_text_encoder_outputs{'_to_disk' if self.cache_text_encoder_outputs_to_disk else ''}"
+
+    @property
     def any_on_disk(self) -> bool:
         return self.cache_latents_to_disk or self.cache_text_encoder_outputs_to_disk
 

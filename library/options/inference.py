@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from library.options.declare import opt
-from library.options.rules import at_least
+from library.options.rules import at_least, device_name
 from library.options.run import PRECISION_DTYPES
 
 OUTPUT_TYPES = ("images", "latent", "latent_images")
 LONGEST_STEPS, SEED_END = 1000, 2**63
 SIDE_RANGE_PX = (64, 16384)
-DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|npu)(:\d+)?)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +139,7 @@ class DeviceOptions:
     offload: bool = opt(False, "keep each model on the GPU only while it works: least memory, slower with many prompts")
 
     def problems(self) -> Iterator[str]:
-        if self.device is not None and not DEVICE.fullmatch(self.device):
-            yield f"--device is {self.device!r}: give cpu, cuda, cuda:1 (the second GPU), mps or xpu"
+        yield from device_name(self, "device")
 
 
 class InferenceRules:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 
+DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|npu)(:\d+)?)")
 ARGUMENT = re.compile(r"[A-Za-z_]\w*=.*[^,]")  # key=value; where a comma ends it, its value goes on
 
 
@@ -50,6 +51,14 @@ def share(group: object, *names: str) -> Iterator[str]:
         value = getattr(group, name)
         if value is not None and not 0 <= value <= 1:
             yield f"--{name} is {value}: give a number from 0 to 1"
+
+
+def device_name(group: object, *names: str) -> Iterator[str]:
+    """Options that are None or a device as torch names it; whether it is there shows later."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not DEVICE.fullmatch(value):
+            yield f"--{name} is {value!r}: give cpu, cuda, cuda:1 (the second GPU), mps or xpu"
 
 
 def needs(group: object, name: str, needed: str) -> Iterator[str]:

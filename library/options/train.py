@@ -37,6 +37,7 @@ class TrainOptions:
     """Base of every architecture's options: subclass it, add groups, and set the class variable."""
 
     NETWORK_MODULE: ClassVar[str] = "networks.lora"  # named when --network_module is missing
+    OTHER_NETWORK_MODULES: ClassVar[tuple[str, ...]] = ()  # of ours, that are as good
     MODEL: ClassVar[str] = "this model"  # as messages call it
     TEXT_ENCODERS: ClassVar[int] = 1
 
@@ -90,9 +91,15 @@ class TrainOptions:
     @property
     def text_rates(self) -> tuple[float, ...]:
         """The learning rate of each text encoder's LoRA. 0 = it gets none: switched off, cached, or that is its rate."""
-        if not self.network.trains_text_encoder or self.caches.text_cached:
+        if not self.network.trains_text_encoder:
             return (0.0,) * self.TEXT_ENCODERS
-        return tuple(self.given_text_rates or [self.optimizer.learning_rate] * self.TEXT_ENCODERS)
+        rates = self.given_text_rates or [self.optimizer.learning_rate] * self.TEXT_ENCODERS
+        return tuple(rate if trained else 0.0 for rate, trained in zip(rates, self.text_encoders_to_train, strict=True))
+
+    @property
+    def text_encoders_to_train(self) -> tuple[bool, ...]:
+        """Whether each text encoder gets a LoRA where text encoders are trained: not where its outputs are cached."""
+        return (not self.caches.text_cached,) * self.TEXT_ENCODERS
 
     @property
     def trains_denoiser(self) -> bool:
@@ -142,9 +149,9 @@ class TrainOptions:
             yield "--pretrained_model_name_or_path is missing: name the model's checkpoint file"
         if not self.network.network_module:
             yield f"--network_module is missing: for this model give --network_module={self.NETWORK_MODULE}"
-        elif self.saving.save_format and self.network.network_module != self.NETWORK_MODULE:
+        elif self.saving.save_format and self.network.network_module not in (ours := self._our_network_modules):
             yield (
-                f"--save_format={self.saving.save_format} needs --network_module={self.NETWORK_MODULE}: "
+                f"--save_format={self.saving.save_format} needs --network_module={' or '.join(ours)}: "
                 f"{self.network.network_module} names what is in its files itself; drop --save_format"
             )
         yield from self._rate_problems()
@@ -152,11 +159,16 @@ class TrainOptions:
         yield from self._precision_problems()
         yield from self._fused_problems()
         if self.attention.mode == "sageattn":
+            cure = "give --attn_mode=torch" if self.attention.attn_mode else f"drop {self.attention.flag}"
             yield (
-                "--attn_mode=sageattn cannot train: the kernel has no backward pass; give --attn_mode=torch, and keep sageattn "
-                "for drawing images"
+                f"{self.attention.flag} cannot train: the kernel has no backward pass; {cure}, and keep sageattn for drawing "
+                "images"
             )
         yield from self.hub.resume_problems(self.resume.resume)
+
+    @property
+    def _our_network_modules(self) -> tuple[str, ...]:
+        return self.NETWORK_MODULE, *self.OTHER_NETWORK_MODULES
 
     def warnings(self) -> Iterator[str]:
         """What is allowed but probably not meant, between groups."""
@@ -187,17 +199,22 @@ class TrainOptions:
             yield f"--text_encoder_lr {_spaced(counted)}"
 
     def _text_encoder_problems(self) -> Iterator[str]:
+        of_cache = list(self._cached_text_problems())
+        yield from of_cache
+        only = self.network.network_train_text_encoder_only and self.network.trains_text_encoder
+        if only and not self.trains_text_encoder and not of_cache:
+            rates = f"--text_encoder_lr {_spaced(self.given_text_rates)}" if self.given_text_rates else "--learning_rate 0"
+            yield f"--network_train_text_encoder_only with {rates} leaves nothing to train: raise the rate"
+
+    def _cached_text_problems(self) -> Iterator[str]:
+        """Of text encoders that are to be trained while their outputs come from a cache."""
         only = self.network.network_train_text_encoder_only
         wanted = [*self._wanted_text_rates(), *(["--network_train_text_encoder_only"] if only else [])]
         if self.caches.text_cached and self.network.trains_text_encoder and wanted:
-            disk = "_to_disk" if self.caches.cache_text_encoder_outputs_to_disk else ""
             yield (
-                f"{' and '.join(wanted)} cannot be combined with --cache_text_encoder_outputs{disk}: a text encoder that is "
-                "trained must run at every step; drop the cache, or train the denoiser alone with --network_train_unet_only"
+                f"{' and '.join(wanted)} cannot be combined with {self.caches.text_flag}: a text encoder that is trained must "
+                "run at every step; drop the cache, or train the denoiser alone with --network_train_unet_only"
             )
-        elif only and self.network.trains_text_encoder and not self.trains_text_encoder and not self.caches.text_cached:
-            rates = f"--text_encoder_lr {_spaced(self.given_text_rates)}" if self.given_text_rates else "--learning_rate 0"
-            yield f"--network_train_text_encoder_only with {rates} leaves nothing to train: raise the rate"
 
     def _rate_problems(self) -> Iterator[str]:
         if self.network.trains_denoiser and not self.trains_denoiser and not self.trains_text_encoder:
