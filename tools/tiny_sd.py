@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from library.files.atomic import write_atomically, write_text_atomically
 from library.files.safetensors_file import save_safetensors
 from library.files.weights_source import Piece, file_tensors
-from library.randomness import torch_generator
-from library.sd import clip_layout, unet_names, vae_layout
+from library.sd import clip_layout, unet_names
 from library.sd.clip_layout import ClipConfig
 from library.sd.unet_layout import PREFIX as UNET_PREFIX
 from library.sd.unet_names import UNetConfig
@@ -30,6 +29,7 @@ from tools.tiny_sd_models import (
     scheduler_config,
     transformers_config,
 )
+from tools.tiny_weights import clip_weights, coder_weights, original_coder, random_weights
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +91,7 @@ class _Writer:
 
     def write_vae(self) -> Path:
         path = self.folder / f"vae_{self.name}.safetensors"
-        pieces = vae_layout.vae_pieces(self.model.vae, vae_layout.ORIGINAL)
-        save_safetensors(path, self._cast(file_tensors(self._vae(), pieces, matrices_as="convolution")))
+        save_safetensors(path, self._cast(original_coder(self.model.vae, self._vae())))
         return path
 
     def write_vae_diffusers(self) -> Path:
@@ -125,9 +124,7 @@ class _Writer:
         model = self.model
         unet = file_tensors(self._unet(), {name: Piece(key) for name, key in _unet_names(model.unet).items()})
         tensors = {UNET_PREFIX + key: tensor for key, tensor in unet.items()}
-        pieces = vae_layout.vae_pieces(model.vae, vae_layout.ORIGINAL)
-        vae = file_tensors(self._vae(), pieces, matrices_as="convolution")
-        tensors |= {VAE_PREFIX + key: tensor for key, tensor in vae.items()}
+        tensors |= {VAE_PREFIX + key: tensor for key, tensor in original_coder(model.vae, self._vae()).items()}
         for number, (prefix, layout, config) in enumerate(model.text):
             own = file_tensors(self._clip(number), clip_layout.clip_pieces(config, layout))
             tensors |= {prefix + key: tensor for key, tensor in (own | _beside_clip(config, layout)).items()}
@@ -136,28 +133,17 @@ class _Writer:
 
     def _unet(self) -> dict[str, Tensor]:
         """Under diffusers' names, in the shapes of files."""
-        tensors = self._random("unet", unet_names.expected_shapes(self.model.unet))
+        tensors = random_weights(unet_names.expected_shapes(self.model.unet), part="unet", seed=self.seed, gain=unet_gain)
         if not self.model.flat_projections:
             return tensors
         is_flat = (".proj_in.weight", ".proj_out.weight")
         return {name: tensor.flatten(1) if name.endswith(is_flat) else tensor for name, tensor in tensors.items()}
 
     def _vae(self) -> dict[str, Tensor]:
-        """With latents that vary by about 1 once they are scaled, and posteriors that are narrow."""
-        tensors = self._random("vae", vae_layout.module_shapes(self.model.vae))
-        channels = self.model.vae.latent_channels
-        tensors["quant_conv.weight"][:channels] /= self.model.latent_scale
-        tensors["quant_conv.weight"][channels:] *= 0.1
-        tensors["quant_conv.bias"][channels:] -= 6.0  # logarithm of the variance
-        tensors["post_quant_conv.weight"] *= self.model.latent_scale
-        tensors["decoder.conv_out.weight"] *= 0.5  # most colours within [-1, 1]
-        return tensors
+        return coder_weights(self.model.vae, scale=self.model.latent_scale, seed=self.seed)
 
     def _clip(self, number: int) -> dict[str, Tensor]:
-        return self._random(f"text{number}", clip_layout.expected_shapes(self.model.text[number][2]))
-
-    def _random(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return {name: _random(name, shape, part=part, seed=self.seed) for name, shape in shapes.items()}
+        return clip_weights(self.model.text[number][2], part=f"text{number}", seed=self.seed)
 
     def _cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -203,32 +189,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------- weights
-
-
-def _random(name: str, shape: tuple[int, ...], *, part: str, seed: int) -> Tensor:
-    """Weights that keep a signal's size: norms near 1, biases small, matrices with 1/sqrt(inputs) times a gain."""
-    import torch
-
-    noise = torch.randn(shape, generator=torch_generator("tiny Stable Diffusion", seed, part, name))
-    if name.endswith(".bias"):
-        return 0.1 * noise
-    if len(shape) == 1:
-        return 1 + 0.1 * noise
-    if "embedding.weight" in name:  # a row for each token or position
-        return noise if "token" in name else 0.3 * noise
-    inputs = noise[0].numel()
-    return noise * (_gain(name, part) / inputs**0.5)
-
-
-def _gain(name: str, part: str) -> float:
-    if part == "unet" and name.endswith(STREAM_WRITERS):
+def unet_gain(name: str) -> float:
+    """How large a matrix's results are, of inputs of size 1."""
+    if name.endswith(STREAM_WRITERS):
         return STREAM_SIZE
-    if part == "unet" and name == "conv_out.weight":
-        return 0.7  # the prediction starts with errors that a LoRA can take back
-    if part.startswith("text") and name.endswith(("out_proj.weight", "fc2.weight")):
-        return 0.3
-    return 1.0
+    return 0.7 if name == "conv_out.weight" else 1.0  # the prediction starts with errors that a LoRA can take back
 
 
 def report_lines(paths: Mapping[str, Path]) -> Iterator[str]:
