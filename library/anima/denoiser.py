@@ -23,6 +23,7 @@ from library.nn.attention import NormedAttention
 from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
 from library.nn.norms import RmsNorm, layer_norm
+from library.nn.patches import unpatchify
 from library.nn.rope import RopeTable, rope_angles, rope_table
 from library.nn.zero_rows import can_cut, cut_zero_rows
 
@@ -238,13 +239,6 @@ def split_modulation(values: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
-
-
-def unpatchify(patches: Tensor, shape: torch.Size, patch: int) -> Tensor:
-    """patches (B, N, patch * patch * c), row, column, channel inside a patch -> (B, c, h, w) = ``shape``"""
-    batch, channels, height, width = shape
-    grid = patches.view(batch, height // patch, width // patch, patch, patch, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(shape)
 
 
 def grid_angles(config: DenoiserConfig, rows: int, columns: int, device: torch.device) -> Tensor:
