@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from library.options.ddpm import ClipOptions, DdpmOptions
 from library.options.declare import opt
 from library.options.flow import AnimaFlowOptions
-from library.options.memory import BlockMemoryOptions
-from library.options.rules import at_least, belongs_elsewhere, even
-from library.options.samples import SAMPLERS, SampleOptions
-from library.options.train import TrainOptions
+from library.options.flow_train import FlowTrainOptions, NoClipOptions, NoDdpmOptions
+from library.options.rules import at_least, even
 
 LONGEST_TEXT_TOKENS = 512  # = CONTEXT_ROWS of library/anima/layout.py, which options may not import
 
@@ -58,44 +55,21 @@ class ComponentRates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoDdpmOptions(DdpmOptions):
+class AnimaDdpmOptions(NoDdpmOptions):
     """Stable Diffusion's noise: for models with a table of noise levels; an error here."""
 
-    def problems(self) -> Iterator[str]:
-        yield from belongs_elsewhere(self, "it changes how models with a table of noise levels (SD 1, 2, XL) are trained, and "
-                                     "Anima is a flow model")  # fmt: skip
+    MODEL: ClassVar[str] = "Anima"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoClipOptions(ClipOptions):
+class AnimaClipOptions(NoClipOptions):
     """Stable Diffusion's text: for models with CLIP text encoders; an error here, except for --tokenizer_cache_dir."""
 
-    def problems(self) -> Iterator[str]:
-        yield from belongs_elsewhere(self, "it is about Stable Diffusion's CLIP text encoders, and Anima has Qwen3 and a T5 "
-                                     "tokenizer", but=("tokenizer_cache_dir",))  # fmt: skip
-
-    def warnings(self) -> Iterator[str]:
-        if self.tokenizer_cache_dir:
-            yield "--tokenizer_cache_dir does nothing: the tokenizers come with this project, and nothing is downloaded"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnimaSampleOptions(SampleOptions):
-    """Samples: pictures drawn while training."""
-
-    sample_sampler: str | None = opt(
-        None, "sampler of the pictures: euler or er_sde; others are for other models (not set = euler)",
-        choices=(*SAMPLERS, "er_sde"),
-    )  # fmt: skip
-
-    def warnings(self) -> Iterator[str]:
-        yield from SampleOptions.warnings(self)
-        if self.sample_sampler not in (None, "euler", "k_euler", "er_sde"):
-            yield f"--sample_sampler={self.sample_sampler} is no sampler for a flow model: pictures are drawn with euler"
+    WHY: ClassVar[str] = "it is about Stable Diffusion's CLIP text encoders, and Anima has Qwen3 and a T5 tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimaTrainOptions(TrainOptions):
+class AnimaTrainOptions(FlowTrainOptions):
     """All options of anima_train_network.py, in groups."""
 
     NETWORK_MODULE: ClassVar[str] = "networks.lora_anima"
@@ -103,40 +77,24 @@ class AnimaTrainOptions(TrainOptions):
 
     anima: AnimaOptions = field(default_factory=AnimaOptions)
     flow: AnimaFlowOptions = field(default_factory=AnimaFlowOptions)
-    memory: BlockMemoryOptions = field(default_factory=BlockMemoryOptions)
     rates: ComponentRates = field(default_factory=ComponentRates)
-    samples: AnimaSampleOptions = field(default_factory=AnimaSampleOptions)
-    ddpm: NoDdpmOptions = field(default_factory=NoDdpmOptions)
-    clip: NoClipOptions = field(default_factory=NoClipOptions)
+    ddpm: AnimaDdpmOptions = field(default_factory=AnimaDdpmOptions)
+    clip: AnimaClipOptions = field(default_factory=AnimaClipOptions)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.loss.flow_problems()
         if "text" in self.parts and not self.anima.qwen3:
             yield "--qwen3 is missing: name the Qwen3-0.6B text encoder, a .safetensors file or a folder"
         if "vae" in self.parts and not self.model.vae:
             yield "--vae is missing: name the file of the Qwen-Image VAE"
         if "denoiser" in self.parts:
             yield from self._component_rate_problems()
-            if self.saving.save_format == "diffusers" and self.trains_text_encoder:
-                yield (
-                    "--save_format=diffusers cannot hold a text encoder's LoRA, which diffusers does not load for Anima: add "
-                    "--network_train_unet_only, or give --save_format=comfy"
-                )
-
-    @property
-    def objective(self) -> str:
-        return "velocity of a rectified flow"
+        yield from self._diffusers_text_problems()
 
     @property
     def has_own_rates(self) -> bool:
-        own = TrainOptions.has_own_rates.fget(self)  # type: ignore[attr-defined]
+        own = FlowTrainOptions.has_own_rates.fget(self)  # type: ignore[attr-defined]
         return own or any(getattr(self.rates, rate.name) for rate in fields(self.rates))
-
-    @property
-    def needs_dataset(self) -> bool:
-        """flux_shift depends on the sizes of the pictures."""
-        return TrainOptions.needs_dataset.fget(self) or self.flow.depends_on_sizes  # type: ignore[attr-defined]
 
     def _component_rate_problems(self) -> Iterator[str]:
         if not self.network.network_train_text_encoder_only:

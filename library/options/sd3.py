@@ -157,8 +157,8 @@ class Sd3TrainOptions(FlowTrainOptions):
         yield from super().warnings()
         if self.network.network_train_unet_only and self.wants_t5_trained:
             yield (
-                f"--network_args {T5_SWITCH}=true does nothing with --network_train_unet_only, which leaves text encoders as they "
-                "are"
+                f"--network_args {T5_SWITCH}=true does nothing with --network_train_unet_only, which leaves text encoders as "
+                "they are"
             )
         listed = self.optimizer.text_encoder_lr or []
         if len(listed) >= self.TEXT_ENCODERS and listed[2] and not self.wants_t5_trained:
