@@ -39,13 +39,11 @@ from library.dataset.batch import Batch
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
-from library.sampling.picture_plan import Picture, sample_picture
+from library.sampling.picture_plan import Picture, sample_defaults, sample_picture
 from library.sampling.prompts import SamplePrompt
 from library.training.loss.objective import FlowObjective, NoisyLatents
 from library.training.models.networks import keeps_zeros
 from train_network import NetworkTrainer, run_training
-
-SAMPLE_SHIFT = 3.0  # of a sample picture whose prompt names none, as in the reference
 
 
 class AnimaNetworkTrainer(NetworkTrainer):
@@ -103,7 +101,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
         sampler = flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler)
-        return sample_picture(prompt, seed, sampler=sampler, side_step=ANIMA.bucket_step, default_shift=SAMPLE_SHIFT)
+        return sample_picture(prompt, seed, sampler=sampler, defaults=sample_defaults(ANIMA.name))
 
     def draw_sample(self, picture: Picture, positive: Any, negative: Any | None) -> Tensor:
         denoiser: Any = self.denoiser

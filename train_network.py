@@ -46,7 +46,7 @@ from library.nn.compiling import COMPILING, CompilerError, compile_errors_are_to
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.randomness import derive_seed, seed_default_generators
-from library.sampling.picture_plan import Picture, sample_picture
+from library.sampling.picture_plan import Picture, SampleDefaults, sample_picture
 from library.sampling.prompts import SamplePrompt
 from library.sd.denoiser import build_unet, load_unet
 from library.sd.fp8_layers import UNET_FP8_LAYERS
@@ -526,7 +526,7 @@ class StableDiffusionTrainer(NetworkTrainer):
 
     def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
         sampler = prompt.sample_sampler or self.options.samples.sample_sampler or DEFAULT_SAMPLER
-        return sample_picture(prompt, seed, sampler=sampler, side_step=STRIDE)
+        return sample_picture(prompt, seed, sampler=sampler, defaults=SampleDefaults(side_step=STRIDE))
 
     def draw_sample(self, picture: Picture, positive: Any, negative: Any | None) -> Tensor:
         prediction = VELOCITY if self.options.ddpm.v_parameterization else EPSILON

@@ -18,7 +18,7 @@ from library.options.command_line import read_options
 from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.sampling.inference import PictureMaker
 from library.sampling.inference_checks import check_pictures
-from library.sampling.picture_plan import sample_picture
+from library.sampling.picture_plan import SampleDefaults, sample_picture
 from library.sampling.prompts import SamplePrompt
 from library.sd import sampling as sd_sampling
 from library.sd import text as sd_text
@@ -111,7 +111,7 @@ def sample_of_training(layouts, kind: str, precision: str) -> torch.Tensor:
     sd_text.load_text_encoder(encoder, layouts.text, device="cpu", dtype=dtype)
     positive, negative = (encoder.encode_prompts([text]) for text in ("a (red:1.2) cat", "rain"))
     prompt = SamplePrompt(prompt="", index=0, width=70, height=104, sample_steps=3, scale=4.0)
-    picture = sample_picture(prompt, 7, sampler="euler_a", side_step=8)
+    picture = sample_picture(prompt, 7, sampler="euler_a", defaults=SampleDefaults())
     assert (picture.width, picture.height) == (64, 104)
     with torch.autocast("cpu", dtype=dtype, enabled=precision != "no"):
         if is_xl:

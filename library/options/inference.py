@@ -66,7 +66,17 @@ class PromptOptions:
 
     @property
     def flow_shift(self) -> float | None:
-        """None for models without."""
+        """None for models without, here and below."""
+        return None
+
+    @property
+    def cfg_trunc_ratio(self) -> float | None:
+        """Share of the way from noise to image on which there is guidance."""
+        return None
+
+    @property
+    def renorm_cfg(self) -> float | None:
+        """Longest guided velocity, in lengths of the one with the prompt; 0 = any."""
         return None
 
     @property

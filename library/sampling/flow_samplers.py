@@ -23,6 +23,7 @@ Gain = Callable[[Tensor], Tensor]
 
 INTEGRAL_POINTS = 200  # as in the implementation by the paper's authors and in ComfyUI
 ER_SDE_STAGES = 3
+TABLE_END = 1e-3  # of a table of 1000 noise levels, before it is shifted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class FlowSettings:
     shift: float  # above 1 = more of the steps at high noise
     scale: float  # of classifier-free guidance, 1 = none
     sampler: str = "euler"
+    schedule: str = "even"  # one of SCHEDULES
+    cfg_trunc_ratio: float | None = None  # guidance while 1 - sigma is below it; None, 1 and more = always
+    renorm_cfg: float | None = None  # longest guided velocity, in lengths of the one with the prompt; None and 0 = any
 
 
 def draw_flow(  # noqa: PLR0913  # what a picture needs
@@ -43,8 +47,8 @@ def draw_flow(  # noqa: PLR0913  # what a picture needs
     ``positive`` and ``negative`` go to ``predict`` as they are; ``negative`` None = without guidance. A row depends on its own
     noise, seed and conditioning alone, except for rounding.
     """
-    sigmas = flow_sigmas(settings.steps, settings.shift)
-    velocity = guided(predict, positive, negative, settings.scale)
+    sigmas = flow_sigmas(settings.steps, settings.shift, schedule=settings.schedule)
+    velocity = guided(predict, positive, negative, settings)
     return SAMPLERS[settings.sampler](velocity, noise, sigmas, lambda step: step_noise(seeds, step, noise))
 
 
@@ -53,21 +57,53 @@ def flow_sampler_name(*wanted: str | None) -> str:
     return next((name for name in wanted if name in SAMPLERS), "euler")
 
 
-def flow_sigmas(steps: int, shift: float) -> Tensor:
-    """(steps + 1,) in fp32 on the CPU: from 1 to 0 in even steps, then shifted towards noise."""
-    sigmas = torch.linspace(1, 0, steps + 1)
+def flow_sigmas(steps: int, shift: float, *, schedule: str = "even") -> Tensor:
+    """(steps + 1,) in fp32 on the CPU: from 1 to 0, shifted towards noise."""
+    return SCHEDULES[schedule](steps, shift)
+
+
+def shifted(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)  # SD3, arXiv 2403.03206, section 5.3.2
 
 
-def guided(predict: Predict, positive: Any, negative: Any | None, scale: float) -> Velocity:
-    """``negative + scale * (positive - negative)`` (classifier-free guidance, arXiv 2207.12598); without a negative one pass."""
+def even_sigmas(steps: int, shift: float) -> Tensor:
+    """Even steps, then shifted: as Anima and Lumina are drawn."""
+    return shifted(torch.linspace(1, 0, steps + 1), shift)
+
+
+def table_sigmas(steps: int, shift: float) -> Tensor:
+    """Even steps from 1 to the last level of the shifted table of 1000, which are shifted once more, then 0: as SD3 is drawn."""
+    last = shift * TABLE_END / (1 + (shift - 1) * TABLE_END)
+    return torch.cat([shifted(torch.linspace(1, last, steps), shift), torch.zeros(1)])
+
+
+SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {"even": even_sigmas, "table": table_sigmas}
+
+
+def guided(predict: Predict, positive: Any, negative: Any | None, settings: FlowSettings) -> Velocity:
+    """``negative + scale * (positive - negative)`` (classifier-free guidance, arXiv 2207.12598); without a negative one pass.
+
+    For a flow this is guidance of the guessed image too: both are x - sigma * velocity of the same x. Beyond cfg_trunc_ratio the
+    negative pass is left out.
+    """
+    ratio, longest = settings.cfg_trunc_ratio, settings.renorm_cfg
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         sigmas = latents.new_full((latents.shape[0],), sigma, dtype=torch.float32)  # a fill: nothing waits for the device
         with_prompt = predict(latents, sigmas, positive)
-        return with_prompt if negative is None else torch.lerp(predict(latents, sigmas, negative), with_prompt, scale)
+        if negative is None or (ratio is not None and 1 - sigma >= ratio):
+            return with_prompt
+        out = torch.lerp(predict(latents, sigmas, negative), with_prompt, settings.scale)
+        return not_longer(out, with_prompt, longest) if longest else out
 
     return velocity
+
+
+def not_longer(velocity: Tensor, plain: Tensor, longest: float) -> Tensor:
+    """``velocity`` (B, ...), where its 2-norm exceeds ``longest`` times that of ``plain`` scaled down to it, sample by sample."""
+    norm, limit = (torch.linalg.vector_norm(one.float().flatten(1), dim=1) for one in (velocity, plain))  # (B,)
+    factor = (longest * limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+    return velocity * factor.to(velocity.dtype).reshape(-1, *[1] * (velocity.dim() - 1))
 
 
 def step_noise(seeds: Sequence[int], step: int, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,13 +16,39 @@ from library.sampling.prompts import MAX_STEPS, SamplePrompt, read_prompt_line, 
 FLOW_SETTINGS = frozenset(
     {"negative_prompt", "width", "height", "seed", "sample_steps", "scale", "guidance_scale", "flow_shift", "sample_sampler"}
 )
+LUMINA_SETTINGS = FLOW_SETTINGS | {"cfg_trunc_ratio", "renorm_cfg"}
 DIFFUSION_SETTINGS = FLOW_SETTINGS - {"flow_shift"}  # the same of Stable Diffusion and SDXL
 MIN_SIDE_PX = 64
 RANDOM_SEED_BITS = 32
 EMPTY_PROMPT = '""'  # how a typed line writes it
-# of a picture drawn while training, where its prompt says nothing
-SAMPLE_SIDE_PX, SAMPLE_STEPS, SAMPLE_SCALE = 512, 30, 7.5
 LARGE_PX, USUAL_PX = 2048 * 2048, 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleDefaults:
+    """What counts for a picture of a training where its prompt says nothing. Those of the class are Stable Diffusion's."""
+
+    side: int = 512  # pixels, both ways
+    side_step: int = 8  # sides are rounded down to multiples of it
+    steps: int = 30
+    scale: float = 7.5
+    shift: float | None = None  # None for models without, here and below
+    cfg_trunc_ratio: float | None = None
+    renorm_cfg: float | None = None
+
+
+# name of the architecture -> its defaults, as in the reference
+SAMPLE_DEFAULTS: Mapping[str, SampleDefaults] = {
+    "anima": SampleDefaults(side_step=16, shift=3.0),
+    "sd3": SampleDefaults(side_step=16, shift=3.0),
+    "lumina": SampleDefaults(
+        side=1024, side_step=16, steps=36, scale=3.5, shift=6.0, cfg_trunc_ratio=0.25, renorm_cfg=1.0
+    ),
+}  # fmt: skip
+
+
+def sample_defaults(architecture: str) -> SampleDefaults:
+    return SAMPLE_DEFAULTS.get(architecture, SampleDefaults())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +63,9 @@ class Picture:
     steps: int
     scale: float  # of classifier-free guidance, 1 = none
     sampler: str
-    shift: float | None = None  # of the noise levels; None for models without
+    shift: float | None = None  # of the noise levels; None for models without, here and below
+    cfg_trunc_ratio: float | None = None  # share of the way from noise to image on which there is guidance
+    renorm_cfg: float | None = None  # longest guided velocity, in lengths of the one with the prompt; 0 = any
     prompt2: str | None = None  # another text for the second text encoder
 
     @property
@@ -48,8 +76,8 @@ class Picture:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt acts. Below 1 the picture goes towards it."""
-        return self.scale != 1
+        """Whether the negative prompt acts. With a scale below 1 the picture goes towards it."""
+        return self.scale != 1 and self.cfg_trunc_ratio != 0
 
 
 class PromptDefaults(Protocol):
@@ -68,7 +96,11 @@ class PromptDefaults(Protocol):
     @property
     def guidance_scale(self) -> float: ...
     @property
-    def flow_shift(self) -> float | None: ...  # None for models without
+    def flow_shift(self) -> float | None: ...  # None for models without, here and below
+    @property
+    def cfg_trunc_ratio(self) -> float | None: ...
+    @property
+    def renorm_cfg(self) -> float | None: ...
     @property
     def sampler(self) -> str: ...
     @property
@@ -116,6 +148,7 @@ def line_help(options: PromptDefaults, samplers: Collection[str], *, two_prompts
         "--s N": f"steps [{options.infer_steps}]",
         "--l X": f"scale of guidance, 1 = none [{options.guidance_scale:g}]",
         **({} if options.flow_shift is None else {"--fs X": f"shift of the noise levels [{options.flow_shift:g}]"}),
+        **_guidance_help(options),
         "--ss NAME": f"sampler: {' or '.join(samplers)} [{options.sampler}]",
         **({"--p2 TEXT": f"prompt of the second text encoder [{options.prompt2 or 'the same'}]"} if two_prompts else {}),
     }
@@ -124,6 +157,14 @@ def line_help(options: PromptDefaults, samplers: Collection[str], *, two_prompts
         *(f"  {flag:<14}{meaning}" for flag, meaning in flags.items()),
         "help shows this text; quit, exit or the input's end (Ctrl-D; on Windows Ctrl-Z and Enter) ends",
     ])  # fmt: skip
+
+
+def _guidance_help(options: PromptDefaults) -> dict[str, str]:
+    ratio, longest = options.cfg_trunc_ratio, options.renorm_cfg
+    return {
+        **({} if ratio is None else {"--ctr X": f"part of the way with guidance, 1 = all of it [{ratio:g}]"}),
+        **({} if longest is None else {"--rcfg X": f"longest guided step, in lengths of an unguided one, 0 = any [{longest:g}]"}),
+    }
 
 
 def prompt_problems(prompt: SamplePrompt, samplers: Collection[str]) -> Iterator[str]:
@@ -155,7 +196,9 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
             seed=(first + number) % 2**63,
             steps=options.infer_steps if prompt.sample_steps is None else prompt.sample_steps,
             scale=next(scale for scale in scales if scale is not None),
-            shift=None if options.flow_shift is None else prompt.flow_shift or options.flow_shift,
+            shift=given_or(prompt.flow_shift, options.flow_shift),
+            cfg_trunc_ratio=given_or(prompt.cfg_trunc_ratio, options.cfg_trunc_ratio),
+            renorm_cfg=given_or(prompt.renorm_cfg, options.renorm_cfg),
             sampler=prompt.sample_sampler or options.sampler,
             prompt2=options.prompt2 if prompt.prompt2 is None else prompt.prompt2,
         )
@@ -163,22 +206,32 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
     ]
 
 
-def sample_picture(
-    prompt: SamplePrompt, seed: int, *, sampler: str, side_step: int, default_shift: float | None = None
-) -> Picture:
-    """A picture of a training: what the prompt says, then the reference's defaults. ``default_shift``: None for models without
-    one."""
+def given_or(given: float | None, default: float | None) -> float | None:
+    """What a prompt says, else the default; None for models that do not have the setting."""
+    return default if default is None or given is None else given
+
+
+def sample_picture(prompt: SamplePrompt, seed: int, *, sampler: str, defaults: SampleDefaults) -> Picture:
+    """A picture of a training: what the prompt says, then the model's defaults."""
+    width, height = sample_size(prompt, defaults)
     return Picture(
         prompt=prompt.prompt,
         negative_prompt=prompt.negative_prompt or "",
-        width=rounded_side(prompt.width or SAMPLE_SIDE_PX, side_step),
-        height=rounded_side(prompt.height or SAMPLE_SIDE_PX, side_step),
+        width=rounded_side(width, defaults.side_step),
+        height=rounded_side(height, defaults.side_step),
         seed=seed,
-        steps=SAMPLE_STEPS if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
-        scale=max(SAMPLE_SCALE if prompt.scale is None else prompt.scale, 1.0),  # below 1 there is no guidance either
-        shift=None if default_shift is None else prompt.flow_shift or default_shift,
+        steps=defaults.steps if prompt.sample_steps is None else drawn_steps(prompt.sample_steps),
+        scale=max(defaults.scale if prompt.scale is None else prompt.scale, 1.0),  # below 1 there is no guidance either
+        shift=given_or(prompt.flow_shift, defaults.shift),
+        cfg_trunc_ratio=given_or(prompt.cfg_trunc_ratio, defaults.cfg_trunc_ratio),
+        renorm_cfg=given_or(prompt.renorm_cfg, defaults.renorm_cfg),
         sampler=sampler,
     )
+
+
+def sample_size(prompt: SamplePrompt, defaults: SampleDefaults) -> tuple[int, int]:
+    """Width and height that are asked for, before they are rounded."""
+    return prompt.width or defaults.side, prompt.height or defaults.side
 
 
 def sampler_problems(prompts: Sequence[SamplePrompt], samplers: Collection[str]) -> Iterator[str]:
@@ -215,11 +268,15 @@ def size_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults, side
     """One line about all sizes that are rounded, and one about very large ones."""
     height, width = options.image_size
     asked = [(prompt.width or width, prompt.height or height) for prompt in prompts]
-    rounded = [(size, tuple(rounded_side(side, side_step) for side in size)) for size in dict.fromkeys(asked)]
-    changed = [f"{w}x{h} to {new[0]}x{new[1]}" for (w, h), new in rounded if (w, h) != new]
+    yield from rounded_size_warnings(asked, side_step)
+    yield from large_size_warnings(asked)
+
+
+def rounded_size_warnings(sizes_wh: Sequence[tuple[int, int]], side_step: int) -> Iterator[str]:
+    drawn = {size: (rounded_side(size[0], side_step), rounded_side(size[1], side_step)) for size in sizes_wh}
+    changed = [f"{size[0]}x{size[1]} to {new[0]}x{new[1]}" for size, new in drawn.items() if size != new]
     if changed:
         yield f"sizes are rounded down to multiples of {side_step} pixels (width x height): {', '.join(changed)}"
-    yield from large_size_warnings(asked)
 
 
 def large_size_warnings(sizes_wh: Sequence[tuple[int, int]]) -> Iterator[str]:
@@ -233,7 +290,7 @@ def large_size_warnings(sizes_wh: Sequence[tuple[int, int]]) -> Iterator[str]:
 
 def idle_negative_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults) -> Iterator[str]:
     first = [pictures_of(prompt, options, side_step=1)[0] for prompt in prompts]
-    idle = sum(bool(picture.negative_prompt) and not picture.is_guided for picture in first)
+    idle = sum(bool(picture.negative_prompt) and picture.scale == 1 for picture in first)
     if idle:
         which = f"of {idle} of {len(first)} prompts " if len(first) > 1 else ""
         yield f"the negative prompt {which}does nothing with a guidance scale of 1: set another scale, or drop it"
@@ -246,7 +303,8 @@ def unused_warnings(prompts: Sequence[SamplePrompt], settings: Collection[str] =
 
 
 def sample_warnings(prompts: Sequence[SamplePrompt], supported: Collection[str], model: str) -> Iterator[str]:
-    """What pictures of a training show otherwise than their prompts seem to say. ``supported``: see ``SamplePrompt.unused``."""
+    """What pictures of a training show otherwise than their prompts seem to say. ``supported``: see ``SamplePrompt.unused``;
+    ``model``: the architecture's name."""
     unused = sorted({name for prompt in prompts for name in prompt.unused(supported)})
     if unused:
         yield f"{model} does not use {', '.join(unused)}; the pictures ignore it"
@@ -256,7 +314,10 @@ def sample_warnings(prompts: Sequence[SamplePrompt], supported: Collection[str],
     for steps in sorted({prompt.sample_steps for prompt in prompts if prompt.sample_steps is not None}):
         if steps != drawn_steps(steps):
             yield f"--s {steps} (sample_steps) is cut to {drawn_steps(steps)}: a picture takes 1 to {MAX_STEPS} steps"
-    yield from large_size_warnings([(prompt.width or SAMPLE_SIDE_PX, prompt.height or SAMPLE_SIDE_PX) for prompt in prompts])
+    defaults = sample_defaults(model)
+    sizes = [sample_size(prompt, defaults) for prompt in prompts]
+    yield from rounded_size_warnings(sizes, defaults.side_step)
+    yield from large_size_warnings(sizes)
     for prompt in prompts:
         if prompt.negative_prompt and prompt.scale is not None and prompt.scale <= 1:
             yield f"prompt {prompt.index + 1}: --n does nothing with --l {prompt.scale:g}, which draws without guidance"

@@ -96,6 +96,8 @@ def picture_parameters(picture: Picture, about: Mapping[str, str]) -> str:
         "CFG scale": f"{picture.scale:g}",
         "Seed": picture.seed,
         **({} if picture.shift is None else {"Shift": f"{picture.shift:g}"}),
+        **({} if picture.cfg_trunc_ratio is None else {"CFG trunc ratio": f"{picture.cfg_trunc_ratio:g}"}),
+        **({} if picture.renorm_cfg is None else {"CFG renorm": f"{picture.renorm_cfg:g}"}),
         "Size": f"{picture.width}x{picture.height}",
         **({} if picture.prompt2 is None else {"Prompt 2": picture.prompt2}),
     }

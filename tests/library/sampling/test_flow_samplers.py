@@ -9,6 +9,7 @@ import torch
 
 from library.sampling.flow_samplers import (
     SAMPLERS,
+    SCHEDULES,
     FlowSettings,
     draw_flow,
     er_sde,
@@ -44,16 +45,36 @@ def test_sigmas_go_from_one_to_zero_and_are_shifted():
     torch.testing.assert_close(shifted[2], torch.tensor(3 * 0.5 / (1 + 2 * 0.5)))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 28])
+@pytest.mark.parametrize("shift", [3.0, 6.0])
+def test_the_table_schedule_is_that_of_the_scheduler_that_sd3_is_published_with(steps, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(flow_sigmas(steps, shift, schedule="table"), scheduler.sigmas, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 36])
+def test_the_even_schedule_is_that_of_the_pipeline_of_lumina(steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).numpy())  # as Lumina2Pipeline asks for them
+    torch.testing.assert_close(flow_sigmas(steps, 6.0), scheduler.sigmas, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_true_velocity_leads_to_the_image(sampler, steps, shift):
+def test_true_velocity_leads_to_the_image(sampler, schedule, steps, shift):
     image, noise = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
 
     def predict(x, sigmas, context):
         return (x - image) / sigmas.view(-1, 1, 1, 1)
 
-    found = sample(predict, noise, sampler=sampler, steps=steps, shift=shift)
+    found = sample(predict, noise, sampler=sampler, schedule=schedule, steps=steps, shift=shift)
     torch.testing.assert_close(found, image, rtol=1e-4, atol=1e-5)
 
 
@@ -76,6 +97,37 @@ def test_without_a_negative_the_model_runs_once_per_step(sampler):
     noise = torch.zeros(1, 16, 2, 2)
     sample(lambda x, s, c: contexts.append(c) or torch.zeros_like(x), noise, scale=7.5, negative=None, sampler=sampler)
     assert len(contexts) == 5 and all(context is POSITIVE for context in contexts)
+
+
+@pytest.mark.parametrize(("ratio", "passes"), [(0.0, 0), (0.25, 2), (0.75, 4), (1.0, 5), (2.0, 5), (None, 5)])
+def test_guidance_ends_where_it_is_cut_off(ratio, passes):
+    """Of five even steps, at 0, 0.2, ... 0.8 of the way; a negative pass that does not count is not computed."""
+    negatives = []
+
+    def predict(x, sigmas, context):
+        if context is NEGATIVE:
+            negatives.append(1 - float(sigmas[0]))
+        return torch.full_like(x, 1.0 if context is POSITIVE else 0.0)
+
+    out = sample(predict, torch.zeros(1, 4, 2, 2), shift=1.0, cfg_trunc_ratio=ratio)  # scale 2
+    assert len(negatives) == passes and all(time < (ratio or 1) for time in negatives)
+    torch.testing.assert_close(out, torch.full_like(out, -(2 * passes + (5 - passes)) / 5))
+
+
+def test_a_guided_velocity_is_no_longer_than_allowed():
+    positive = torch.tensor([3.0, 3.0, 0.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2)
+    negative = torch.tensor([1.0, 2.9, 0.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2)
+
+    def velocity(longest):
+        return -sample(
+            lambda x, s, context: positive if context is POSITIVE else negative,
+            torch.zeros(3, 4, 2, 2), steps=1, renorm_cfg=longest,
+        ).mean(dim=(1, 2, 3))  # fmt: skip
+
+    torch.testing.assert_close(velocity(0.0), torch.tensor([5.0, 3.1, 0.0]))
+    torch.testing.assert_close(velocity(None), velocity(0.0))
+    torch.testing.assert_close(velocity(1.0), torch.tensor([3.0, 3.0, 0.0]))  # sample by sample, and never longer than it was
+    torch.testing.assert_close(velocity(1.2), torch.tensor([3.6, 3.1, 0.0]))
 
 
 def test_the_first_known_name_is_the_sampler():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from library.errors import OptionError
@@ -10,13 +12,16 @@ from library.options.anima_inference import AnimaPromptOptions as PromptOptions
 from library.options.sd_inference import SdxlPromptOptions
 from library.sampling.picture_plan import (
     DIFFUSION_SETTINGS,
+    LUMINA_SETTINGS,
     Picture,
+    SampleDefaults,
     asked_prompt,
     given_prompts,
     idle_negative_warnings,
     line_help,
     pictures_of,
     rounded_side,
+    sample_defaults,
     sample_picture,
     sample_warnings,
     sampler_problems,
@@ -158,15 +163,63 @@ def test_what_samples_of_a_training_draw_otherwise_is_told():
 
 
 def test_samples_of_a_stable_diffusion_training_have_the_references_defaults():
-    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="ddim", side_step=8) == Picture(
+    assert sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="ddim", defaults=SampleDefaults()) == Picture(
         prompt="a", negative_prompt="", width=512, height=512, seed=3, steps=30, scale=7.5, sampler="ddim"
     )
     prompt = SamplePrompt(prompt="a", index=0, width=79, height=70, sample_steps=5000, scale=0.5, sample_sampler="heun")
-    picture = sample_picture(prompt, 3, sampler="heun", side_step=8)
+    picture = sample_picture(prompt, 3, sampler="heun", defaults=SampleDefaults())
     assert (picture.width, picture.height, picture.steps, picture.sampler) == (72, 64, 1000, "heun")
     assert picture.scale == 1.0 and not picture.is_guided  # the reference guides above 1 only
-    shifted = sample_picture(SamplePrompt(prompt="a", index=0), 3, sampler="euler", side_step=16, default_shift=3.0)
-    assert shifted.shift == 3.0 and picture.shift is None
+    assert picture.shift is None and picture.cfg_trunc_ratio is None and picture.renorm_cfg is None
+
+
+@pytest.mark.parametrize(("model", "expected"), [
+    ("anima", (512, 30, 7.5, 3.0, None, None)), ("sd3", (512, 30, 7.5, 3.0, None, None)),
+    ("lumina", (1024, 36, 3.5, 6.0, 0.25, 1.0)),
+])  # fmt: skip
+def test_samples_of_a_flow_model_have_its_defaults(model, expected):
+    prompt = SamplePrompt(prompt="a", index=0)
+    picture = sample_picture(prompt, 3, sampler="euler", defaults=sample_defaults(model))
+    assert picture.width == picture.height
+    found = (picture.width, picture.steps, picture.scale, picture.shift, picture.cfg_trunc_ratio, picture.renorm_cfg)
+    assert found == expected
+    given = SamplePrompt(prompt="a", index=0, width=111, height=72, flow_shift=2.0, cfg_trunc_ratio=0.0, renorm_cfg=0.0)
+    picture = sample_picture(given, 3, sampler="euler", defaults=sample_defaults(model))
+    assert (picture.width, picture.height, picture.shift) == (96, 64, 2.0)
+    own = (0.0, 0.0) if expected[4] else (None, None)
+    assert (picture.cfg_trunc_ratio, picture.renorm_cfg) == own
+    assert picture.is_guided == (expected[4] is None)  # a ratio of 0 is no guidance at all
+
+
+def test_sizes_of_samples_that_are_rounded_are_told_once():
+    prompts = [SamplePrompt(prompt="a", index=n, width=100) for n in range(2)] + [SamplePrompt(prompt="a", index=2)]
+    assert list(sample_warnings(prompts, {"width"}, "lumina")) == [
+        "sizes are rounded down to multiples of 16 pixels (width x height): 100x1024 to 96x1024"
+    ]
+    assert list(sample_warnings(prompts, {"width"}, "sdxl")) == [
+        "sizes are rounded down to multiples of 8 pixels (width x height): 100x512 to 96x512"
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedPromptOptions(PromptOptions):
+    """With the settings of Lumina."""
+
+    cfg_trunc_ratio: float = 0.25
+    renorm_cfg: float = 1.0
+
+
+def test_settings_of_guidance_come_from_the_line_or_the_options():
+    options = GuidedPromptOptions()
+    (picture,) = pictures_of(asked_prompt("a", SAMPLERS), options, side_step=16)
+    assert (picture.cfg_trunc_ratio, picture.renorm_cfg) == (0.25, 1.0)
+    (picture,) = pictures_of(asked_prompt("a --ctr 0.5 --rcfg 0 --d 1", SAMPLERS), options, side_step=16)
+    assert (picture.cfg_trunc_ratio, picture.renorm_cfg) == (0.5, 0.0)
+    assert "Shift: 5, CFG trunc ratio: 0.5, CFG renorm: 0, Size" in picture_parameters(picture, {})
+    text = line_help(options, SAMPLERS)
+    assert "--ctr X" in text and "[0.25]" in text and "--rcfg X" in text and "[1]" in text
+    assert "--ctr" not in line_help(PromptOptions(), SAMPLERS)
+    assert not list(unused_warnings([SamplePrompt(prompt="a", index=0, cfg_trunc_ratio=1.0, renorm_cfg=1.0)], LUMINA_SETTINGS))
 
 
 def test_an_unknown_sampler_of_a_sample_prompt_is_a_problem():
