@@ -9,28 +9,15 @@ from torch import nn
 from golden_files import Golden, load_golden, load_golden_json, relative_error
 from networks import lora_anima
 from networks.layer import Dropouts, LoRAModule
+from tests.golden.lora_groups import assert_as_recorded, text_encoder_tree, tree_of
 
 TOLERANCE = 1e-5  # of the file's header
 SCENARIOS = ("default", "reg_dims_lrs_loraplus", "llm_adapter_and_patterns", "with_text_encoder", "reg_lr_zero_drops_group")
 
 
-@pytest.fixture
-def golden() -> Golden:
-    return load_golden("anima/lora_module.safetensors")
-
-
-def tree_of(shapes: dict[str, torch.Size]) -> nn.Module:
-    """Nested modules with a Linear for each two-dimensional weight."""
-    root = nn.Module()
-    for key, shape in shapes.items():
-        *parents, last = key.removesuffix(".weight").split(".")
-        place = root
-        for name in parents:
-            if name not in dict(place.named_children()):
-                place.add_module(name, nn.Module())
-            place = place.get_submodule(name)
-        place.add_module(last, nn.Linear(shape[1], shape[0], bias=False, device="meta"))
-    return root
+@pytest.fixture(params=["anima", "lumina"])
+def golden(request) -> Golden:
+    return load_golden(f"{request.param}/lora_module.safetensors")
 
 
 def applied(golden: Golden, **given) -> tuple[nn.Linear, LoRAModule]:
@@ -106,20 +93,7 @@ def test_max_norm(golden):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_modules_and_optimizer_groups(name):
     scenario = next(entry for entry in load_golden_json("anima/lora_param_groups.json")["scenarios"] if entry["name"] == name)
-    network = network_of(scenario)
-    assert {lora.lora_name: (lora.lora_dim, float(lora.alpha)) for lora in network.loras} == {
-        module["name"]: (module["dim"], module["alpha"]) for module in scenario["modules"]
-    }
-    rates = scenario["learning_rates"]
-    groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs(
-        rates["text_encoder_lr"], rates["unet_lr"], rates["default_lr"]
-    )
-    keys = {id(parameter): key for key, parameter in network.named_parameters()}
-    found = [
-        (text, group["lr"], sorted(keys[id(p)] for p in group["params"]))
-        for text, group in zip(descriptions, groups, strict=True)
-    ]
-    assert found == [(group["description"], group["lr"], sorted(group["params"])) for group in scenario["param_groups"]]
+    assert_as_recorded(network_of(scenario), scenario)
 
 
 def test_every_recorded_scenario_is_tested():
@@ -135,8 +109,7 @@ def network_of(scenario: dict):
         key.removeprefix("net."): w.shape for key, w in weights.items() if w.ndim == 2 and not key.endswith(".embed.weight")
     }
     denoiser = tree_of(shapes)
-    names = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    encoder = tree_of({f"model.layers.0.{name}": torch.Size([32, 32]) for name in names})
+    encoder = text_encoder_tree()
     network = lora_anima.create_network(
         1.0, scenario["network_dim"], scenario["network_alpha"], None, [encoder], denoiser, neuron_dropout=None, **scenario["network_args"]
     )  # fmt: skip
