@@ -10,6 +10,8 @@ from library.options.declare import groups_of, options_of
 OPTION_SETS = {
     "train_network.py": ("library.options.sd", "StableDiffusionTrainOptions"),
     "sdxl_train_network.py": ("library.options.sd", "SdxlTrainOptions"),
+    "sd3_train_network.py": ("library.options.sd3", "Sd3TrainOptions"),
+    "lumina_train_network.py": ("library.options.lumina", "LuminaTrainOptions"),
     "anima_train_network.py": ("library.options.anima", "AnimaTrainOptions"),
 }
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import CheckpointError, OptionError, did_you_mean
 from library.files.atomic import REPLACED_MARK, folder_written_atomically, write_text_atomically
 from library.files.safetensors_file import file_fingerprint
+from library.options.declare import groups_of
 from library.options.reference_table import as_dict
 from library.training.files.dataset_history import dataset_history
 from library.training.optimizing.optimizer_names import optimizer_source
@@ -200,7 +201,8 @@ def state_settings(
     identity[OPTIMIZER] = optimizer_pieces(options, processes)
     groups = [getattr(options, name) for name in HISTORY_GROUPS if hasattr(options, name)]
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group) if f.name not in HARMLESS}
-    of_groups = {**HISTORY_OPTIONS, "clip": options.clip.CHANGES_TRAINING}
+    own = {name: getattr(group, "CHANGES_TRAINING", ()) for name, group in groups_of(type(options)).items()}
+    of_groups = {**own, **HISTORY_OPTIONS}
     values.update({name: getattr(getattr(options, group), name) for group, names in of_groups.items() for name in names})
     history = {f"--{name}": str(value) for name, value in values.items()}
     fingerprint = base_model_fingerprint(options)

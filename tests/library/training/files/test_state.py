@@ -17,8 +17,10 @@ from library.options.anima import AnimaTrainOptions
 from library.options.captions import CaptionOptions
 from library.options.dataset import DatasetOptions
 from library.options.ddpm import DdpmTrainingOptions
+from library.options.lumina import LuminaTrainOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from library.training.files.state import (
     DESCRIPTION_FILE,
     HISTORY_OPTIONS,
@@ -285,3 +287,10 @@ def test_what_changes_a_training_of_stable_diffusion_is_in_the_history():
     assert {"--clip_skip", "--max_token_length", "--min_snr_gamma", "--min_timestep", "--v2"} <= set(of_sd)
     assert {"--text_encoder_lr1", "--max_token_length", "--v_parameterization"} <= set(of_xl) and "--clip_skip" not in of_xl
     assert "--clip_skip" not in state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3).history
+
+
+@pytest.mark.parametrize(("kind", "group"), [(Sd3TrainOptions, "sd3"), (LuminaTrainOptions, "lumina")])
+def test_what_changes_a_training_of_one_model_alone_is_in_the_history(kind, group):
+    options = kind()
+    history = state_settings(options, "x", batches_per_epoch=3).history
+    assert {f"--{name}" for name in getattr(options, group).CHANGES_TRAINING} <= set(history) and "--clip_skip" not in history
