@@ -1,8 +1,9 @@
 """Which program computes attention: PyTorch's own, or that of a package.
 
-B batch · N queries · S keys · H heads · K head width
+B batch · N queries · S keys · H heads · K head width. Keys and values may have fewer heads than queries, G, of which each serves
+H / G neighbouring heads of queries (grouped-query attention, arXiv 2305.13245).
 
-Masks occur in Anima's LLM adapter only, where captions of unlike lengths share a batch. A package would need the lengths on the
+Masks occur where captions of unlike lengths share a batch, as in Anima's LLM adapter. A package would need the lengths on the
 host, for which the step would wait, to save far less than that; so whatever is masked is computed by PyTorch in every mode, and
 so is the attention to a cut source (``library/nn/zero_rows.py``), which is small by then.
 """
@@ -24,6 +25,8 @@ from library.nn.zero_rows import attend_cut
 
 TRIAL_ROWS = 64
 NEEDED_DEVICE = "cuda"  # of every package
+NO_MASK = (None, 0.0, False)  # nor dropout, nor causal
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 INSTEAD = "take --attn_mode=torch"
 
 
@@ -37,8 +40,8 @@ class AttentionKernel:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *, log_zeros: Tensor | None = None
     ) -> Tensor:
-        """q (B, N, H, K), k and v (B, S, H, K), key_mask (B, S) as in ``attend``, log_zeros () as in ``attend_cut``, which
-        takes no mask -> (B, N, H * K)."""
+        """q (B, N, H, K), k and v (B, S, G, K), key_mask (B, S) as in ``attend``, log_zeros () as in ``attend_cut``, which
+        takes no mask and no fewer heads -> (B, N, H * K)."""
         if not self.split or q.shape[0] == 1:
             return self._together(q, k, v, key_mask, log_zeros)
         masks = [None] * q.shape[0] if key_mask is None else key_mask.split(1)
@@ -54,26 +57,47 @@ class AttentionKernel:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """PyTorch's own: q (B, N, H, K), k and v (B, S, H, K) -> (B, N, H * K).
+    """PyTorch's own: q (B, N, H, K), k and v (B, S, G, K) -> (B, N, H * K).
 
     key_mask (B, S), true or 1 = takes part; None where nothing is masked, which lets torch take its fastest kernel.
     Where every key of a sample is masked, or S is 0, the result is zero, not NaN.
     """
     if k.shape[1] == 0:
         return q.new_zeros(q.shape).flatten(2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, K)
+    shared = k.shape[2] != q.shape[2]
+    if shared and not shares_heads(q, k, v, masked=key_mask is not None):
+        shared, k, v = False, with_all_heads(k, q.shape[2]), with_all_heads(v, q.shape[2])
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, rows, K)
     if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared).transpose(1, 2).flatten(2)
     mask = key_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
     empty = ~mask.any(dim=-1, keepdim=True)
     # An empty sample attends to everything and is erased afterwards: no 0/0 forward, no NaN gradient backward.
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | empty, enable_gqa=shared)
     return out.masked_fill(empty, 0).transpose(1, 2).flatten(2)
+
+
+def shares_heads(q: Tensor, k: Tensor, v: Tensor, *, masked: bool) -> bool:
+    """Whether torch's fast kernel takes fewer heads of keys as they are. On a GPU only flash attention does; elsewhere torch
+    would fall back to the slow form, which keeps a number for each pair of query and key."""
+    if q.device.type == "cpu":
+        return True
+    if q.device.type != "cuda" or masked or q.dtype not in HALF_DTYPES or torch.version.hip or torch.compiler.is_compiling():
+        return False
+    transposed = [x.transpose(1, 2) for x in (q, k, v)]
+    parameters = torch.backends.cuda.SDPAParams(*transposed, *NO_MASK, True)  # type: ignore[call-arg,arg-type]
+    return torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.can_use_flash_attention(parameters)
+
+
+def with_all_heads(x: Tensor, heads: int) -> Tensor:
+    """x (B, S, G, K) -> (B, S, H, K), each head as often as there are heads of queries for it."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def attend_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
+    k, v = with_all_heads(k, q.shape[2]), with_all_heads(v, q.shape[2])
     return memory_efficient_attention(q, k, v).flatten(2)
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.nn import attention_kernels
 from library.nn.attention import NormedAttention
-from library.nn.attention_kernels import attend
+from library.nn.attention_kernels import attend, shares_heads
 from library.nn.rope import apply_rope, rope_angles, rope_table
 
 
@@ -23,6 +24,27 @@ def inputs(keys: int = 6):
 def test_is_attention(mask):
     q, k, v = inputs()
     torch.testing.assert_close(attend(q, k, v, mask), naive(q, k, v, mask))
+
+
+@pytest.mark.parametrize("takes_fewer", [True, False])
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])])
+def test_fewer_heads_of_keys_serve_neighbouring_queries(mask, takes_fewer, monkeypatch):
+    if not takes_fewer:
+        monkeypatch.setattr(attention_kernels, "shares_heads", lambda *tensors, masked: False)
+    q, k, v = torch.randn(2, 5, 6, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    repeated = (x.unsqueeze(3).expand(-1, -1, -1, 3, -1).flatten(2, 3) for x in (k, v))
+    torch.testing.assert_close(attend(q, k, v, mask), naive(q, *repeated, mask))
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_fewer_heads_where_it_has_flash_attention():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    q, k = torch.randn(1, 64, 6, 96, device="cuda").bfloat16(), torch.randn(1, 64, 2, 96, device="cuda").bfloat16()
+    assert shares_heads(q, k, k, masked=False)
+    assert not shares_heads(q, k, k, masked=True) and not shares_heads(q.float(), k.float(), k.float(), masked=False)
+    repeated = k.repeat_interleave(3, dim=2)
+    torch.testing.assert_close(attend(q, k, k), attend(q, repeated, repeated), rtol=0.02, atol=0.02)
 
 
 def test_fully_masked_sample_gives_zeros_and_finite_gradients():
