@@ -75,6 +75,24 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**paths, "vae": other["vae"], "vae_folder": other["vae_diffusers"]}
 
 
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny Stable Diffusion 3 and 3.5 checkpoints in the real layouts. Read only.
+
+    Denoiser and VAE in one file under ``sd3``, ``sd35_medium`` and ``sd35_large``; the same with all text encoders under
+    ``sd3_whole`` and so on, without T5 under ``sd3_clips``; separate files of the same weights under ``clip_l``, ``clip_g``,
+    ``t5xxl`` and ``vae``.
+    """
+    from tools.tiny_sd3 import FILES, KINDS, make_sd3
+
+    folder, paths = tmp_path_factory.mktemp("tiny_sd3"), {}
+    for kind in KINDS:
+        made = make_sd3(folder, kind, files=FILES if kind == "sd3" else ("model", "whole"))
+        names = {"model": kind, "clips": f"{kind}_clips", "whole": f"{kind}_whole"}
+        paths.update({names.get(file, file): path for file, path in made.items()})
+    return paths
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     """``picture_folder(count=4, scale=0.25, name="pictures", captions=True)``: drawn pictures of mixed sizes and formats.
