@@ -183,6 +183,11 @@ class NetworkArguments:
         """
         return rank, alpha
 
+    @property
+    def splits_fused(self) -> bool:
+        """Whether each projection of a fused Linear, such as qkv, gets a LoRA of its own."""
+        return False
+
     def block_factor(self, block: int | None) -> float | None:
         """What the learning rate is multiplied by in this block; None where blocks have no rates of their own."""
         return None

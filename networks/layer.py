@@ -7,13 +7,16 @@ three matrix products forward (frozen, down, up) and five backward, nothing adde
 in place.
 Everything else (convolutions, layers whose forward is already someone else's) takes the formula as it is.
 
-N rows (tokens of all samples) · K inputs · M outputs · r rank
+A fused Linear, such as qkv, may have one pair for each of its projections (:class:`SplitLoRAModule`): their down halves lie above
+each other, so that one product makes all of down(x), and each part's up half writes into its own columns of the output.
+
+N rows (tokens of all samples) · K inputs · M outputs · r rank (of all parts together)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 
 from library.errors import NetworkError
 from library.nn.fp8 import Fp8Linear, compute_dtype, frozen_product, in_dtype
-from networks.selection import Layer
+from networks.fused_parts import Sizes, block_diagonal, trained_form
+from networks.selection import ALPHA, DOWN, UP, Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class LoRAModule(nn.Module):
     alpha: Tensor
     lora_down: Layer
     lora_up: Layer
+    parts: Sizes = ()  # rows of the parts that have pairs of their own
 
     def __init__(self, lora_name: str, org_module: Layer, *, lora_dim: int, alpha: float = 0.0, multiplier: float = 1.0,
                  dropouts: Dropouts = NO_DROPOUT):  # fmt: skip
@@ -123,18 +128,21 @@ class LoRAModule(nn.Module):
             mask = self.dropout_mask((*x.shape[:-1], self.lora_dim), x.device)
             scale, fast = (org.weight_scale, org.fast) if isinstance(org, Fp8Linear) else (None, False)
             pair = self.lora_down.weight, self.lora_up.weight
-            return LoRALinear.apply(x.to(dtype), org.weight, scale, bias, *pair, mask, self.strength, fast)
+            return LoRALinear.apply(x.to(dtype), org.weight, scale, bias, *pair, mask, self.strength, fast, self.parts)
         out = self._frozen(x)
         low = self._low_rank(self.lora_down, x.to(dtype))
         mask = self.dropout_mask(low.shape, low.device)
         low = low if mask is None else low * mask.to(dtype)
         if torch.compiler.is_compiling():
-            return out + self._low_rank(self.lora_up, low * self.device_strength)
-        return torch.add(out, self._low_rank(self.lora_up, low), alpha=self.strength)
+            return out + self._up(low * self.device_strength)
+        return torch.add(out, self._up(low), alpha=self.strength)
 
     def _frozen(self, x: Tensor) -> Tensor:
         org = self.org_module_ref[0]
         return type(org).forward(org, x) if self.fused else self.org_forward(x)  # type: ignore[arg-type]
+
+    def _up(self, low: Tensor) -> Tensor:
+        return self._low_rank(self.lora_up, low)
 
     def _low_rank(self, layer: Layer, x: Tensor) -> Tensor:
         weight = layer.weight.to(x.dtype)  # the float32 weights, in the dtype that the frozen layer computes in
@@ -161,6 +169,14 @@ class LoRAModule(nn.Module):
         if drop.module:
             mask = mask * (torch.rand((), device=device) >= drop.module)
         return mask
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it: lora_down.weight, lora_up.weight and alpha."""
+        return self.state_dict()
+
+    def rank_in(self, weights: Mapping[str, Tensor]) -> int:
+        """The rank that a file must have for it."""
+        return self.lora_dim
 
     def load_pair(self, weights: dict[str, Tensor]) -> None:
         """Copies lora_down.weight, lora_up.weight and alpha (missing: the rank) into this module; the strength follows alpha."""
@@ -192,8 +208,69 @@ class LoRAModule(nn.Module):
     def norm(self) -> Tensor:
         """Frobenius norm of alpha/r * up @ down, 0-d float32, by way of two r x r products: ||UD||² = sum(UᵀU * DDᵀ)."""
         up, down = self.lora_up.weight.float().flatten(1), self.lora_down.weight.float().flatten(1)
-        squared = torch.sum((up.t() @ up) * (down @ down.t()))
-        return squared.clamp_min(0.0).sqrt() * self.scale
+        return squared_norm(down, up).sqrt() * self.scale
+
+
+class SplitLoRAModule(LoRAModule):
+    """The pairs of a fused Linear's parts, all of one rank. lora_down.weight (P r, K), lora_up.weight (M, r); alpha is their sum.
+
+    ``lora_dim`` is the sum of the ranks, too: what file_tensors() gives, and what is merged, is one pair of that rank and alpha.
+    """
+
+    def __init__(self, lora_name: str, org_module: nn.Linear, *, parts: Sizes, lora_dim: int, alpha: float = 0.0, **given: Any):
+        """``lora_dim`` and ``alpha`` of each part; ``parts``: their rows. Everything else as LoRAModule."""
+        count = len(parts)
+        assert sum(parts) == org_module.out_features
+        super().__init__(lora_name, org_module, lora_dim=lora_dim * count, alpha=(alpha or lora_dim) * count, **given)
+        self.parts, self.part_rank = parts, lora_dim
+        self.lora_up = nn.utils.skip_init(nn.Linear, lora_dim, org_module.out_features, bias=False, device="cpu").float()
+        nn.init.zeros_(self.lora_up.weight)
+
+    def _up(self, low: Tensor) -> Tensor:
+        pairs = zip(low.split(self.part_rank, -1), self.lora_up.weight.to(low.dtype).split(self.parts), strict=True)
+        return torch.cat([F.linear(own, up) for own, up in pairs], -1)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        up = block_diagonal(self.lora_up.weight.detach().split(self.parts))
+        return {**self.state_dict(), UP: up}
+
+    def rank_in(self, weights: Mapping[str, Tensor]) -> int:
+        """Also that of one part: a pair for all rows, which each of them gets."""
+        return self.part_rank if weights[DOWN].shape[0] == self.part_rank else self.lora_dim
+
+    def load_pair(self, weights: dict[str, Tensor]) -> None:
+        """Of a file: the parts' pairs as one, or one pair for all, of a part's rank. Raises NetworkError for others."""
+        super().load_pair(self._as_trained(weights))
+
+    def _as_trained(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        down, up = weights[DOWN], weights[UP]
+        found = trained_form(down, up, self.parts, rank=self.part_rank)
+        if found is None:
+            raise NetworkError(
+                f"{self.lora_name}: a pair of rank {down.shape[0]} for all its {len(self.parts)} parts cannot be taken for pairs "
+                f"of rank {self.part_rank} of each: leave out split_qkv"
+            )
+        more = len(self.parts) if down.shape[0] == self.part_rank else 1
+        return {ALPHA: torch.as_tensor(weights.get(ALPHA, float(down.shape[0]))).float() * more, DOWN: found[0], UP: found[1]}
+
+    def add_to_weight(self, weights: dict[str, Tensor], device: torch.device | str | None = None) -> None:
+        """Also of what state_dict() gives."""
+        up = weights[UP]
+        if weights[DOWN].shape[0] != up.shape[1]:
+            weights = {**weights, UP: block_diagonal(up.split(self.parts))}
+        super().add_to_weight(weights, device)
+
+    def norm(self) -> Tensor:
+        """Of all parts: they change different rows, so that the squares add up."""
+        downs = self.lora_down.weight.float().split(self.part_rank)
+        ups = self.lora_up.weight.float().split(self.parts)
+        squares = [squared_norm(down, up) for down, up in zip(downs, ups, strict=True)]
+        return torch.stack(squares).sum().sqrt() * self.scale
+
+
+def squared_norm(down: Tensor, up: Tensor) -> Tensor:
+    """||up @ down||² of (r, K) and (M, r)."""
+    return torch.sum((up.t() @ up) * (down @ down.t())).clamp_min(0.0)
 
 
 def _new_pair(name: str, org: Layer, rank: int) -> tuple[Layer, Layer]:
@@ -235,18 +312,22 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913  # torch passes what apply() was given, by position
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor,
-        mask: Tensor | None, strength: float, fast: bool,
+        mask: Tensor | None, strength: float, fast: bool, parts: Sizes = (),
     ) -> Tensor:  # fmt: skip
         """x (..., K) in the dtype to compute in; down (r, K) and up (M, r) in any; mask broadcastable to (..., r), or None.
 
-        scale (M, 1) and ``fast``: of an Fp8Linear. What is kept for the backward pass is its weight in 8 bits.
+        scale (M, 1) and ``fast``: of an Fp8Linear. What is kept for the backward pass is its weight in 8 bits. ``parts``: rows of
+        up that have a pair of their own; then up is (M, r / P).
         """
-        ctx.strength, ctx.grad_dtypes = strength, (down.dtype, up.dtype)
+        ctx.strength, ctx.grad_dtypes, ctx.parts = strength, (down.dtype, up.dtype), parts
         down, up = down.to(x.dtype), up.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])  # (N, K)
         out = frozen_product(rows, weight, scale, bias, fast=fast)  # (N, M)
         low = _masked(rows @ down.t(), mask, x)  # (N, r)
-        out.addmm_(low, up.t(), alpha=strength)
+        if not parts:
+            out.addmm_(low, up.t(), alpha=strength)
+        for own_out, own_low, own_up in _by_part(out, low, up, parts):
+            own_out.addmm_(own_low, own_up.t(), alpha=strength)
         ctx.save_for_backward(x, weight, scale, down, up, low, mask)
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -257,21 +338,48 @@ class LoRALinear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])  # (N, M)
         grad_x = grad_down = grad_up = None
         if wants_x or wants_down:
-            grad_low = _masked(_scaled_product(grad, up, ctx.strength), mask, x)  # (N, r)
+            grad_low = _masked(_grad_of_low(grad, up, ctx.strength, ctx.parts), mask, x)  # (N, r)
         if wants_x:
             grad_x = (grad @ in_dtype(weight, scale, x.dtype)).addmm_(grad_low, down).view(x.shape)
         if wants_down:
             grad_down = (grad_low.t() @ x.reshape(-1, x.shape[-1])).to(ctx.grad_dtypes[0])  # (r, K)
         if wants_up:  # through its transpose: several times faster on a CPU than a product with the wide side first
-            transposed = _scaled_product(low.t(), grad, ctx.strength)  # (r, M)
+            transposed = _grad_of_up(grad, low, ctx.strength, ctx.parts)  # (r, M)
             grad_up = torch.empty_like(up, dtype=ctx.grad_dtypes[1]).copy_(transposed.t())
-        return grad_x, None, None, None, grad_down, grad_up, None, None, None
+        return grad_x, None, None, None, grad_down, grad_up, None, None, None, None
 
 
 def _masked(low: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
     if mask is None:
         return low
     return (low.view(*x.shape[:-1], low.shape[-1]) * mask.to(low.dtype)).view(low.shape)
+
+
+def _by_part(out: Tensor, low: Tensor, up: Tensor, parts: Sizes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(N, M), (N, P r), (M, r) -> of each part its columns (N, M_i) and (N, r) and its rows (M_i, r)."""
+    if parts:
+        yield from zip(out.split(parts, 1), low.split(up.shape[1], 1), up.split(parts), strict=True)
+
+
+def _grad_of_low(grad: Tensor, up: Tensor, strength: float, parts: Sizes) -> Tensor:
+    """(N, M), (M, r) -> (N, P r)"""
+    if not parts:
+        return _scaled_product(grad, up, strength)
+    grad_low = grad.new_empty(grad.shape[0], len(parts) * up.shape[1])
+    for own_grad, own_low, own_up in _by_part(grad, grad_low, up, parts):
+        torch.addmm(own_low, own_grad, own_up, beta=0, alpha=strength, out=own_low)
+    return grad_low
+
+
+def _grad_of_up(grad: Tensor, low: Tensor, strength: float, parts: Sizes) -> Tensor:
+    """(N, M), (N, P r) -> (r, M)"""
+    if not parts:
+        return _scaled_product(low.t(), grad, strength)
+    rank = low.shape[1] // len(parts)
+    grad_up = grad.new_empty(rank, grad.shape[1])
+    for own_grad, own_low, own in zip(grad.split(parts, 1), low.split(rank, 1), grad_up.split(parts, 1), strict=True):
+        torch.addmm(own, own_low.t(), own_grad, beta=0, alpha=strength, out=own)
+    return grad_up
 
 
 def _scaled_product(a: Tensor, b: Tensor, factor: float) -> Tensor:

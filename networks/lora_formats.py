@@ -203,10 +203,10 @@ def _with_peft_alpha(key: Key, parts: Parts, settings: Mapping[str, Any]) -> Par
 # ---------------------------------------------------------------- writing
 
 
-def save_network_as(network: nn.Module, path: Path, table: NameTable, layout: str, *, dtype: torch.dtype | None,
+def save_network_as(network: Any, path: Path, table: NameTable, layout: str, *, dtype: torch.dtype | None,
                     metadata: Mapping[str, str]) -> None:  # fmt: skip
     """The network's weights in ``layout``; else as its save_weights() does. Equal weights and metadata give equal bytes."""
-    tensors = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+    tensors = {key: value.cpu() for key, value in network.file_tensors().items()}
     modules = by_our_name("the network", tensors, understood("the network", tensors, table))
     write_lora_file(path, convert("the network", modules, table.written_layout(layout), dtype=dtype).tensors, metadata)
 

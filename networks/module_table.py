@@ -13,7 +13,8 @@ LEFT = ("module", "part", "name in the file")  # columns of words; numbers stand
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One module. ``part`` is what it is summed up under; ``rates`` are one or, with LoRA+, those of lora_down and lora_up."""
+    """One module. ``part`` is what it is summed up under; ``rates`` are one or, with LoRA+, those of lora_down and lora_up;
+    ``pairs``: of how many parts, rank and alpha of each."""
 
     path: str
     part: str
@@ -22,12 +23,18 @@ class Row:
     rates: tuple[float, ...]
     parameters: int
     name: str
+    pairs: int = 1
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """Lines in aligned columns: one for each module, then one for each part, in the order met, and the sum."""
-    modules = [(r.path, str(r.rank), f"{r.alpha:g}", _rates(r.rates), f"{r.parameters:,}", r.name) for r in rows]
+    modules = [(r.path, _rank(r), f"{r.alpha:g}", _rates(r.rates), f"{r.parameters:,}", r.name) for r in rows]
     return [*_aligned(HEADINGS, modules), "", *_aligned(TOTALS, _totals(rows))]
+
+
+def _rank(row: Row) -> str:
+    """``"16"``, ``"3 x 16"``"""
+    return str(row.rank) if row.pairs == 1 else f"{row.pairs} x {row.rank}"
 
 
 def _totals(rows: Sequence[Row]) -> list[tuple[str, ...]]:

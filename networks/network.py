@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from library.errors import NetworkError
 from networks.arguments import NetworkArguments
-from networks.layer import Dropouts, LoRAModule
+from networks.layer import Dropouts, LoRAModule, SplitLoRAModule
 from networks.layout_names import OURS, TITLES
 from networks.lora_formats import in_our_layout, layout_problems, read_in_our_layout, save_network_as
 from networks.module_table import Row, table_lines
-from networks.selection import ModelRules, Target, candidates_of, examples, select, targets_of_file
+from networks.selection import Candidate, ModelRules, Target, candidates_of, examples, select, targets_of_file
 from networks.weights_file import (
     LoadReport,
     by_module,
     check_pairs,
     check_shapes,
     in_layer_shapes,
+    metadata_of,
     no_module_fits,
+    trained_alphas,
     trained_on,
     write_lora_file,
 )
@@ -63,8 +65,7 @@ class LoRANetwork(nn.Module):
         self._backup: dict[str, Tensor] = {}
         for target in targets:
             place = target.candidate
-            lora = LoRAModule(place.name, place.module, lora_dim=target.rank, alpha=target.alpha, multiplier=multiplier,
-                              dropouts=dropouts)  # fmt: skip
+            lora = lora_of(target, multiplier=multiplier, dropouts=dropouts)
             (self.unet_loras if place.rules.label == DENOISER else self.text_encoder_loras).append(lora)
             self._targets[place.name] = target
 
@@ -122,7 +123,7 @@ class LoRANetwork(nn.Module):
     def pre_calculation(self) -> None:
         """Merges this network's own weights into the models and takes the LoRAs out of the forward pass."""
         for lora in self.loras:
-            lora.add_to_weight(lora.state_dict())
+            lora.add_to_weight(lora.file_tensors())
         self.set_enabled(False)
 
     @torch.no_grad()
@@ -176,8 +177,10 @@ class LoRANetwork(nn.Module):
         place = self._targets[lora.lora_name].candidate
         part = " ".join(filter(None, (place.rules.label, place.component)))
         parameters = sum(parameter.numel() for parameter in lora.parameters())
-        alpha = lora.scale * lora.lora_dim  # the buffer may be on the device: reading it there would wait for it
-        return Row(path=place.path, part=part, rank=lora.lora_dim, alpha=alpha, rates=tuple(rates), parameters=parameters,
+        pairs = max(len(lora.parts), 1)
+        rank = lora.lora_dim // pairs
+        alpha = lora.scale * rank  # the buffer may be on the device: reading it there would wait for it
+        return Row(path=place.path, part=part, rank=rank, pairs=pairs, alpha=alpha, rates=tuple(rates), parameters=parameters,
                    name=place.name)  # fmt: skip
 
     def prepare_optimizer_params_with_multiple_te_lrs(
@@ -257,24 +260,28 @@ class LoRANetwork(nn.Module):
         """
         tensors = read_in_our_layout(Path(file), self.arguments.NAMES)
         check_pairs(file, tensors)
-        weights = by_module(in_layer_shapes(tensors, [self._targets[lora.lora_name].candidate for lora in self.loras]))
+        weights = by_module(in_trained_form(file, tensors, [self._targets[lora.lora_name].candidate for lora in self.loras]))
         own = {lora.lora_name: lora for lora in self.loras}
         fitting = [name for name in own if name in weights]
         if not fitting:
             raise no_module_fits(file, weights, own, architecture_of(self.arguments))
-        check_shapes(file, [(self._targets[name].candidate, self._targets[name].rank) for name in fitting], weights)
+        check_shapes(file, [(self._targets[name].candidate, own[name].rank_in(weights[name])) for name in fitting], weights)
         for name in fitting:
             own[name].load_pair(weights[name])
         warn_of_homeless(file, [name for name in weights if name not in own], cure="; --dim_from_weights takes its modules")
         return LoadReport(loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
                           unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What a file holds: state_dict(), but with the pairs of a fused layer's parts as one."""
+        return {f"{lora.lora_name}.{part}": t.detach() for lora in self.loras for part, t in lora.file_tensors().items()}
+
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Writes the file atomically; ``dtype`` None keeps each tensor's. Equal weights and metadata give equal bytes.
 
         .safetensors files get ``metadata`` and the two sshs_* hashes, others are pickles of a plain dict, which hold no metadata.
         """
-        tensors = {key: value.detach().to(device="cpu", dtype=dtype or value.dtype) for key, value in self.state_dict().items()}
+        tensors = {key: value.to(device="cpu", dtype=dtype or value.dtype) for key, value in self.file_tensors().items()}
         write_lora_file(Path(file), tensors, metadata or {})
 
     def save_weights_as(
@@ -369,19 +376,56 @@ def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function
         weights = weights_sd if names is None else in_our_layout(file, weights_sd, names)
     check_pairs(file, weights)
     candidates = candidates_of(models)
-    weights = in_layer_shapes(weights, candidates)
+    weights = in_trained_form(file, weights, candidates)
     modules = by_module(weights)
     targets = targets_of_file([place for place in candidates if place.name in modules], weights, arguments)
     if not targets:
         known = [place.name for place in candidates]
         raise no_module_fits(file, modules or weights, known, architecture_of(arguments))
-    check_shapes(file, [(target.candidate, target.rank) for target in targets], modules)
+    check_shapes(file, [(target.candidate, target.file_rank) for target in targets], modules)
     used = {target.candidate.name for target in targets}
     warn_of_homeless(file, [name for name in modules if name not in used and not name.startswith(absent)])
+    tell_of_split(file, targets, arguments)
     if idle := [name for name in arguments.SELECTING if getattr(arguments, name)]:
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
     tell(arguments.warnings())
     return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights
+
+
+def lora_of(target: Target, *, multiplier: float, dropouts: Dropouts) -> LoRAModule:
+    """The module of one layer; SplitLoRAModule where the layer's parts have pairs of their own."""
+    place = target.candidate
+    if target.parts:
+        assert isinstance(place.module, nn.Linear)
+        return SplitLoRAModule(place.name, place.module, parts=target.parts, lora_dim=target.rank, alpha=target.alpha,
+                               multiplier=multiplier, dropouts=dropouts)  # fmt: skip
+    return LoRAModule(place.name, place.module, lora_dim=target.rank, alpha=target.alpha, multiplier=multiplier,
+                      dropouts=dropouts)  # fmt: skip
+
+
+def in_trained_form(file: str | Path, weights: dict[str, Tensor], places: Sequence[Candidate]) -> dict[str, Tensor]:
+    """``weights`` of a file in the shapes of the layers, and with the strength that they were trained with."""
+    weights = in_layer_shapes(weights, places)
+    alphas = trained_alphas(by_module(weights), metadata_of(file), places) if any(place.parts for place in places) else {}
+    if alphas:
+        logger.info(
+            "%s was trained with split_qkv by a program that writes the alpha of one part: %d modules of it are read with the "
+            "strength that they were trained with, which is more than the file itself says",
+            file,
+            len(alphas),
+        )
+    return {**weights, **alphas}
+
+
+def tell_of_split(file: str | Path, targets: Sequence[Target], arguments: NetworkArguments) -> None:
+    """A file decides whether q, k and v have LoRAs of their own."""
+    fused = [target for target in targets if target.candidate.parts]
+    split = [target for target in fused if target.parts]
+    if arguments.splits_fused and len(split) < len(fused):
+        logger.warning("%s: it has one LoRA for all of %s, so split_qkv does nothing there", file,
+                       examples(target.candidate.name for target in fused if not target.parts))  # fmt: skip
+    elif split and not arguments.splits_fused:
+        logger.info("%s: the q, k and v of %d modules have LoRAs of their own there (split_qkv), and keep them", file, len(split))
 
 
 def architecture_of(arguments: NetworkArguments) -> str:

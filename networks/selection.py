@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from library.errors import NetworkError
 from networks.arguments import NetworkArguments
+from networks.fused_parts import blocks_of, is_split
 
 Layer = nn.Linear | nn.Conv2d  # what can have a LoRA
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"  # a module's tensors in a LoRA file, after its name and a dot
@@ -41,6 +42,13 @@ class ModelRules:
     components: tuple[tuple[str, str], ...] = ()  # (name, regex on whole paths) of parts with rates of their own; first match
     renamed: Callable[[str], str] = str  # where files go by other paths than the module has
     block_of: Callable[[str], int | None] = lambda path: None  # the number that block-wise arguments know a path's block by
+    # of a fused Linear, such as qkv: how many rows each of its projections has, in their order; () = it is not fused
+    parts_of: Callable[[str, nn.Module], tuple[int, ...]] = lambda path, layer: ()
+    ranks: tuple[tuple[str, int], ...] = ()  # (regex on whole paths, rank instead of the run's); the first match, 0 = no LoRA
+
+    def rank_of(self, path: str) -> int | None:
+        """What ``ranks`` says of it."""
+        return next((rank for pattern, rank in self.ranks if re.fullmatch(pattern, path)), None)
 
     def component_of(self, path: str) -> str | None:
         return next((name for name, pattern in self.components if re.fullmatch(pattern, path)), None)
@@ -56,6 +64,7 @@ class Candidate:
     rules: ModelRules
     component: str | None = None  # which of the rules' components it belongs to
     block: int | None = None  # as block-wise arguments count, where the model has such
+    parts: tuple[int, ...] = ()  # rows of the projections that are fused in it
 
     @property
     def is_wide(self) -> bool:
@@ -75,6 +84,11 @@ class Target:
     alpha: float  # 0 = the rank
     own_rate: tuple[str, float] | None
     block_factor: float | None = None  # of its model's learning rate; its block is then an optimizer group of its own
+    parts: tuple[int, ...] = ()  # rows of each part that has a pair of its own; then rank and alpha are of each of these
+
+    @property
+    def file_rank(self) -> int:
+        return self.rank * max(len(self.parts), 1)
 
 
 def candidates_of(models: Iterable[tuple[nn.Module, ModelRules]]) -> list[Candidate]:
@@ -92,7 +106,8 @@ def _candidates(model: nn.Module, rules: ModelRules) -> Iterator[Candidate]:
         if match and isinstance(module, rules.kinds):
             path = rules.renamed(match[1])
             yield Candidate(name=f"{rules.prefix}_{path.replace('.', '_')}", path=path, module=module, rules=rules,
-                            component=rules.component_of(path), block=rules.block_of(path))  # fmt: skip
+                            component=rules.component_of(path), block=rules.block_of(path),
+                            parts=rules.parts_of(path, module))  # fmt: skip
 
 
 def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank: int, alpha: float) -> list[Target]:
@@ -104,10 +119,14 @@ def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank
     targets = []
     for candidate in admitted:
         reg_dim = _first_match(arguments.network_reg_dims, candidate.path)
-        own_rank, own_alpha = arguments.size_of(candidate.block, wide=candidate.is_wide, rank=rank, alpha=alpha)
+        part_rank = candidate.rules.rank_of(candidate.path)
+        own_rank, own_alpha = arguments.size_of(
+            candidate.block, wide=candidate.is_wide, rank=rank if part_rank is None else part_rank, alpha=alpha
+        )
         own_rank = int(reg_dim[1]) if reg_dim else own_rank
         if own_rank:
-            targets.append(_target(candidate, arguments, own_rank, own_alpha))
+            parts = candidate.parts if arguments.splits_fused else ()
+            targets.append(_target(candidate, arguments, own_rank, own_alpha, parts))
     problems = [*_idle_selections(candidates, admitted, arguments), *_idle_reg_lrs(admitted, arguments),
                 *_idle_components(targets, arguments, candidates)]  # fmt: skip
     if not targets and not problems:
@@ -118,10 +137,10 @@ def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank
     return targets
 
 
-def _target(candidate: Candidate, arguments: NetworkArguments, rank: int, alpha: float) -> Target:
+def _target(candidate: Candidate, arguments: NetworkArguments, rank: int, alpha: float, parts: tuple[int, ...] = ()) -> Target:
     own_rate = _own_rate(candidate, arguments)
     factor = arguments.block_factor(candidate.block) if own_rate is None else None
-    return Target(candidate=candidate, rank=rank, alpha=alpha, own_rate=own_rate, block_factor=factor)
+    return Target(candidate=candidate, rank=rank, alpha=alpha, own_rate=own_rate, block_factor=factor, parts=parts)
 
 
 def _is_admitted(candidate: Candidate, arguments: NetworkArguments) -> bool:
@@ -203,13 +222,22 @@ def targets_of_file(candidates: Sequence[Candidate], weights: dict[str, Tensor],
         down = weights.get(f"{candidate.name}.{DOWN}")
         if down is not None:
             alpha = weights.get(f"{candidate.name}.{ALPHA}")
-            rank = down.shape[0]
-            targets.append(_target(candidate, arguments, rank, float(rank if alpha is None else alpha)))
+            parts = _parts_in_file(candidate, weights, arguments)
+            count, rank = max(len(parts), 1), down.shape[0]
+            own_alpha = float(rank if alpha is None else alpha) / count
+            targets.append(_target(candidate, arguments, rank // count, own_alpha, parts))
     used = [target.candidate for target in targets]
     problems = [*_idle_reg_lrs(used, arguments), *_idle_components(targets, arguments)] if targets else []
     if problems:
         raise NetworkError(*problems)
     return targets
+
+
+def _parts_in_file(candidate: Candidate, weights: dict[str, Tensor], arguments: NetworkArguments) -> tuple[int, ...]:
+    """The parts of a fused Linear, where the file has a pair for each; the arguments decide of what has learned nothing yet."""
+    up = weights.get(f"{candidate.name}.{UP}")
+    fits = up is not None and blocks_of(up, candidate.parts) is not None
+    return candidate.parts if fits and up is not None and (arguments.splits_fused or is_split(up, candidate.parts)) else ()
 
 
 def examples(names: Iterable[str]) -> str:

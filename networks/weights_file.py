@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,9 +19,15 @@ from library.files.atomic import write_atomically
 from library.files.model_hash import OLD_HASH_BYTES, OLD_HASH_DIGITS, OLD_HASH_OFFSET
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors, serialize
 from library.files.torch_file import torch_bytes
+from library.training.files.metadata import IMPLEMENTATION_VERSION
 from library.training.models.network_checks import base_model
+from networks.arguments import parse_bool
+from networks.fused_parts import is_split
 from networks.layout_names import is_part_of_adapter, model_of_lora, module_name
-from networks.selection import DOWN, UP, Candidate, examples
+from networks.selection import ALPHA, DOWN, UP, Candidate, examples
+
+OWN_MAKER = IMPLEMENTATION_VERSION.partition("/")[0] + "/"  # how modelspec.implementation_version begins in this project's files
+SAME_ALPHA = 0.01  # relative; in a file of bfloat16 alphas are rounded, and those that are told apart differ by whole factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +136,47 @@ def in_layer_shapes(weights: dict[str, Tensor], places: Iterable[Candidate]) -> 
     return {**weights, **changed} if changed else weights
 
 
+def trained_alphas(
+    weights: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], places: Iterable[Candidate]
+) -> dict[str, Tensor]:
+    """{key: alpha} of the fused modules of a file whose maker wrote the alpha of one part, so that by the file alone they are
+    weaker than they were trained, by the number of parts; ``weights`` by module.
+
+    kohya-ss/sd-scripts writes so. Known by the metadata of the training, and only where the alpha is exactly that of a part.
+    """
+    if metadata.get("modelspec.implementation_version", "").startswith(OWN_MAKER) or not _says_split(metadata):
+        return {}
+    found = {}
+    for place in places:
+        pair, count = weights.get(place.name, {}), len(place.parts)
+        if ALPHA in pair and is_split(pair[UP], place.parts):
+            of_a_part = _network_alpha(metadata) or pair[DOWN].shape[0] / count  # 0 = the rank of a part
+            if math.isclose(float(pair[ALPHA]), of_a_part, rel_tol=SAME_ALPHA):
+                found[f"{place.name}.{ALPHA}"] = pair[ALPHA].float() * count
+    return found
+
+
+def _says_split(metadata: Mapping[str, str]) -> bool:
+    try:
+        return parse_bool(json.loads(metadata.get("ss_network_args", "{}")).get("split_qkv", "false"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def _network_alpha(metadata: Mapping[str, str]) -> float:
+    """NaN, which no module's alpha is, where it is not told."""
+    try:
+        return float(metadata.get("ss_network_alpha", "nan"))
+    except ValueError:
+        return math.nan
+
+
+def metadata_of(file: str | Path | None) -> dict[str, str]:
+    """Empty for pickles, and where there is no such file."""
+    path = Path(file or "")
+    return read_header(path).metadata if path.suffix == ".safetensors" and path.is_file() else {}
+
+
 def check_pairs(file: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError for a file under our names that has one half of a module's LoRA without the other."""
     halves: dict[str, set[str]] = {}
@@ -160,9 +209,7 @@ def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable
 
 def trained_on(file: str | Path) -> str:
     """``" (its metadata names the base model sd_v1)"``; empty where a file says nothing about that."""
-    if Path(file).suffix != ".safetensors" or not Path(file).is_file():
-        return ""
-    base = base_model(read_header(Path(file)).metadata)
+    base = base_model(metadata_of(file))
     return f" (its metadata names the base model {base})" if base else ""
 
 
@@ -178,7 +225,9 @@ def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weig
             shapes = f"{tuple(parts[UP].shape)} x {tuple(parts[DOWN].shape)}"
             sizes.append(f"{place.name} ({shapes} in the file, the layer is {tuple(weight)})")
         elif file_rank != rank:
-            ranks.append(f"{place.name} (rank {file_rank} in the file, {rank} here)")
+            split = is_split(parts[UP], place.parts)
+            hint = f", rank {file_rank // len(place.parts)} of each of its {len(place.parts)} parts: split_qkv" if split else ""
+            ranks.append(f"{place.name} (rank {file_rank} in the file{hint}, {rank} here)")
     problems = []
     if sizes:
         problems.append(
