@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")  # of the MMDiT in a file; longest first
 OTHER_PARTS = ("text_encoders.", "first_stage_model.", "vae.", "cond_stage_model.")  # beside an MMDiT without a prefix
 BLOCKS = "joint_blocks."
+PIXELS_PER_LATENT = 8
 HEAD_DIM = 64  # of all published models
 TIME_WIDTH = 256  # sinusoids of the noise level
 STREAMS = CONTEXT, IMAGE = "context_block", "x_block"
@@ -112,6 +113,18 @@ def layout_problems(config: MmditConfig, shapes: Mapping[str, tuple[int, ...]]) 
         yield f"{text} {sizes}"
     elif config.width % config.heads:
         yield f"its width {config.width} cannot be cut into {config.heads} heads: its config needs heads"
+
+
+def position_problem(config: MmditConfig, rows: int, columns: int) -> str | None:
+    """Why pictures of ``rows`` x ``columns`` patches have no place in the model's position table; None where they have."""
+    side = config.position_side
+    if max(rows, columns) <= side:
+        return None
+    pixels = PIXELS_PER_LATENT * config.patch
+    return (
+        f"{columns * pixels}x{rows * pixels} pixels are more than {side * pixels} on a side, for which the model has positions; "
+        "give a smaller resolution (--resolution, --max_bucket_reso), or --enable_scaled_pos_embed"
+    )
 
 
 # ---------------------------------------------------------------- sizes

@@ -1,0 +1,24 @@
+"""The MMDiT of Stable Diffusion 3: from files to the module, tensor by tensor."""
+
+from __future__ import annotations
+
+import torch
+
+from library.files.weights_source import Part, module_tensors
+from library.nn.loading import Place, load_into
+from library.sd3.denoiser import Mmdit
+from library.sd3.layout import MmditConfig
+
+
+def build_denoiser(config: MmditConfig) -> Mmdit:
+    """The module on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return Mmdit(config)
+
+
+def load_denoiser(denoiser: Mmdit, part: Part[MmditConfig], *, device: Place, dtype: torch.dtype) -> None:
+    """Streams the weights of ``part`` into a denoiser built from its config: frozen, on ``device``, as ``dtype``.
+
+    Peak memory is the model plus one tensor. Raises CheckpointError when a file changed since its header was read.
+    """
+    load_into(denoiser, module_tensors(part.source, part.pieces), device=device, dtype=dtype)
