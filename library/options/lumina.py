@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from library.files.hub_download import is_repo_id
 from library.options.attention import AttentionOptions
 from library.options.declare import opt
 from library.options.flow import LuminaFlowOptions
@@ -125,6 +126,12 @@ class LuminaTrainOptions(FlowTrainOptions):
     @property
     def pictures_at_once(self) -> int:
         return self.lumina.sample_batch_size or 1
+
+    @property
+    def fetches_models(self) -> bool:
+        """The tokenizer, where nothing names it and it is not in the files: only reading them shows that."""
+        tokenizer = self.lumina.gemma2_tokenizer
+        return tokenizer is None or is_repo_id(tokenizer)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
