@@ -30,6 +30,10 @@ CONTROLNET = "ControlNet"
 LUMINA = "Lumina Image 2.0 checkpoint"
 LUMINA_DIFFUSERS = "Lumina Image 2.0 checkpoint in diffusers' layout, which is not read"
 GEMMA = "Gemma 2 text encoder"
+SD3 = "SD3 or SD3.5 checkpoint"
+SD3_DIFFUSERS = "SD3 or SD3.5 transformer in diffusers' layout, which is not read"
+T5 = "T5 text encoder"
+CLIP = "CLIP text encoder"
 
 # Kind -> patterns that all must match some key; the first kind that fits is the answer, so what is more special comes first.
 # A checkpoint of several parts (U-Net + VAE + text encoders) is named after its denoiser.
@@ -45,7 +49,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     SD2: (r"^cond_stage_model\.model\.",),
     SD1: (r"^cond_stage_model\.|input_blocks\.\d+\.\d+\.transformer_blocks|^down_blocks\.\d+\.attentions\.",),
     "FLUX checkpoint": (r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.",),
-    "SD3 or SD3.5 checkpoint": (r"(^|\.)joint_blocks\.\d+\.x_block\.|^transformer_blocks\.0\.ff_context\.",),
+    SD3: (r"(^|\.)joint_blocks\.\d+\.x_block\.",),
+    SD3_DIFFUSERS: (r"^transformer_blocks\.0\.ff_context\.",),
     "NewBie checkpoint": (r"(^|\.)clip_text_pooled_proj\.",),
     "Z-Image checkpoint": (r"(^|\.)(x_pad_token$|cap_pad_token$|all_x_embedder\.)",),
     "OmniGen2 checkpoint": (r"(^|\.)ref_image_refiner\.",),
@@ -59,8 +64,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     GEMMA: (r"layers\.\d+\.pre_feedforward_layernorm\.",),
     QWEN3: (r"(^|\.)layers\.\d+\.self_attn\.q_norm\.weight",),
     "language model of another family": (r"^(model\.)?layers\.\d+\.self_attn\.q_proj\.weight",),
-    "T5 text encoder": (r"^(encoder\.)?block\.\d+\.layer\.0\.SelfAttention\.",),
-    "CLIP text encoder": (r"^(text_model\.)?(encoder\.layers\.\d+\.self_attn\.q_proj|embeddings\.position_embedding)\.",),
+    T5: (r"^(encoder\.)?block\.\d+\.layer\.0\.SelfAttention\.",),
+    CLIP: (r"^(text_model\.)?(encoder\.layers\.\d+\.self_attn\.q_proj|embeddings\.position_embedding)\.",),
 }
 
 TRAINED_BY = {
@@ -69,6 +74,7 @@ TRAINED_BY = {
     SD2: "train_network.py --v2",
     SDXL: "sdxl_train_network.py",
     LUMINA: "lumina_train_network.py",
+    SD3: "sd3_train_network.py",
 }
 
 

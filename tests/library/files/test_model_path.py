@@ -7,6 +7,7 @@ import pytest
 from library.errors import CheckpointError
 from library.files.model_path import (
     ANIMA_DIT,
+    CLIP,
     CONTROLNET,
     COSMOS_DIT,
     GEMMA,
@@ -18,9 +19,12 @@ from library.files.model_path import (
     QWEN_IMAGE_VAE,
     SD1,
     SD2,
+    SD3,
+    SD3_DIFFUSERS,
     SD_UNCLIP,
     SDXL,
     SDXL_REFINER,
+    T5,
     TRAINED_BY,
     described,
     find_model_file,
@@ -44,10 +48,13 @@ KEYS = {
     SDXL: ["conditioner.embedders.1.model.ln_final.bias", "model.diffusion_model.label_emb.0.0.weight"],
     SD2: ["cond_stage_model.model.ln_final.bias", "model.diffusion_model.input_blocks.1.0.weight"],
     SD1: ["cond_stage_model.transformer.text_model.final_layer_norm.bias"],
-    "SD3 or SD3.5 checkpoint": [
+    SD3: [
         "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
-        "first_stage_model.encoder.conv_in.bias",
+        "first_stage_model.encoder.mid.block_1.norm1.weight",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
     ],
+    SD3_DIFFUSERS: ["transformer_blocks.0.ff_context.net.0.proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"],
     LUMINA: ["cap_embedder.0.weight", "layers.0.attention.qkv.weight"],
     LUMINA_DIFFUSERS: ["time_caption_embed.caption_embedder.0.weight", "context_refiner.0.attn.to_q.weight"],
     "Z-Image checkpoint": ["cap_embedder.0.weight", "cap_pad_token", "layers.0.attention.qkv.weight"],
@@ -58,8 +65,8 @@ KEYS = {
     QWEN3: ["model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"],
     "Gemma 3 text encoder": ["layers.0.pre_feedforward_layernorm.weight", "layers.0.self_attn.q_norm.weight"],
     GEMMA: ["model.layers.0.pre_feedforward_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"],
-    "T5 text encoder": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
-    "CLIP text encoder": ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
+    T5: ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
+    CLIP: ["text_model.encoder.layers.0.self_attn.q_proj.weight"],
 }
 
 
