@@ -91,13 +91,14 @@ from torch import Tensor, nn
 
 from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
-from library.anima.sampling import TextContext, encode_context, initial_noises, velocity_of
+from library.anima.sampling import TextContext, encode_context, velocity_of
 from library.anima.text import AnimaConditioning, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.nn.attention import use_attention
 from library.nn.attention_kernels import AttentionKernel
 from library.nn.fp8 import check_fp8, quantise, use_fp8
 from library.nn.fp8_speed import choose_fp8_products
+from library.nn.initial_noise import initial_noises
 from library.sampling.flow_samplers import FlowSettings, draw_flow
 from library.sampling.inference import PictureMaker, Tick, run_inference
 from library.sampling.picture_plan import Picture

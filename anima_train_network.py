@@ -32,10 +32,11 @@ from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.memory_use import memory_use
-from library.anima.sampling import encode_context, initial_noise, velocity_of
+from library.anima.sampling import encode_context, velocity_of
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.dataset.batch import Batch
+from library.nn.initial_noise import initial_noise
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name

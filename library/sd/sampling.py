@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from library.nn.initial_noise import initial_noises
 from library.randomness import torch_generator
 from library.sd.layout import VELOCITY
 from library.sd.text import SdPrompts, equally_long
-from library.sd.vae_layout import LATENT_CHANNELS, STRIDE
+from library.sd.vae_layout import LATENT_CHANNELS
 
 if TYPE_CHECKING:
     from library.sd.denoiser import StableDiffusionUNet
@@ -125,7 +126,7 @@ def draw_latents(  # noqa: PLR0913  # what a picture needs
     EPSILON or VELOCITY of library/sd/layout.py. ``tick`` is called before each pass through the U-Net.
     """
     first, seeds = pictures[0], [picture.seed for picture in pictures]
-    noise = initial_noises(seeds, (first.width, first.height))
+    noise = initial_noises(seeds, (first.width, first.height), LATENT_CHANNELS)
     return draw(
         guided(unet.predict, positive.repeated(len(seeds)), negative.repeated(len(seeds)) if negative else None, first.scale),
         noise.to(device),
@@ -141,13 +142,6 @@ def prompt_inputs(positive: SdPrompts, negative: SdPrompts | None) -> tuple[Text
         return TextInputs(positive.conditioning().states), None
     with_prompt, without = equally_long(positive, negative)
     return TextInputs(with_prompt.states), TextInputs(without.states)
-
-
-def initial_noises(seeds: Sequence[int], size_wh: tuple[int, int]) -> Tensor:
-    """(B, 4, height / 8, width / 8) in fp32 on the CPU, the same on every machine; ``size_wh`` in pixels."""
-    width, height = size_wh
-    shape = (LATENT_CHANNELS, height // STRIDE, width // STRIDE)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def build_scheduler(sampler: str, steps: int, *, prediction: str) -> Any:

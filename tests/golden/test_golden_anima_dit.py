@@ -10,7 +10,7 @@ from library.anima.adapter import LlmAdapter
 from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.layout import adapter_from_shapes, config_from_shapes, expected_shapes
-from library.anima.sampling import initial_noise
+from library.nn.initial_noise import initial_noise
 from library.nn.loading import load_into
 from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sigmas
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from library.nn.initial_noise import initial_noises
 from library.options.samples import SAMPLERS as SAMPLER_NAMES
 from library.sampling.picture_plan import Picture
 from library.sd.layout import EPSILON, VELOCITY
 from library.sd.linear_multistep import LinearMultistep, weight
-from library.sd.sampling import SAMPLERS, TextInputs, build_scheduler, draw, draw_latents, guided, initial_noises, passes
+from library.sd.sampling import SAMPLERS, TextInputs, build_scheduler, draw, draw_latents, guided, passes
 
 PICTURE = Picture(prompt="a", negative_prompt="b", width=64, height=32, seed=7, steps=3, scale=4.0, sampler="euler")
 
@@ -50,7 +51,7 @@ def test_every_sampler_draws_with_any_number_of_steps(name, prediction):
 @pytest.mark.parametrize("name", ["dpmsolver", "dpmsolver++", "dpmsingle", "lms"])
 def test_the_most_steps_that_a_prompt_may_ask_for(name):
     scheduler = build_scheduler(name, 1000, prediction=EPSILON)
-    found = draw(lambda latents, timestep: latents.tanh(), initial_noises([1], (16, 16)), scheduler=scheduler)
+    found = draw(lambda latents, timestep: latents.tanh(), initial_noises([1], (16, 16), 4), scheduler=scheduler)
     assert found.isfinite().all()
 
 
@@ -80,12 +81,12 @@ def test_noise_on_the_way_is_not_that_of_the_start(monkeypatch):
     original = module.randn_tensor
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: draws.append(original(*args, **kwargs)) or draws[-1])
     draw_latents(Unet(), [replace(PICTURE, sampler="euler_a")], text(1), None, prediction=EPSILON, device="cpu")
-    start = initial_noises([PICTURE.seed], (PICTURE.width, PICTURE.height))
+    start = initial_noises([PICTURE.seed], (PICTURE.width, PICTURE.height), 4)
     assert len(draws) == 3 and not torch.equal(draws[0], start) and not torch.equal(draws[0], draws[1])
 
 
 def test_guidance_is_the_formula_and_takes_one_pass():
-    unet, latents = Unet(), initial_noises([1, 2], (16, 16))
+    unet, latents = Unet(), initial_noises([1, 2], (16, 16), 4)
     positive, negative = text(1.0).repeated(2), text(-2.0).repeated(2)
     found = guided(unet.predict, positive, negative, 5.0)(latents, 500.0)
     assert unet.rows == [4]
@@ -117,7 +118,7 @@ def test_ticks_count_the_passes():
 def test_dpmsolver_in_its_first_form_is_the_published_second_order_step():
     """DPM-Solver-2M written out in half-log-SNR (arXiv 2206.00927), on the scheduler's own times."""
     scheduler = build_scheduler("dpmsolver", 16, prediction=EPSILON)
-    x = initial_noises([3], (16, 16)).double()
+    x = initial_noises([3], (16, 16), 4).double()
     found = draw(lambda latents, timestep: latents.tanh(), x.float(), scheduler=scheduler)
     sigmas = scheduler.sigmas.double()
     alphas = 1 / (sigmas**2 + 1).sqrt()
