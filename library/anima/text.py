@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.anima.text_layout import TextEncoderConfig, TextEncoderLayout
-from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles, padded
+from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles
 from library.files.safetensors_file import read_tensors
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 from library.nn.transfer import sent
+from library.text.tokenizer_files import padded
 
 T5_END_ID = 1  # the id of </s> in every T5 vocabulary, all that an empty caption has
 

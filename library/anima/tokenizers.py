@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,15 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from library.anima.layout import CONTEXT_ROWS
 from library.anima.text_layout import has_tokenizer
 from library.errors import CheckpointError
+from library.text.tokenizer_files import BUNDLED_T5, CONFIGS, TextLength, load_json_tokenizer, load_t5, text_length
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BUNDLED_QWEN, BUNDLED_T5 = CONFIGS / "qwen3_06b", CONFIGS / "t5_old"
+BUNDLED_QWEN = CONFIGS / "qwen3_06b"
 T5_FLAG = "--t5_tokenizer_path"
-LONG_WORD = 24  # characters
-QWEN_PAD, T5_END = "<|endoftext|>", "</s>"
+QWEN_PAD = "<|endoftext|>"
 # how Qwen splits text before merging bytes; only for folders that have vocab.json and merges.txt but no tokenizer.json
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -34,13 +32,6 @@ class TokenIds(NamedTuple):
 
     qwen: list[int]
     t5: list[int]
-
-
-class TextLength(NamedTuple):
-    """A caption before it is cut: ``tokens`` in all, and of how many characters something is left (None: nothing is cut)."""
-
-    tokens: int
-    cut_at: int | None
 
 
 class TextLengths(NamedTuple):
@@ -114,8 +105,8 @@ class AnimaTokenizers:
     def lengths(self, caption: str) -> TextLengths:
         """How long the caption is, and where ``ids`` cuts it."""
         return TextLengths(
-            _length(self.qwen, caption, kept=self.qwen_max, room=self.qwen_max),
-            _length(self.t5, caption, kept=self.t5_max - 1, room=self.t5_max),
+            text_length(self.qwen, caption, kept=self.qwen_max, room=self.qwen_max),
+            text_length(self.t5, caption, kept=self.t5_max - 1, room=self.t5_max),
         )
 
     @property
@@ -131,73 +122,18 @@ class AnimaTokenizers:
                                   "put its own tokenizer.json into its folder and give --qwen3 that folder")  # fmt: skip
 
 
-def _length(tokenizer: Any, caption: str, *, kept: int, room: int) -> TextLength:
-    """Of a caption of more than ``room`` tokens the first ``kept`` stay. A character that is split between a token that stays and
-    one that goes does not count as seen."""
-    encoding = tokenizer.encode(caption)
-    if len(encoding.ids) <= room:
-        return TextLength(len(encoding.ids), None)
-    offsets = getattr(encoding, "offsets", None)
-    cut_at = offsets[kept][0] if offsets else _longest_start(tokenizer, caption, kept)
-    return TextLength(len(encoding.ids), cut_at)
-
-
-def _longest_start(tokenizer: Any, caption: str, kept: int) -> int:
-    """For tokenizers without offsets: how many characters of ``caption`` come out as at most ``kept`` tokens and ``</s>``."""
-
-    def fits(characters: int) -> bool:
-        return len(tokenizer.encode(caption[:characters]).ids) - 1 <= kept
-
-    low, high = 0, len(caption)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    # a part of a word can take more tokens than the word
-    longer = range(min(low + LONG_WORD, len(caption)), low, -1)
-    return next((characters for characters in longer if fits(characters)), low)
-
-
-def padded(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows padded on the right to ``length`` (default: the longest, at least 1), and masks with True at the tokens."""
-    length = max(1, *map(len, rows)) if length is None else length
-    ids = [[*row, *[pad_id] * (length - len(row))] for row in rows]
-    return ids, [[place < len(row) for place in range(length)] for row in rows]
-
-
 def load_qwen(folder: Path) -> Tokenizer:
     """``tokenizer.json`` (plain or gzipped), else ``vocab.json`` with ``merges.txt``. Raises CheckpointError naming the file."""
     from tokenizers import Tokenizer
 
     compressed = folder / "tokenizer.json.gz"
     if (folder / "tokenizer.json").is_file():
-        return _load_json(folder / "tokenizer.json")
+        return load_json_tokenizer(folder / "tokenizer.json")
     if compressed.is_file():
         return Tokenizer.from_str(gzip.decompress(compressed.read_bytes()).decode("utf-8"))
     if has_tokenizer(folder):
         return _qwen_from_merges(folder)
     raise CheckpointError(f"{folder} has no tokenizer.json and no vocab.json with merges.txt")
-
-
-def load_t5(folder: Path) -> Any:
-    """``tokenizer.json``, else ``spiece.model``. Raises CheckpointError naming the file, or the package that is missing."""
-    if not (folder / "tokenizer.json").is_file():
-        return SentencePieceTokenizer(folder / "spiece.model")
-    tokenizer = _load_json(folder / "tokenizer.json")
-    if tokenizer.encode("").tokens != [T5_END]:
-        raise CheckpointError(f"{folder / 'tokenizer.json'} is not a T5 tokenizer: it does not end a text in {T5_END}")
-    return tokenizer
-
-
-def _load_json(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  # the package raises plain Exception for a damaged file
-        raise CheckpointError(f"cannot load the tokenizer {path}: {error}; download it again") from error
-    tokenizer.no_truncation()  # a file may carry limits of its own; ours are the flags'
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _qwen_from_merges(folder: Path) -> Tokenizer:
@@ -217,29 +153,3 @@ def _qwen_from_merges(folder: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.add_tokens(tokens)
     return tokenizer
-
-
-class SentencePieceTokenizer:
-    """A T5 ``spiece.model`` through transformers, with the two calls of a ``Tokenizer`` that are used here."""
-
-    def __init__(self, path: Path):
-        try:
-            import sentencepiece  # noqa: F401  # transformers' own message about it is a traceback
-            from transformers import T5Tokenizer
-        except ImportError as error:
-            raise CheckpointError(f"{path} needs the package {error.name}: pip install sentencepiece, or give {T5_FLAG} a folder "
-                                  "with tokenizer.json") from error  # fmt: skip
-        try:
-            self._tokenizer = T5Tokenizer.from_pretrained(str(path.parent), local_files_only=True, legacy=True)
-        except Exception as error:  # noqa: BLE001  # a damaged model file raises RuntimeError, OSError, TypeError or ValueError
-            raise CheckpointError(f"cannot load the tokenizer {path}: {error}") from error
-
-    def encode(self, caption: str) -> SentencePieceIds:
-        return SentencePieceIds(self._tokenizer(caption).input_ids)
-
-    def get_vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-
-class SentencePieceIds(NamedTuple):
-    ids: list[int]

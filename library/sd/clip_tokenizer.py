@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from library.dataset.token_use import TokenUse
 from library.errors import OptionError
 from library.sd.prompt_weights import parse_weights
+from library.text.tokenizer_files import longest_start
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,7 +30,6 @@ ROW = PIECE + 2  # with the start and end mark
 PROMPT_PIECES = 3  # rows that a prompt of Stable Diffusion 1 and 2 may take
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP, arXiv 2103.00020: words, single digits, the rest
 UNTOUCHED = re.compile(r"[\t\n -%'-~]*")  # by ftfy: ASCII without "&", which may begin an HTML entity
-LONG_WORD = 24  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class ClipTokenizer:
             return len(self.weighted_ids(start, weighted=weighted)[0])
 
         found = length(text)
-        cut_at = _longest_start(text, length, tokens) if found > tokens else None
+        cut_at = longest_start(text, length, tokens) if found > tokens else None
         return TokenUse(self.kind.encoder, found, tokens, cut_at)
 
 
@@ -170,17 +170,6 @@ def _repaired(text: str) -> str:
         raise OptionError("captions with characters beyond ASCII need the package ftfy, as CLIP's tokenizer does: "
                           "pip install ftfy") from error  # fmt: skip
     return fix_text(text)
-
-
-def _longest_start(text: str, length: Callable[[str], int], room: int) -> int:
-    """How many characters of ``text`` come out as at most ``room`` tokens."""
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if length(text[:middle]) <= room else (low, middle - 1)
-    # a part of a word can take more tokens than the word
-    longer = range(min(low + LONG_WORD, len(text)), low, -1)
-    return next((end for end in longer if length(text[:end]) <= room), low)
 
 
 def stacked(texts: Sequence[TokenRows]) -> TokenRows:

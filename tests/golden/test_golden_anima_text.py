@@ -5,9 +5,10 @@ import torch
 
 from library.anima.text import AnimaTextEncoder, build_qwen3
 from library.anima.text_layout import read_text_encoder_layout
-from library.anima.tokenizers import AnimaTokenizers, padded
+from library.anima.tokenizers import AnimaTokenizers
 from library.files.safetensors_file import read_tensors, save_safetensors
 from library.nn.loading import load_into
+from library.text.tokenizer_files import padded
 from tests.golden.golden_files import load_golden, relative_error
 
 

@@ -11,13 +11,14 @@ import pytest
 
 from library.anima.architecture import ANIMA, tokenizer_files
 from library.anima.layout import CONTEXT_ROWS
-from library.anima.tokenizers import BUNDLED_QWEN, BUNDLED_T5
+from library.anima.tokenizers import BUNDLED_QWEN
 from library.dataset.token_use import TokenUse
 from library.errors import CheckpointError, OptionError
 from library.options.anima import LONGEST_TEXT_TOKENS, AnimaOptions, AnimaTrainOptions
 from library.options.memory import BlockMemoryOptions
 from library.options.models import ModelOptions
 from library.options.run import RunOptions
+from library.text.tokenizer_files import BUNDLED_T5
 from tests.caption_sets import captions
 
 

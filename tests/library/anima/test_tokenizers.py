@@ -9,18 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from library.anima.tokenizers import (
-    BUNDLED_QWEN,
-    BUNDLED_T5,
-    CONFIGS,
-    AnimaTokenizers,
-    SentencePieceIds,
-    find_tokenizers,
-    load_qwen,
-    load_t5,
-    padded,
-)
+from library.anima.tokenizers import BUNDLED_QWEN, AnimaTokenizers, find_tokenizers, load_qwen
 from library.errors import CheckpointError
+from library.text.tokenizer_files import BUNDLED_T5, CONFIGS, SentencePieceIds, load_t5, padded
 from tests.library.anima.tiny_qwen import SMALL_VOCABULARY, save_tiny_qwen
 
 CAPTIONS = ["", "a cat", "1girl, (best:1.2), it's 12345", "猫が窓辺で。 e\u0301", "🎨🚀 naïve\n\n  x ", "<|im_start|>user </s>"]
