@@ -48,6 +48,7 @@ OTHER_MODELS = {
     "FLUX": r"(double|single)(_transformer)?_blocks[._]\d",
     "SD3": r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj|^lora_te3_",
     "Qwen-Image": r"transformer_blocks[._]\d+[._](img|txt)_mlp",
+    "Z-Image": r"layers[._]\d+[._](attention[._]to_[qkv]|adaLN_modulation[._]0)",  # which otherwise has Lumina's names
     "Lumina Image 2.0": r"layers[._]\d+[._](attention[._]qkv|feed_forward)|context_refiner|noise_refiner",
     "Wan": r"blocks[._]\d+[._](ffn[._]\d|cross_attn[._][kv]_img)",
     "Anima": r"^(lora_unet_|diffusion_model\.)(llm_adapter|blocks[._]\d+[._](mlp[._]layer|(self|cross)_attn[._]\w+_proj|adaln))",

@@ -8,7 +8,7 @@ An architecture's file (``lora_<arch>.py``) supplies data: ModelRules and an arg
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from networks.layer import Dropouts, LoRAModule, SplitLoRAModule
 from networks.layout_names import OURS, TITLES
 from networks.lora_formats import in_our_layout, layout_problems, read_in_our_layout, save_network_as
 from networks.module_table import Row, table_lines
-from networks.selection import Candidate, ModelRules, Target, candidates_of, examples, select, targets_of_file
+from networks.selection import UP, Candidate, ModelRules, Target, candidates_of, examples, select, targets_of_file
 from networks.weights_file import (
     LoadReport,
     by_module,
@@ -268,7 +268,7 @@ class LoRANetwork(nn.Module):
         check_shapes(file, [(self._targets[name].candidate, own[name].rank_in(weights[name])) for name in fitting], weights)
         for name in fitting:
             own[name].load_pair(weights[name])
-        warn_of_homeless(file, [name for name in weights if name not in own], cure="; --dim_from_weights takes its modules")
+        warn_of_homeless(file, learned_beside(weights, own), cure="; --dim_from_weights takes its modules")
         return LoadReport(loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
                           unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
 
@@ -384,7 +384,7 @@ def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function
         raise no_module_fits(file, modules or weights, known, architecture_of(arguments))
     check_shapes(file, [(target.candidate, target.file_rank) for target in targets], modules)
     used = {target.candidate.name for target in targets}
-    warn_of_homeless(file, [name for name in modules if name not in used and not name.startswith(absent)])
+    warn_of_homeless(file, [name for name in learned_beside(modules, used) if not name.startswith(absent)])
     tell_of_split(file, targets, arguments)
     if idle := [name for name in arguments.SELECTING if getattr(arguments, name)]:
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
@@ -435,6 +435,12 @@ def architecture_of(arguments: NetworkArguments) -> str:
 def tell(warnings: Iterable[str]) -> None:
     for line in warnings:
         logger.warning("--network_args: %s", line)
+
+
+def learned_beside(weights: Mapping[str, Mapping[str, Tensor]], known: Collection[str]) -> list[str]:
+    """The modules of a file, apart from the ``known`` ones, that change something: where lora_up is zero nothing was trained, as
+    in the last layer of a text encoder that is read before it."""
+    return [name for name, parts in weights.items() if name not in known and bool(parts[UP].count_nonzero())]
 
 
 def warn_of_homeless(file: str | Path, names: Sequence[str], *, cure: str = "") -> None:
