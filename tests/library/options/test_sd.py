@@ -175,14 +175,14 @@ def test_refused(script, arguments, expected):
 
 NOT_HERE = [
     (SD, "--qwen3=x", "unknown flag --qwen3: it belongs to anima_train_network.py, not to this script; drop --qwen3"),
-    (SD, "--discrete_flow_shift=3", "unknown flag --discrete_flow_shift: it belongs to anima_train_network.py"),
-    (SD, "--timestep_sampling=shift", "unknown flag --timestep_sampling: it belongs to anima_train_network.py"),
+    (SD, "--discrete_flow_shift=3", "unknown flag --discrete_flow_shift: it belongs to lumina_train_network.py and anima_"),
+    (SD, "--timestep_sampling=shift", "unknown flag --timestep_sampling: it belongs to lumina_train_network.py and anima_"),
     (SD, "--text_encoder_lr1=1e-5", "unknown flag --text_encoder_lr1: it belongs to sdxl_train_network.py, not to this script"),
-    (SDXL, "--blocks_to_swap=3", "unknown flag --blocks_to_swap: it belongs to anima_train_network.py"),
+    (SDXL, "--blocks_to_swap=3", "unknown flag --blocks_to_swap: it belongs to sd3_train_network.py, lumina_"),
     (
         SDXL,
         "--unsloth_offload_checkpointing",
-        "unknown flag --unsloth_offload_checkpointing: it belongs to anima_train_network.py",
+        "unknown flag --unsloth_offload_checkpointing: it belongs to sd3_train_network.py, ",
     ),
 ]
 
