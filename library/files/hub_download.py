@@ -29,10 +29,27 @@ def is_repo_id(value: str) -> bool:
     return bool(REPO_ID.fullmatch(value)) and not Path(value).parent.exists()
 
 
-def fetch_model(repo_id: str, choose: Choose, *, parts: Collection[str], flag: str, token: str | None) -> Path:
+def cached_file(repo_id: str, name: str) -> Path | None:
+    """A file of a repository's main branch that the cache holds already; None where it does not. The hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch_model(  # noqa: PLR0913  # a repository, what of it, and for messages
+    repo_id: str,
+    choose: Choose,
+    *,
+    parts: Collection[str],
+    flag: str,
+    token: str | None,
+    what: str = "model in the layout of diffusers",
+) -> Path:
     """The folder in the cache with the chosen files of a repository. Raises CheckpointError, without the token in it.
 
-    ``parts``: folders of which files must be in the cache, where that is all there is to take them from.
+    ``parts``: folders of which files must be in the cache, where that is all there is to take them from. ``what``: is fetched,
+    for messages.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -45,7 +62,7 @@ def fetch_model(repo_id: str, choose: Choose, *, parts: Collection[str], flag: s
         api.repo_info(repo_id, timeout=TIMEOUT_S)  # asks once, where listing and fetching would try again for long
         wanted = list(choose(api.list_repo_files(repo_id)))
         if not wanted:
-            raise CheckpointError(f"{flag} {repo_id}: this repository on the hub holds no model in the layout of diffusers")
+            raise CheckpointError(f"{flag} {repo_id}: this repository on the hub holds no {what}")
         return Path(snapshot_download(repo_id, allow_patterns=wanted, token=token))
     except CheckpointError:
         raise
