@@ -414,7 +414,7 @@ def in_trained_form(file: str | Path, weights: dict[str, Tensor], places: Sequen
             file,
             len(alphas),
         )
-    return {**weights, **alphas}
+    return {**weights, **alphas} if alphas else weights
 
 
 def tell_of_split(file: str | Path, targets: Sequence[Target], arguments: NetworkArguments) -> None:
