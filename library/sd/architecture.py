@@ -261,13 +261,13 @@ def named_vae(value: str, token: str | None) -> Part[VaeConfig]:
     return placed_vae(find_vae(value, token=token), VAE_FLAG)
 
 
-def placed_vae(source: WeightsSource, flag: str) -> Part[VaeConfig]:
+def placed_vae(source: WeightsSource, flag: str, *, channels: int = LATENT_CHANNELS) -> Part[VaeConfig]:
     """The VAE in a file of any layout. Raises CheckpointError where there is none, or another one."""
     place = find_vae_place(source.shapes)
     try:
         if place is None:  # says what the file is instead
-            return vae_part(source, prefix="", layout="original")
-        return vae_part(source, prefix=place.prefix, layout=place.layout)
+            return vae_part(source, prefix="", layout="original", channels=channels)
+        return vae_part(source, prefix=place.prefix, layout=place.layout, channels=channels)
     except CheckpointError as error:
         raise CheckpointError(*(f"{flag} {problem}" for problem in error.problems)) from error
 

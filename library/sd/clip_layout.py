@@ -203,16 +203,26 @@ def _usual_side(shapes: Shapes, pattern: str, axis: int, published: int) -> int:
 def clip_settings(source: WeightsSource, prefix: str) -> dict[str, Any]:
     """What shapes cannot tell: the entry ``config`` of the file's metadata, or the config.json of the encoder's own folder."""
     if "config" in source.metadata:
-        listed = header_settings(source.metadata).get("text")
-        match = re.search(r"\bembedders\.(\d+)\.", prefix)  # SDXL has two text encoders in a file
-        number = int(match[1]) if match else 0
-        own = listed[number] if isinstance(listed, list) and len(listed) > number else None
+        own = _own_settings(header_settings(source.metadata), prefix)
         return own if isinstance(own, dict) else {}
     path = Path(source.path)
     folder = path if path.is_dir() else path.parent
     given = {} if prefix else read_model_settings(folder / "config.json")  # beside a file of several models may lie any model's
     names = {"heads": "num_attention_heads", "activation": "hidden_act"}
     return {name: given[theirs] for name, theirs in names.items() if theirs in given}
+
+
+def _own_settings(settings: Mapping[str, Any], prefix: str) -> Any:
+    """Of a header's settings those of one encoder: SD3's are listed by name, the others of one file in their order, and a file of
+    nothing but an encoder may have them at the top."""
+    if named := re.search(r"\b(clip_[lg])\.", prefix):
+        return settings.get(named[1])
+    if not prefix and "text" not in settings:
+        return settings
+    listed = settings.get("text")
+    match = re.search(r"\bembedders\.(\d+)\.", prefix)  # SDXL has two text encoders in a file
+    number = int(match[1]) if match else 0
+    return listed[number] if isinstance(listed, list) and len(listed) > number else None
 
 
 def _positive(settings: Mapping[str, Any], name: str, published: int) -> int:
