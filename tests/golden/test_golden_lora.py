@@ -8,7 +8,7 @@ from torch import nn
 
 from golden_files import Golden, load_golden, load_golden_json, relative_error
 from networks import lora_anima
-from networks.layer import Dropouts, LoRAModule
+from networks.layer import Dropouts, LoRAModule, SplitLoRAModule
 from tests.golden.lora_groups import assert_as_recorded, text_encoder_tree, tree_of
 
 TOLERANCE = 1e-5  # of the file's header
@@ -68,6 +68,23 @@ def test_merge(golden):
     layer, lora = applied(golden)
     lora.add_to_weight(lora.state_dict())
     assert relative_error(layer.weight, golden.outputs["merged_weight"]) <= TOLERANCE
+
+
+def test_a_pair_for_each_of_three_parts(golden):
+    """As q, k and v of unequal size have them: the file's is one pair of the same effect."""
+    sizes, parts = golden.about["params"], tuple(golden.inputs["split_dims"].tolist())
+    layer = nn.Linear(sizes["din"], sizes["dout"])
+    layer.load_state_dict({key.removeprefix("org."): golden.weights[key] for key in ("org.weight", "org.bias")})
+    given = {"lora_dim": sizes["rank"], "alpha": sizes["alpha"], "multiplier": sizes["mult"]}
+    lora = SplitLoRAModule("lora_unet_x", layer.requires_grad_(False), parts=parts, **given)
+    halves = {half: torch.cat([golden.weights[f"split.lora_{half}.{n}.weight"] for n in range(3)]) for half in ("down", "up")}
+    lora.load_state_dict({**{f"lora_{half}.weight": value for half, value in halves.items()}, "alpha": lora.alpha})
+    lora.apply_to()
+    recorded = golden.outputs["split_dims/forward"]
+    assert relative_error(layer(golden.inputs["x"]).detach(), recorded) <= TOLERANCE
+    lora.enabled = False
+    lora.add_to_weight(lora.file_tensors())
+    assert relative_error(layer(golden.inputs["x"]).detach(), recorded) <= TOLERANCE
 
 
 def test_max_norm(golden):

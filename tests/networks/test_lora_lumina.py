@@ -147,6 +147,58 @@ def test_rank_zero_leaves_a_part_out(tiny):
     assert {name: rank for name, rank in won.items() if "feed_forward" in name} == {"layers_0_feed_forward_w1": 7}
 
 
+# --- q, k and v apart
+
+
+def changes(network) -> dict[str, torch.Tensor]:
+    """What each LoRA adds to its layer's weight."""
+    found = {}
+    for made in network.unet_loras:
+        layer, identity = made.org_module_ref[0], torch.eye(made.org_module_ref[0].in_features)
+        with torch.no_grad():
+            found[made.lora_name] = (layer(identity) - torch.nn.functional.linear(identity, layer.weight, layer.bias)).T
+    return found
+
+
+def test_rows_of_the_published_model(published):
+    network = create(published, split_qkv="true", attn_dim="2")
+    split = [made for made in network.unet_loras if made.parts]
+    assert {made.parts for made in split} == {(2304, 768, 768)} and len(split) == 30
+    assert all(made.lora_name.endswith("_attention_qkv") for made in split)
+    assert split[0].lora_down.weight.shape == (6, 2304) and split[0].lora_up.weight.shape == (3840, 2)
+    assert not any(made.parts for made in create(published).unet_loras)
+
+
+@pytest.mark.parametrize("again", [{}, {"split_qkv": "true"}])
+def test_a_split_file_acts_as_what_was_trained(tiny, tmp_path, again):
+    file = tmp_path / "a.safetensors"
+    network = create(tiny, alpha=3.0, split_qkv="true")
+    tensors = saved(network, tiny, file)
+    wanted = changes(network)
+    down, up = (tensors[f"lora_unet_layers_1_attention_qkv.lora_{half}.weight"] for half in ("down", "up"))
+    assert down.shape == (12, 16) and up.shape == (32, 12) and float(tensors["lora_unet_layers_1_attention_qkv.alpha"]) == 9.0
+    assert not up[:16, 4:].any() and not up[16:24, :4].any() and not up[16:24, 8:].any() and not up[24:, :8].any()
+    for part in (slice(0, 16), slice(16, 24), slice(24, 32)):
+        assert wanted["lora_unet_layers_1_attention_qkv"][part].abs().max() > 0.01
+    other = denoiser()
+    loaded, weights = lora_lumina.create_network_from_weights(1.0, file, None, None, other, **again)
+    loaded.merge_to(None, other, weights)
+    for name, layer in ((made.lora_name, made.org_module_ref[0]) for made in loaded.unet_loras):
+        fresh = denoiser().get_submodule(loaded._targets[name].candidate.path)
+        torch.testing.assert_close(layer.weight - fresh.weight, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_with_the_three_pairs(tiny, tmp_path):
+    network = create(tiny, alpha=3.0, split_qkv="true")
+    saved(network, tiny, tmp_path / "a.safetensors")
+    other = denoiser()
+    second = create(other, alpha=3.0, split_qkv="true")
+    second.apply_to(None, other)
+    assert second.load_weights(tmp_path / "a.safetensors").missing == ()
+    for name, change in changes(second).items():
+        torch.testing.assert_close(change, changes(network)[name], rtol=1e-5, atol=1e-6)
+
+
 # --- what is refused, and what is told
 
 
