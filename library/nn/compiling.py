@@ -87,6 +87,8 @@ class CompiledForward:
 
 
 def varying_axes(tensor: Tensor) -> tuple[int, ...]:
+    if tensor.dtype == torch.bool:  # a mask has no channels
+        return tuple(range(tensor.dim()))
     return (0, 2, 3) if tensor.dim() == PICTURE else tuple(range(tensor.dim() - 1))
 
 
