@@ -41,7 +41,7 @@ class GemmaConfig:
     head_dim: int = 256
     mlp_hidden: int = 9216
     vocabulary: int = 256000
-    query_scalar: float = 256  # logits are divided by its square root, instead of by that of head_dim
+    query_scalar: int = 256  # logits are divided by its square root, instead of by that of head_dim
     softcap: float = 50.0  # of the attention's logits: softcap * tanh(logits / softcap)
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
@@ -120,7 +120,7 @@ def config_from_shapes(shapes: Shapes, settings: Mapping[str, Any]) -> GemmaConf
         head_dim=head_dim,
         mlp_hidden=usual_side(shapes, layer + r"mlp\.(gate|up)_proj\.weight", 0, PUBLISHED.mlp_hidden),
         vocabulary=usual_side(shapes, r"embed_tokens\.weight", 0, PUBLISHED.vocabulary),
-        query_scalar=positive(settings, "query_pre_attn_scalar", head_dim),
+        query_scalar=max(int(positive(settings, "query_pre_attn_scalar", head_dim)), 1),
         softcap=positive(settings, "attn_logit_softcapping", PUBLISHED.softcap),
         rope_theta=positive({**settings, **(rope if isinstance(rope, dict) else {})}, "rope_theta", PUBLISHED.rope_theta),
         norm_eps=positive(settings, "rms_norm_eps", PUBLISHED.norm_eps),

@@ -34,8 +34,8 @@ CURE = (
     f"{MODEL_FILE} or {JSON_FILE}"
 )
 LICENCE = (
-    f"The hub hands {HUB_ID} to those who have accepted Google's licence on its page and are logged in (hf auth login, HF_TOKEN or "
-    "--huggingface_token). "
+    f"The hub hands {HUB_ID} to those who have accepted Google's licence on its page and are logged in (hf auth login, HF_TOKEN "
+    "or --huggingface_token). "
 )
 
 
