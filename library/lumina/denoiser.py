@@ -32,6 +32,7 @@ from library.nn.embeddings import time_sinusoid
 from library.nn.norms import RmsNorm, layer_norm
 from library.nn.patches import patch_rows, unpatchify
 from library.nn.rope import apply_rope_pairs
+from library.nn.swiglu import silu_product
 
 PADDED_TO = 32  # caption rows, where they are padded: masks of odd lengths are slow on GPUs
 
@@ -244,7 +245,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.mlp_hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(silu_product(self.w1(x), self.w3(x)))
 
 
 class FinalLayer(nn.Module):
