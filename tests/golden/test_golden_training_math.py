@@ -1,16 +1,16 @@
-"""Timesteps, noise and losses against the recorded numbers; every case of the file."""
+"""Timesteps, noise and losses of the flow models with a choice of samplings against the recorded numbers; every case."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from golden_files import Golden, load_golden, relative_error
-from library.options.flow import AnimaFlowOptions
+from library.options.flow import AnimaFlowOptions, LuminaFlowOptions, SampledFlowOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.training.loss.losses import elementwise_loss, flow_loss_weights, huber_threshold, per_sample_mean
@@ -21,48 +21,73 @@ from library.training.loss.timesteps import DENSITIES, resolution_mu, sample_sig
 TOLERANCE = 1e-5
 
 
-@functools.cache
-def golden() -> Golden:
-    return load_golden("anima/training_math.safetensors")
+@dataclass(frozen=True)
+class Model:
+    """What the files of a model mean: ``sign`` of the recorded predictions and targets, as velocities noise - image."""
+
+    options: type[SampledFlowOptions]
+    cases: int
+    samplings: frozenset[str]
+    sign: int
+    trainer_times: float  # the unit of the times that its trainer gives to the Huber losses, in timesteps
+
+
+SAMPLINGS = frozenset({"uniform", "sigmoid", "shift", "flux_shift", "sigma"})
+MODELS = {
+    "anima": Model(AnimaFlowOptions, 38, SAMPLINGS, sign=1, trainer_times=1 / 1000),
+    "lumina": Model(LuminaFlowOptions, 44, SAMPLINGS | {"nextdit_shift"}, sign=-1, trainer_times=1),
+}
+
+
+@pytest.fixture(params=MODELS)
+def name(request) -> str:
+    return request.param
 
 
 @functools.cache
-def trace() -> Golden:
-    return load_golden("anima/mini_training_trace.safetensors")
+def golden(name: str) -> Golden:
+    return load_golden(f"{name}/training_math.safetensors")
 
 
-def flow_options(args: dict) -> AnimaFlowOptions:
-    return AnimaFlowOptions(**{field.name: args[field.name] for field in fields(AnimaFlowOptions) if field.name in args})
+@functools.cache
+def trace(name: str) -> Golden:
+    return load_golden(f"{name}/mini_training_trace.safetensors")
+
+
+def flow_options(name: str, args: dict) -> SampledFlowOptions:
+    options = MODELS[name].options
+    return options(**{field.name: args[field.name] for field in fields(options) if field.name in args})
 
 
 def loss_options(**changes) -> LossOptions:
     return LossOptions(**{"huber_schedule": "constant", **changes})
 
 
-def objective(args: dict) -> FlowObjective:
-    return FlowObjective(flow_options(args), NoiseOptions(), loss_options())
+def objective(name: str, args: dict) -> FlowObjective:
+    return FlowObjective(flow_options(name, args), NoiseOptions(), loss_options())
 
 
-def test_every_sampling_case():
-    data, checked = golden(), set()
+def test_every_sampling_case(name):
+    data, model, checked = golden(name), MODELS[name], set()
     for case in data.about["cases"]:
-        tag, args, kind = case["tag"], flow_options(case["args"]), case["draws"][0]
+        tag, args, kind = case["tag"], flow_options(name, case["args"]), case["draws"][0]
         draws = data.inputs[f"{tag}/draw0_{kind}"]
         assert sigma_sampler(args).draw == ("uniform" if kind == "rand" else "normal"), tag
         sigmas = sample_sigmas(draws, args, latent_hw=tuple(case["size"]))
         assert relative_error(sigmas, data.outputs[f"{tag}/sigmas"]) < TOLERANCE, tag
-        assert relative_error(sigmas, data.outputs[f"{tag}/model_t"]) < TOLERANCE, tag
+        model_t = sigmas if model.sign > 0 else 1 - sigmas
+        assert relative_error(model_t, data.outputs[f"{tag}/model_t"]) < TOLERANCE, tag
         assert relative_error(sigmas * 1000, data.outputs[f"{tag}/timesteps"]) < TOLERANCE, tag
         weights = flow_loss_weights(args.weighting_scheme, sigmas)
         assert relative_error(weights, data.outputs[f"{tag}/loss_weighting"]) < TOLERANCE, tag
         checked.add((args.timestep_sampling, args.weighting_scheme))
-    assert len(data.about["cases"]) == 38
-    assert {sampling for sampling, _ in checked} == {"uniform", "sigmoid", "shift", "flux_shift", "sigma"}
+    assert len(data.about["cases"]) == model.cases
+    assert {sampling for sampling, _ in checked} == model.samplings
     assert {scheme for sampling, scheme in checked if sampling == "sigma"} == DENSITIES.keys() - {"uniform"}
 
 
-def test_every_noisy_input():
-    data, checked = golden(), 0
+def test_every_noisy_input(name):
+    data, checked = golden(name), 0
     for case in data.about["cases"]:
         tag, args = case["tag"], case["args"]
         expected = data.outputs.get(f"{tag}/noisy_model_input")
@@ -70,7 +95,7 @@ def test_every_noisy_input():
             continue
         size = "x".join(map(str, case["size"]))
         latents, noise = data.inputs[f"latents_{size}"], data.inputs[f"noise_{size}"]
-        noisy = objective(args).corrupt_with(
+        noisy = objective(name, args).corrupt_with(
             latents, noise, data.outputs[f"{tag}/sigmas"], input_noise=input_noise(data, case, noise)
         )
         assert relative_error(noisy.latents, expected) < TOLERANCE, tag
@@ -90,17 +115,15 @@ def input_noise(data: Golden, case: dict, noise: torch.Tensor) -> torch.Tensor |
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_table_of_timesteps(shift):
-    expected = golden().outputs[f"scheduler/shift{shift}/sigmas"]
-    positions = (torch.arange(1000) + 0.5) / 1000
-    assert relative_error(table_sigmas(positions, shift), expected) < TOLERANCE
-    assert (
-        relative_error(table_sigmas(positions, shift) * 1000, golden().outputs[f"scheduler/shift{shift}/timesteps"]) < TOLERANCE
-    )
+def test_table_of_timesteps(name, shift):
+    outputs = golden(name).outputs
+    sigmas = table_sigmas((torch.arange(1000) + 0.5) / 1000, shift)
+    assert relative_error(sigmas, outputs[f"scheduler/shift{shift}/sigmas"]) < TOLERANCE
+    assert relative_error(sigmas * 1000, outputs[f"scheduler/shift{shift}/timesteps"]) < TOLERANCE
 
 
-def test_resolution_shift():
-    data = golden()
+def test_resolution_shift(name):
+    data = golden(name)
     for size_hw, mu in zip(data.inputs["fixed/latent_hw"].tolist(), data.outputs["fixed/mu"].tolist(), strict=True):
         assert resolution_mu(tuple(size_hw)) == pytest.approx(mu, rel=1e-9)
         expected = data.outputs.get(f"fixed/time_shift/{size_hw[0]}x{size_hw[1]}")
@@ -109,8 +132,8 @@ def test_resolution_shift():
 
 
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "logit_normal", "mode", "none"])
-def test_loss_weighting(scheme):
-    data = golden()
+def test_loss_weighting(name, scheme):
+    data = golden(name)
     assert (
         relative_error(flow_loss_weights(scheme, data.inputs["fixed/sigmas"]), data.outputs[f"fixed/weighting/{scheme}"])
         < TOLERANCE
@@ -118,28 +141,26 @@ def test_loss_weighting(scheme):
 
 
 LOSS_CASES = {
-    "l1": (loss_options(loss_type="l1"), "timesteps_0_1000", 1),
-    "l2": (loss_options(loss_type="l2"), "timesteps_0_1000", 1),
+    "l1": loss_options(loss_type="l1"),
+    "l2": loss_options(loss_type="l2"),
+    **{f"{kind}/constant": loss_options(loss_type=kind) for kind in ("huber", "smooth_l1")},
     **{
-        f"{kind}/constant": (loss_options(loss_type=kind), "timesteps_0_1000", 1)
+        f"{kind}/exponential/{times}": loss_options(loss_type=kind, huber_schedule="exponential")
         for kind in ("huber", "smooth_l1")
-    },
-    **{
-        f"{kind}/exponential/{form}": (loss_options(loss_type=kind, huber_schedule="exponential"), "timesteps_0_1000", scale)
-        for kind in ("huber", "smooth_l1")
-        for form, scale in (("timesteps_0_1000", 1), ("timesteps_as_trainer", 1 / 1000))
+        for times in ("timesteps_0_1000", "timesteps_as_trainer")
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSS_CASES)
-def test_losses(name):
-    """``timesteps_as_trainer`` records what the same formula gives for times in 0..1; training uses 0..1000."""
-    data = golden()
-    options, times, scale = LOSS_CASES[name]
-    timesteps = data.inputs[f"loss/{times}"] * scale
+@pytest.mark.parametrize("case", LOSS_CASES)
+def test_losses(name, case):
+    """``timesteps_as_trainer`` records what the same formula gives for times as the reference's trainer has them; ours are
+    0..1000."""
+    data, options = golden(name), LOSS_CASES[case]
+    scale = MODELS[name].trainer_times if case.endswith("as_trainer") else 1
+    timesteps = data.inputs["loss/timesteps_0_1000"] * scale
     elements = elementwise_loss(data.inputs["loss/pred"], data.inputs["loss/target"], options, timesteps=timesteps)
-    expected = f"loss/{name}"
+    expected = f"loss/{case}"
     assert relative_error(elements, data.outputs[f"{expected}/per_element"]) < TOLERANCE
     assert relative_error(per_sample_mean(elements), data.outputs[f"{expected}/per_sample"]) < TOLERANCE
     total = (per_sample_mean(elements) * data.inputs["loss/loss_weights"]).mean()
@@ -148,15 +169,14 @@ def test_losses(name):
         assert relative_error(huber_threshold(options, timesteps), data.outputs[f"{expected}/threshold"]) < TOLERANCE
 
 
-def test_every_recorded_loss_is_compared():
-    recorded = {
-        key.removeprefix("loss/").removesuffix("/per_element") for key in golden().outputs if key.endswith("/per_element")
-    }
+def test_every_recorded_loss_is_compared(name):
+    keys = golden(name).outputs
+    recorded = {key.removeprefix("loss/").removesuffix("/per_element") for key in keys if key.endswith("/per_element")}
     assert recorded == {*LOSS_CASES, "l2_weighted_masked"}
 
 
-def test_weighted_and_masked_loss():
-    data = golden()
+def test_weighted_and_masked_loss(name):
+    data = golden(name)
     prediction, target = data.inputs["loss/pred"], data.inputs["loss/target"]
     masks = data.inputs["loss/alpha_masks"].unsqueeze(1)  # (B, 1, H, W)
     masks = F.interpolate(masks, size=prediction.shape[-2:], mode="area")
@@ -164,23 +184,25 @@ def test_weighted_and_masked_loss():
         latents=prediction, sigmas=torch.zeros(4), timesteps=torch.zeros(4), target=target,
         loss_weights=data.inputs["loss/extra_weighting"],
     )  # fmt: skip
-    losses = objective({"weighting_scheme": "none"}).loss(
+    losses = objective(name, {"weighting_scheme": "none"}).loss(
         prediction, noisy, sample_weights=data.inputs["loss/loss_weights"], mask=masks
     )
     assert relative_error(losses.mean(), data.outputs["loss/l2_weighted_masked/total"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_training_trace_losses(step):
+def test_training_trace_losses(name, step):
     """From the recorded predictions: the times, the target and the loss of each step."""
-    data = trace()
+    data, model = trace(name), MODELS[name]
     setup = data.about["setup"]
-    inputs = {name: data.inputs[f"step{step}/{name}"] for name in ("latents", "noise", "timestep_draw")}
+    inputs = {key: data.inputs[f"step{step}/{key}"] for key in ("latents", "noise", "timestep_draw")}
     made = objective(
-        {key: setup[key] for key in ("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme")}
+        name, {key: setup[key] for key in ("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme")}
     )
     sigmas = sample_sigmas(inputs["timestep_draw"], made.flow, latent_hw=tuple(inputs["latents"].shape[-2:]))
-    assert relative_error(sigmas, data.outputs[f"step{step}/timesteps_returned"]) < TOLERANCE
+    times = sigmas * 1000 * model.trainer_times
+    assert relative_error(times, data.outputs[f"step{step}/timesteps_returned"]) < TOLERANCE
     noisy = made.corrupt_with(inputs["latents"], inputs["noise"], sigmas)
-    losses = made.loss(data.outputs[f"step{step}/model_pred"], noisy, sample_weights=torch.tensor(setup["loss_weights"]))
+    velocity = model.sign * data.outputs[f"step{step}/model_pred"]
+    losses = made.loss(velocity, noisy, sample_weights=torch.tensor(setup["loss_weights"]))
     assert relative_error(losses.mean(), data.outputs["loss"][step]) < TOLERANCE

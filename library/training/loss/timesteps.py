@@ -65,7 +65,7 @@ def into_range(sigmas: Tensor, flow: FlowOptions) -> Tensor:
 def whole_timesteps(levels: Tensor, flow: FlowOptions) -> Tensor:
     """Levels in [0, 1], 1 = most noise -> whole timesteps (float32), min_timestep and up, below max_timestep."""
     low, high = flow.timestep_bounds
-    return (levels * (high - low) + low).floor().clamp(low, high - 1)
+    return (levels * (high - low) + low).floor().clamp(low, max(low, high - 1))
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

@@ -9,17 +9,22 @@ from library.errors import OptionError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
 from library.options.ddpm import DdpmTrainingOptions
-from library.options.flow import TIMESTEP_SAMPLINGS, AnimaFlowOptions
+from library.options.flow import (
+    LUMINA_TIMESTEP_SAMPLINGS,
+    AnimaFlowOptions,
+    FlowOptions,
+    LuminaFlowOptions,
+    Sd3FlowOptions,
+)
 from library.options.sd import StableDiffusionTrainOptions
 from library.training.look import look
-from library.training.loss.losses import flow_loss_weights
 from library.training.loss.timesteps import sample_sigmas, sigma_sampler
-from library.training.timestep_picture import BINS, ddpm_shares, flow_shares
+from library.training.timestep_picture import BINS, ddpm_shares, flow_shares, squared_error_weights
 
 SIZES = {(128, 128): 3.0, (64, 64): 1.0}
 
 
-def drawn_at_random(flow: AnimaFlowOptions, count: int = 400_000) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn_at_random(flow: FlowOptions, count: int = 400_000) -> tuple[torch.Tensor, torch.Tensor]:
     """Shares of BINS parts of [0, 1], as the trainer's own draws give them; by number and by weight."""
     generator = torch.Generator().manual_seed(1)
     sigmas = []
@@ -27,16 +32,27 @@ def drawn_at_random(flow: AnimaFlowOptions, count: int = 400_000) -> tuple[torch
         shape = (int(count * times / sum(SIZES.values())),)
         draw = torch.rand if sigma_sampler(flow).draw == "uniform" else torch.randn
         sigmas.append(sample_sigmas(draw(shape, generator=generator), flow, latent_hw=size))
-    places = ((torch.cat(sigmas) - 0.0005) * BINS).long().clamp(0, BINS - 1)
-    weights = flow_loss_weights(flow.weighting_scheme, torch.cat(sigmas))
+    half_step = 0.0005 if sigma_sampler(flow).rounds_down else -0.0005
+    places = ((torch.cat(sigmas) + half_step) * BINS).long().clamp(0, BINS - 1)
+    weights = squared_error_weights(flow, torch.cat(sigmas))
     counts, weighed = torch.bincount(places, minlength=BINS), torch.bincount(places, weights=weights, minlength=BINS)
     return counts / counts.sum(), weighed / weighed.sum()
 
 
-@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "cosmap"])
-@pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)
-def test_curves_are_those_of_the_draws(sampling, scheme):
-    flow = AnimaFlowOptions(timestep_sampling=sampling, weighting_scheme=scheme, discrete_flow_shift=2.0, min_timestep=100)
+def flows_of(scheme: str) -> list[FlowOptions]:
+    shared = {"weighting_scheme": scheme, "min_timestep": 100}
+    return [
+        *(
+            LuminaFlowOptions(timestep_sampling=sampling, discrete_flow_shift=2.0, model_prediction_type=kind, **shared)
+            for sampling, kind in zip(LUMINA_TIMESTEP_SAMPLINGS, ["sigma_scaled", "raw"] * 3, strict=True)
+        ),
+        AnimaFlowOptions(**shared),
+        Sd3FlowOptions(training_shift=2.0, **shared),
+    ]
+
+
+@pytest.mark.parametrize("flow", [flow for scheme in ("none", "logit_normal", "mode", "cosmap") for flow in flows_of(scheme)])
+def test_curves_are_those_of_the_draws(flow):
     shares = flow_shares(flow, SIZES)
     drawn, weighed = drawn_at_random(flow)
     assert (shares.drawn - drawn).abs().max() < 0.002 and (shares.weighed - weighed).abs().max() < 0.002
@@ -76,6 +92,15 @@ def test_the_levels_of_a_table_give_a_smooth_curve():
     flow = AnimaFlowOptions(timestep_sampling="sigma", weighting_scheme="none")
     shares = flow_shares(flow, SIZES)
     assert torch.allclose(shares.drawn, torch.full_like(shares.drawn, 1 / BINS))
+
+
+def test_whole_timesteps_give_a_smooth_curve():
+    shares = flow_shares(Sd3FlowOptions(), SIZES)
+    assert torch.allclose(shares.drawn, torch.full_like(shares.drawn, 1 / BINS), atol=1e-6)
+    assert shares.weighed[0] < 1e-3 * shares.weighed[-1]  # of guessed images
+    assert "--training_shift=1.0 --weighting_scheme=uniform" in shares.settings
+    level = flow_shares(Sd3FlowOptions(weighting_scheme="sigma_sqrt"), SIZES).weighed
+    assert torch.allclose(level, torch.full_like(level, 1 / BINS), atol=1e-6)
 
 
 def test_tables_are_drawn_alike_and_weigh_by_their_snr():

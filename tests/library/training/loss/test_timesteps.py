@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.options.flow import AnimaFlowOptions
+from library.options.flow import AnimaFlowOptions, FlowOptions, LuminaFlowOptions, Sd3FlowOptions
 from library.training.loss.timesteps import (
     DENSITIES,
     SAMPLINGS,
@@ -21,7 +21,11 @@ def flow(**changes) -> AnimaFlowOptions:
     return AnimaFlowOptions(**changes)
 
 
-def sigmas_of(options: AnimaFlowOptions, count: int = COUNT) -> torch.Tensor:
+def sd3(**changes) -> Sd3FlowOptions:
+    return Sd3FlowOptions(**changes)
+
+
+def sigmas_of(options: FlowOptions, count: int = COUNT) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     make = torch.randn if sigma_sampler(options).draw == "normal" else torch.rand
     return sample_sigmas(make(count, generator=generator), options, latent_hw=(64, 64))
@@ -60,10 +64,22 @@ def test_flux_shift_grows_with_the_image():
     assert small < large
 
 
+def test_nextdit_shift_is_flux_shift_of_uniform_draws():
+    draws, size = torch.tensor([0.2, 0.7]), (64, 96)
+    by_nextdit = sample_sigmas(draws, LuminaFlowOptions(timestep_sampling="nextdit_shift"), latent_hw=size)
+    by_flux = sample_sigmas(torch.logit(draws), LuminaFlowOptions(timestep_sampling="flux_shift"), latent_hw=size)
+    torch.testing.assert_close(by_nextdit, by_flux)
+
+
+def test_lumina_is_trained_with_a_shift_of_six():
+    assert sigmas_of(LuminaFlowOptions()).median() == pytest.approx(6 * 0.5 / (1 + 5 * 0.5), abs=0.01)
+
+
 def test_ends_are_exact():
     ends = torch.tensor([0.0, 1.0])
     assert torch.equal(time_shift(ends, 1.15), ends)
     assert torch.equal(shift_sigmas(ends, 6.0), ends)
+    assert torch.equal(sample_sigmas(ends, LuminaFlowOptions(timestep_sampling="nextdit_shift"), latent_hw=(8, 8)), ends)
     infinite = sample_sigmas(torch.tensor([-torch.inf, torch.inf]), flow(timestep_sampling="flux_shift"), latent_hw=(8, 8))
     assert torch.equal(infinite, ends)
 
@@ -104,3 +120,32 @@ def test_timestep_bounds(sampling, low, high):
 
 def test_bounds_of_the_whole_range_change_nothing():
     assert torch.equal(sigmas_of(flow(min_timestep=0, max_timestep=1000), 100), sigmas_of(flow(), 100))
+
+
+# ---------------------------------------------------------------- SD3
+
+
+@pytest.mark.parametrize("scheme", DENSITIES)
+@pytest.mark.parametrize(("low", "high"), [(None, None), (100, 400), (None, 1), (999, None)])
+def test_timesteps_of_sd3_are_whole_numbers_in_their_range(scheme, low, high):
+    options = sd3(weighting_scheme=scheme, min_timestep=low, max_timestep=high, training_shift=3.0, mode_scale=3.0)
+    timesteps = sigmas_of(options) * 1000
+    torch.testing.assert_close(timesteps, timesteps.round(), rtol=0, atol=1e-4)
+    timesteps = timesteps.round()
+    first, behind = low or 0, high or 1000
+    assert timesteps.min() >= first and timesteps.max() <= behind - 1
+    if (low, high) == (100, 400):
+        assert timesteps.min() < 130 and timesteps.max() > 390
+
+
+def test_sd3_reaches_both_ends():
+    ends = sample_sigmas(torch.tensor([0.0, 1.0]), sd3(), latent_hw=(8, 8))
+    assert ends.tolist() == [0.0, pytest.approx(0.999)]
+    far = sample_sigmas(torch.tensor([-torch.inf, torch.inf]), sd3(weighting_scheme="logit_normal"), latent_hw=(8, 8))
+    assert torch.equal(far, ends)
+
+
+def test_a_number_of_sd3s_density_is_the_noise_level():
+    """With the sigma sampling of the other models it is a place in a falling table."""
+    noisier = sigmas_of(sd3(weighting_scheme="logit_normal", logit_mean=1.0))
+    assert noisier.mean() > 0.65 and sigmas_of(sd3(training_shift=3.0)).median() == pytest.approx(0.75, abs=0.01)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+
+from library.options.declare import options_of
+from library.options.flow import AnimaFlowOptions, FlowOptions, LuminaFlowOptions, Sd3FlowOptions
+
+FLOWS = (AnimaFlowOptions, Sd3FlowOptions, LuminaFlowOptions)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize(("values", "expected"), [
+    ({"logit_std": 0.0}, "--logit_std is 0.0: give a number above 0"),
+    ({"min_timestep": -1}, "--min_timestep is -1: give a timestep from 0 to 1000"),
+    ({"max_timestep": 1001}, "--max_timestep is 1001"),
+    ({"min_timestep": 500, "max_timestep": 500}, "--min_timestep is 500, not below --max_timestep, which is 500"),
+])  # fmt: skip
+def test_what_cannot_be_drawn(flow: type[FlowOptions], values, expected):
+    (problem,) = flow(**values).problems()
+    assert expected in problem
+    assert list(flow().problems()) == []
+
+
+@pytest.mark.parametrize(("options", "flag"), [
+    (Sd3FlowOptions(training_shift=0.0), "training_shift"), (LuminaFlowOptions(discrete_flow_shift=0.0), "discrete_flow_shift"),
+    (LuminaFlowOptions(sigmoid_scale=-1.0), "sigmoid_scale"),
+])  # fmt: skip
+def test_shifts_and_spreads_are_above_zero(options, flag):
+    (problem,) = options.problems()
+    assert problem.startswith(f"--{flag} is") and "above 0" in problem
+
+
+def test_defaults_are_those_of_the_reference():
+    values = {flow: {option.name: option.default for option in options_of(flow)} for flow in FLOWS}
+    shared = {"weighting_scheme": "uniform", "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "min_timestep": None,
+              "max_timestep": None}  # fmt: skip
+    assert values[Sd3FlowOptions] == {**shared, "training_shift": 1.0}
+    assert values[AnimaFlowOptions] == {
+        **shared, "timestep_sampling": "sigmoid", "sigmoid_scale": 1.0, "discrete_flow_shift": 1.0
+    }  # fmt: skip
+    assert values[LuminaFlowOptions] == {
+        **shared, "timestep_sampling": "shift", "sigmoid_scale": 1.0, "discrete_flow_shift": 6.0, "model_prediction_type": "raw"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"model_prediction_type": "sigma_scaled", "weighting_scheme": "cosmap"}, {"weighting_scheme": "none"},
+    {"timestep_sampling": "sigma", "weighting_scheme": "mode"},
+])  # fmt: skip
+def test_lumina_warns_of_nothing_that_acts(values):
+    assert list(LuminaFlowOptions(**values).warnings()) == []
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    ({"model_prediction_type": "additive"}, "additive trains as raw does"),
+    ({"weighting_scheme": "cosmap"}, "cosmap does nothing with --model_prediction_type=raw: it belongs to"),
+    ({"weighting_scheme": "logit_normal"}, "logit_normal does nothing with --timestep_sampling=shift"),
+    ({"weighting_scheme": "sigma_sqrt", "timestep_sampling": "sigma"}, "sigma_sqrt does nothing with --model_prediction_type"),
+])  # fmt: skip
+def test_lumina_warns_of_what_does_nothing(values, expected):
+    (warning,) = LuminaFlowOptions(**values).warnings()
+    assert expected in warning
+
+
+def test_samplings_that_need_the_sizes_of_the_pictures():
+    sized = {name for name in ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")
+             if LuminaFlowOptions(timestep_sampling=name).depends_on_sizes}  # fmt: skip
+    assert sized == {"nextdit_shift", "flux_shift"} and not Sd3FlowOptions().depends_on_sizes
+
+
+def test_options_that_act_are_told():
+    assert Sd3FlowOptions(weighting_scheme="logit_normal", min_timestep=5).acting == (
+        "training_shift", "weighting_scheme", "logit_mean", "logit_std", "min_timestep"
+    )  # fmt: skip
+    assert LuminaFlowOptions(timestep_sampling="sigma", weighting_scheme="mode").acting == (
+        "timestep_sampling", "discrete_flow_shift", "weighting_scheme", "mode_scale", "model_prediction_type"
+    )  # fmt: skip
+    assert LuminaFlowOptions(weighting_scheme="mode").acting == (
+        "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "model_prediction_type"
+    )  # fmt: skip
