@@ -32,22 +32,20 @@ from library.anima.checkpoint import build_denoiser, load_denoiser
 from library.anima.denoiser import AnimaDenoiser
 from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.memory_use import memory_use
-from library.anima.sampling import encode_context, velocity_of
+from library.anima.sampling import TextContext, encode_context, velocity_of
 from library.anima.text import AnimaConditioning, AnimaTextEncoder, build_text_encoder, load_text_encoder
 from library.anima.vae import QwenImageVae, load_vae
 from library.dataset.batch import Batch
-from library.nn.initial_noise import initial_noise
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
-from library.sampling.flow_samplers import FlowSettings, draw_flow, flow_sampler_name
-from library.sampling.picture_plan import Picture, sample_defaults, sample_picture
-from library.sampling.prompts import SamplePrompt
-from library.training.loss.objective import FlowObjective, NoisyLatents
+from library.sampling.flow_samplers import Predict
+from library.training.flow_hooks import FlowHooks
+from library.training.loss.objective import NoisyLatents
 from library.training.models.networks import keeps_zeros
 from train_network import NetworkTrainer, run_training
 
 
-class AnimaNetworkTrainer(NetworkTrainer):
+class AnimaNetworkTrainer(FlowHooks, NetworkTrainer):
     """Anima: a Cosmos-Predict2 DiT with an LLM adapter, Qwen3-0.6B text states, the Qwen-Image VAE, rectified flow."""
 
     def build_denoiser(self) -> AnimaDenoiser:
@@ -92,48 +90,24 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def encode_text(self, text_encoder: AnimaTextEncoder, captions: Sequence[str]) -> AnimaConditioning:
         return text_encoder.encode(captions, self.device)
 
-    def create_objective(self) -> FlowObjective:
-        return FlowObjective(self.options.flow, self.options.noise, self.options.loss)
-
     def predict(self, denoiser: Any, noisy: NoisyLatents, batch: Batch) -> Tensor:
         text: Any = batch.text
         context = denoiser.encode_context(*text.adapter_inputs)  # (B, 512, C)
         return denoiser(noisy.latents, noisy.sigmas, context, used_rows=text.used_rows)
 
-    def plan_sample(self, prompt: SamplePrompt, seed: int) -> Picture:
-        sampler = flow_sampler_name(prompt.sample_sampler, self.options.samples.sample_sampler)
-        return sample_picture(prompt, seed, sampler=sampler, defaults=sample_defaults(ANIMA.name))
+    def velocity(self) -> Predict:
+        return velocity_of(self.denoiser)
 
-    def draw_sample(self, picture: Picture, positive: Any, negative: Any | None) -> Tensor:
-        denoiser: Any = self.denoiser
-        size_wh = picture.width, picture.height
-        noise = initial_noise(picture.seed, size_wh, channels=self.run.layouts.denoiser.config.in_channels)
-        return draw_flow(
-            velocity_of(denoiser),
-            noise.to(self.device),
-            positive=encode_context(denoiser, positive),
-            negative=encode_context(denoiser, negative) if negative is not None else None,
-            settings=FlowSettings(steps=picture.steps, shift=picture.flow_shift, scale=picture.scale, sampler=picture.sampler),
-            seeds=[picture.seed],
-        )
+    def flow_text(self, text: AnimaConditioning) -> TextContext:
+        return encode_context(self.denoiser, text)
 
     def decode_images(self, vae: QwenImageVae, latents: Tensor) -> Tensor:
         return vae.decode(latents)
 
     def describe_model(self) -> dict[str, str]:
-        flow = self.options.flow
-        names = (
-            "weighting_scheme",
-            "logit_mean",
-            "logit_std",
-            "mode_scale",
-            "timestep_sampling",
-            "sigmoid_scale",
-            "discrete_flow_shift",
-        )
         return {
             "ss_base_model_version": "anima",
-            **{f"ss_{name}": str(getattr(flow, name)) for name in names},
+            **self.flow_metadata(),
             "modelspec.architecture": "anima-preview/lora",
             "modelspec.implementation": "https://huggingface.co/circlestone-labs/Anima",
         }

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from library.nn.fp8 import FP8, fp8_layers
-from tests.anima_runs import CACHED_IN_MEMORY, AnimaRuns
 from tests.tiny_runs import same_tensors
+from tests.trainer_runs import CACHED_IN_MEMORY, Runs
 
 BF16 = "--mixed_precision=bf16"
 
 
 @pytest.fixture
-def runs(tiny_anima, picture_folder, tmp_path) -> AnimaRuns:
-    return AnimaRuns(tmp_path, tiny_anima, picture_folder(4))
+def runs(tiny_anima, picture_folder, tmp_path) -> Runs:
+    return Runs("anima", tmp_path, tiny_anima, picture_folder(4))
 
 
 def trained(lora: dict[str, torch.Tensor]) -> torch.Tensor:

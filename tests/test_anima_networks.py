@@ -10,15 +10,15 @@ import torch
 
 from library.errors import CheckpointError, NetworkError, OptionError, UserError
 from library.files.safetensors_file import save_safetensors
-from tests.anima_runs import CACHED_IN_MEMORY, AnimaRuns
 from tests.tiny_runs import same_tensors
+from tests.trainer_runs import CACHED_IN_MEMORY, Runs
 
 STEPS = (*CACHED_IN_MEMORY, "--max_train_steps=3")
 
 
 @pytest.fixture
-def runs(tiny_anima, picture_folder, tmp_path) -> AnimaRuns:
-    return AnimaRuns(tmp_path, tiny_anima, picture_folder(4))
+def runs(tiny_anima, picture_folder, tmp_path) -> Runs:
+    return Runs("anima", tmp_path, tiny_anima, picture_folder(4))
 
 
 def test_parts_train_at_their_rates(runs, caplog):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.sd_runs import SdRuns
 from tests.tiny_runs import same_tensors
+from tests.trainer_runs import Runs
 
 LATENTS = ("--cache_latents", "--max_train_steps=1")
 ALONE = (*LATENTS, "--cache_text_encoder_outputs")  # the denoiser alone
@@ -18,17 +18,17 @@ LONG = ", ".join(f"thing number {number}" for number in range(40))  # more than 
 
 
 @pytest.fixture
-def make_runs(tmp_path, tiny_sd, picture_folder) -> Callable[[str], SdRuns]:
+def make_runs(tmp_path, tiny_sd, picture_folder) -> Callable[[str], Runs]:
     pictures = picture_folder(2)
-    return lambda kind: SdRuns(kind, tmp_path, tiny_sd, pictures)
+    return lambda kind: Runs(kind, tmp_path, tiny_sd, pictures)
 
 
-def caption_all(runs: SdRuns, text: str) -> None:
+def caption_all(runs: Runs, text: str) -> None:
     for caption in runs.pictures.glob("*.txt"):
         caption.write_text(text, encoding="utf-8")
 
 
-def changes(runs: SdRuns, *flags: str, base: tuple[str, ...] = ALONE) -> bool:
+def changes(runs: Runs, *flags: str, base: tuple[str, ...] = ALONE) -> bool:
     """Whether a run with ``flags`` trains other weights than one without them."""
     runs.train(*base, output="plain")
     runs.train(*base, *flags, output="changed")
@@ -204,7 +204,7 @@ def test_save_format_names_the_modules_as_diffusers_does(make_runs, kind, text):
 # ---------------------------------------------------------------- sample pictures
 
 
-def pictures_drawn(runs: SdRuns, folder: Path, *flags: str) -> bytes:
+def pictures_drawn(runs: Runs, folder: Path, *flags: str) -> bytes:
     """The pixels of the sample picture before the first step."""
     prompts = folder / "prompts.txt"
     prompts.write_text("a red cat --w 64 --h 64 --s 3 --d 3\n", encoding="utf-8")

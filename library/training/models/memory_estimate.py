@@ -55,13 +55,18 @@ def largest_batch(training_set: TrainingSet) -> tuple[tuple[int, int], int]:
 def weight_bytes(model: nn.Module, dtype: torch.dtype, *, swapped: int = 0) -> int:
     """Of the model on the device, once it is loaded in ``dtype``; with block swap, without what waits on the host."""
     rounded = {id(layer.weight) for layer in fp8_layers(model)}
-    sizes = {name: p.numel() * (1 if id(p) in rounded else dtype.itemsize) for name, p in model.named_parameters()}
+
+    def size(weight: nn.Parameter) -> int:
+        return weight.numel() * (1 if id(weight) in rounded else dtype.itemsize)
+
+    whole = sum(map(size, model.parameters()))
     if not swapped:
-        return sum(sizes.values())
-    streamed = {f"blocks.{name}" for name in streamed_weights(model.blocks, swapped)}  # type: ignore[arg-type]
-    blocks = len({name.split(".")[1] for name in streamed})
-    on_host = sum(size for name, size in sizes.items() if name in streamed)
-    return sum(sizes.values()) - on_host + RINGS * on_host // blocks
+        return whole
+    in_blocks: Any = model.blocks
+    streamed = streamed_weights(in_blocks, swapped)
+    blocks = len({name.split(".")[0] for name in streamed})
+    on_host = sum(size(weight) for name, weight in in_blocks.named_parameters() if name in streamed)
+    return whole - on_host + RINGS * on_host // blocks
 
 
 def network_bytes(parameters: int, dtype: torch.dtype, optimizer: Any, *, fused: bool) -> int:

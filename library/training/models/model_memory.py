@@ -21,7 +21,9 @@ def denoiser_place(options: Any, denoiser: nn.Module, device: torch.device) -> P
     swapped = blocks_to_swap(options)
     if not swapped:
         return device
-    on_host = {f"blocks.{name}" for name in streamed_weights(_blocks(denoiser), swapped)}
+    blocks = _blocks(denoiser)
+    within = next(name for name, module in denoiser.named_modules() if module is blocks)  # of a LoRA's denoiser, too
+    on_host = {f"{within}.{name}" for name in streamed_weights(blocks, swapped)}
     return lambda name: "cpu" if name in on_host else device
 
 

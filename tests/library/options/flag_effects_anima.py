@@ -20,20 +20,20 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_parts_train_at_their_rates": "self_attn_lr mod_lr llm_adapter_lr",
         "test_fused_updates_change_nothing": "fused_backward_pass",
     },
-    "test_anima_train_network.py": {
+    "test_trainers.py": {
         "test_the_denoiser_alone": "network_train_unet_only",
-        "test_the_text_encoder_alone": "network_train_text_encoder_only",
+        "test_text_encoders_alone": "network_train_text_encoder_only",
         "test_rates_of_their_own": "text_encoder_lr unet_lr",
-        "test_gradient_checkpointing_changes_nothing": "gradient_checkpointing",
+        "test_gradient_checkpointing_changes_nothing": "gradient_checkpointing cpu_offload_checkpointing",
+        "test_swapped_blocks_change_nothing": "blocks_to_swap unsloth_offload_checkpointing",
         "test_attention_kernels_that_need_no_package": "attn_mode split_attn sdpa",
-        "test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_loaded": "attn_mode",
         "test_compiled_blocks_train_alike": "torch_compile dynamo_backend",
+    },
+    "test_anima_train_network.py": {
+        "test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_loaded": "attn_mode",
         "test_a_backend_that_is_not_there_is_told_before_anything_is_loaded": "dynamo_backend",
     },
     "library/memory/test_block_swap.py": {"test_losses_and_gradients_are_those_without": "blocks_to_swap"},
-    "e2e/test_memory_savers.py": {
-        "test_lora_files_are_the_same": "blocks_to_swap cpu_offload_checkpointing unsloth_offload_checkpointing",
-    },
     "test_anima_fp8.py": {"test_training_differs_slightly_and_resumes_exactly": "fp8_base fp8_base_unet"},
     "e2e/test_anima_lora_layouts.py": {"test_diffusers_files_are_saved_and_gone_on_from_in_comfyui_s": "save_format"},
     "e2e/test_anima_interruption.py": {"test_a_signal_saves_and_the_run_goes_on": "resume"},

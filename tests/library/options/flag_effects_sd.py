@@ -40,13 +40,15 @@ BOTH = Effects(
             "test_min_snr_lowers_the_weight_of_low_noise_only": "min_snr_gamma",
             "test_weights_multiply": "v_pred_like_loss debiased_estimation_loss",
         },
-        "test_sd_train_network.py": {
+        "test_trainers.py": {
             "test_cold_warm_and_live_train_on_the_same_values": "network_train_unet_only cache_latents_to_disk "
             "cache_text_encoder_outputs_to_disk",
-            "test_checkpointing_changes_nothing": "gradient_checkpointing cpu_offload_checkpointing",
-            "test_folder_and_pickle_train_as_the_single_file_does": "pretrained_model_name_or_path",
+            "test_gradient_checkpointing_changes_nothing": "gradient_checkpointing cpu_offload_checkpointing",
             "test_text_encoders_alone": "network_train_text_encoder_only",
             "test_compiled_blocks_train_alike": "torch_compile dynamo_backend",
+        },
+        "test_sd_train_network.py": {
+            "test_folder_and_pickle_train_as_the_single_file_does": "pretrained_model_name_or_path",
             "test_velocity_is_another_target": "v_parameterization",
         },
     },

@@ -9,8 +9,8 @@ from library.dataset.caches.text_cache import TextRecipe
 from library.files.safetensors_file import save_safetensors
 from library.options.network import NetworkOptions
 from library.training.models.base_weights import text_base_weights, with_base_weights
-from tests.anima_runs import CACHED_IN_MEMORY, AnimaRuns
 from tests.tiny_runs import same_tensors
+from tests.trainer_runs import CACHED_IN_MEMORY, Runs
 
 RECIPE = TextRecipe(arch="a", encoder_fingerprint="0", dtype="float32", settings={"tokens": 512})
 
@@ -37,8 +37,8 @@ def test_files_that_change_the_text_encoder(tmp_path, key, changes, ending):
 
 
 @pytest.fixture
-def runs(tiny_anima, picture_folder, tmp_path) -> AnimaRuns:
-    return AnimaRuns(tmp_path, tiny_anima, picture_folder(3))
+def runs(tiny_anima, picture_folder, tmp_path) -> Runs:
+    return Runs("anima", tmp_path, tiny_anima, picture_folder(3))
 
 
 def test_cached_and_live_texts_are_those_of_the_merged_encoder(runs):

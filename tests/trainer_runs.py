@@ -1,0 +1,63 @@
+"""Runs of the real trainers on tiny checkpoints in this process: quicker than a script, and open to look into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.files.safetensors_file import read_header
+from library.options.command_line import read_options
+from library.options.declare import groups_of, options_of
+from library.options.scripts import option_set_of
+from library.training.preflight import CheckedRun, check_run
+from tests.e2e.kinds import KINDS, lora, model_flags, run_flags, write_dataset
+
+CACHED_IN_MEMORY = ("--cache_latents", "--cache_text_encoder_outputs")
+# script -> (where its architecture is, the trainer's class)
+TRAINERS = {
+    "anima_train_network.py": ("library.anima.architecture", "ANIMA", "AnimaNetworkTrainer"),
+    "train_network.py": ("library.sd.architecture", "STABLE_DIFFUSION", "StableDiffusionTrainer"),
+    "sdxl_train_network.py": ("library.sdxl.architecture", "SDXL", "SdxlNetworkTrainer"),
+}
+
+
+class Runs:
+    """``runs.train("--max_train_steps=2", ...)`` runs the real ``train()`` of ``kind``; outputs are folders below ``folder``."""
+
+    def __init__(self, kind: str, folder: Path, models: Mapping[str, Path], pictures: Path):
+        self.kind, self.folder, self.models, self.pictures = kind, folder, models, pictures
+        self.options = option_set_of(KINDS[kind].script)
+        room, architecture, trainer = TRAINERS[KINDS[kind].script]
+        self.architecture: Any = getattr(import_module(room), architecture)
+        self.trainer_class: Any = getattr(import_module(KINDS[kind].script.removesuffix(".py")), trainer)
+        self.write_dataset()
+
+    def write_dataset(self, **settings: Any) -> None:
+        write_dataset(self.folder / "my.toml", self.pictures, self.kind, **settings)
+
+    def checked(self, *arguments: object, output: str = "out") -> CheckedRun:
+        flags = [*model_flags(self.kind, self.models), *run_flags(self.kind, self.folder / output, self.folder / "my.toml")]
+        return check_run(read_options(self.options, [*flags, "--learning_rate=1e-3", *map(str, arguments)]), self.architecture)
+
+    def train(self, *arguments: object, output: str = "out", trainer_class: Any = None) -> Any:
+        trainer = (trainer_class or self.trainer_class)(self.checked(*arguments, output=output))
+        trainer.train()
+        return trainer
+
+    def has(self, option: str) -> bool:
+        return option in {one.name for group in groups_of(self.options).values() for one in options_of(group)}
+
+    def lora(self, output: str = "out", name: str = "tiny") -> dict[str, torch.Tensor]:
+        return lora(self.folder / output / f"{name}.safetensors")
+
+    def metadata(self, output: str = "out", name: str = "tiny") -> dict[str, str]:
+        return read_header(self.folder / output / f"{name}.safetensors").metadata
+
+
+def trained(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """lora_unet, lora_te1 ...: the models whose modules have learned."""
+    return {"_".join(name.split("_")[:2]) for name, tensor in tensors.items() if "lora_up" in name and bool(tensor.any())}
