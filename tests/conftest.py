@@ -93,6 +93,16 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def tiny_lumina(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny Lumina Image 2.0 checkpoints in the real layouts: ``dit``, ``gemma2`` (which carries its tokenizer) and ``ae`` of their
+    own, the same weights all in one file under ``whole``, and Gemma as a Hugging Face folder of two shards under
+    ``gemma2_folder``. Read only."""
+    from tools.tiny_lumina import make_lumina
+
+    return make_lumina(tmp_path_factory.mktemp("tiny_lumina"), gemma2_folder=True)
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     """``picture_folder(count=4, scale=0.25, name="pictures", captions=True)``: drawn pictures of mixed sizes and formats.
