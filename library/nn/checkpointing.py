@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,3 +19,22 @@ def run_checkpointed(number: int, block: nn.Module, x: Tensor, *inputs: Any) -> 
     if torch.is_grad_enabled():
         return checkpoint(block, x, *inputs, use_reentrant=False)  # type: ignore[return-value]
     return block(x, *inputs)
+
+
+class LayerCheckpoints:
+    """A text encoder with a forward of its own that can checkpoint its layers, by the methods of transformers' models."""
+
+    checkpoints = False
+
+    def checkpointed(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``run(*inputs)``, which is one layer, checkpointed where that was asked for and gradients are recorded."""
+        if self.checkpoints and torch.is_grad_enabled():
+            return checkpoint(run, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return run(*inputs)
+
+    def activation_checkpointing_enable(self, settings: dict[str, Any] | None = None) -> None:
+        """Layers are computed again in the backward pass, wherever gradients are recorded; ``settings`` of transformers' method
+        of this name have no other meaning here."""
+        self.checkpoints = True
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20

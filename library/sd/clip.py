@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.files.weights_source import Part, module_tensors
+from library.nn.checkpointing import LayerCheckpoints
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 from library.sd.clip_layout import ClipConfig
@@ -21,18 +21,18 @@ FP8_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|ml
 NORM_EPS = 1e-5
 
 
-class ClipTextModel(nn.Module):
+class ClipTextModel(LayerCheckpoints, nn.Module):
     """transformers' modules under one name whatever its version, so that layers are
     ``text_model.encoder.layers.0.self_attn.q_proj`` and so on; these names become the names in LoRA files.
 
-    Callers say which layers they need: ``model.run(model.embed(ids), 0, 11)``. Attention is causal and there is no other mask.
+    Callers say which layers they need: ``model.run(model.embed(ids), 0, 11)``. Attention is causal; only SD3 can have it see no
+    padding besides.
     """
 
     def __init__(self, text_model: nn.Module, config: ClipConfig):
         super().__init__()
         self.text_model = text_model
         self.config = config
-        self.checkpoints = False
         if config.projection is not None:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False, device="meta")
 
@@ -40,36 +40,30 @@ class ClipTextModel(nn.Module):
         """ids (B, N) int64 -> x (B, N, D)"""
         return self._inner.embeddings(input_ids=ids)
 
-    def run(self, x: Tensor, first: int, end: int) -> Tensor:
-        """x (B, N, D), which layer number ``first`` takes, through the layers before ``end`` -> (B, N, D), not normed."""
+    def run(self, x: Tensor, first: int, end: int, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D), which layer number ``first`` takes, through the layers before ``end`` -> (B, N, D), not normed.
+
+        ``mask``: of ``causal_mask``; None: each token sees all before it.
+        """
         for layer in self._inner.encoder.layers[first:end]:
-            if self.checkpoints and torch.is_grad_enabled():
-                x = checkpoint(run_layer, layer, x, use_reentrant=False)  # type: ignore[assignment]
-            else:
-                x = run_layer(layer, x)
+            x = self.checkpointed(run_layer, layer, x, mask)
         return x
 
     def normed(self, x: Tensor) -> Tensor:
         return self._inner.final_layer_norm(x)
 
     def pooled(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (B, N, D) of the last layer, ends (B,) int64 places of the end marks -> (B, P) projected"""
+        """x (B, N, D) of the last layer, ends (B,) int64 places of the end marks -> (B, P), projected if the model does that"""
         at_end = x[torch.arange(len(x), device=x.device), ends]  # (B, D)
-        return self.text_projection(self.normed(at_end))
-
-    def activation_checkpointing_enable(self, settings: dict[str, Any] | None = None) -> None:
-        """Layers are computed again in the backward pass, wherever gradients are recorded; ``settings`` of transformers' method
-        of this name have no other meaning here."""
-        self.checkpoints = True
-
-    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20
+        found = self.normed(at_end)
+        return found if self.config.projection is None else self.text_projection(found)
 
     @property
     def _inner(self) -> Any:
         return self.text_model
 
 
-def run_layer(layer: Any, x: Tensor) -> Tensor:
+def run_layer(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """One of transformers' CLIPEncoderLayers, whose own forward differs from version to version. x (B, N, D) -> (B, N, D)"""
     attention = layer.self_attn
     h = layer.layer_norm1(x)
@@ -77,9 +71,16 @@ def run_layer(layer: Any, x: Tensor) -> Tensor:
         projection(h).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scale 1 / sqrt(D / H)
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # scale 1 / sqrt(D / H)
     x = x + attention.out_proj(h.transpose(1, 2).flatten(2))  # (B, N, D)
     return x + layer.mlp(layer.layer_norm2(x))
+
+
+def causal_mask(valid: Tensor) -> Tensor:
+    """valid (B, N) bool, True at tokens that others may see -> (B, 1, N, N) bool: which token sees which."""
+    tokens = valid.shape[1]
+    before = torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
+    return before & valid[:, None, None]
 
 
 def build_clip(config: ClipConfig, *, fp8: bool = False) -> ClipTextModel:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from library.errors import CheckpointError
 from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
+from library.files.model_path import recognise_keys, with_article
 from library.files.weights_source import THIRDS, Part, Piece, WeightsSource, changed_shape
 
 Layout = Literal["hf", "open_clip"]
@@ -25,6 +26,8 @@ HEAD_DIM = 64  # of all published CLIP text encoders
 POSITIONS, VOCABULARY = 77, 49408  # that CLIP's tokenizer needs
 ACTIVATIONS = QUICK_GELU, GELU = "quick_gelu", "gelu"  # of CLIP-L; of OpenCLIP's H and G. In transformers' words
 PROJECTION = "text_projection.weight"
+PROJECTION_MATRIX = Piece("text_projection", "transposed")  # the same as a bare matrix
+ALONE = ("", "transformer.")  # prefixes in files of nothing but an encoder
 HF_LEVEL = "text_model."  # a level of hf names that not all writers keep
 LAYER_NAMES = {"hf": "encoder.layers.", "open_clip": "transformer.resblocks."}
 OPEN_CLIP_NAMES = {
@@ -69,12 +72,19 @@ def clip_part(source: WeightsSource, *, prefix: str, layout: Layout, keep_layers
                               "read; give the float16 or bfloat16 file (--fp8_base keeps its weights in 8 bits)")  # fmt: skip
     in_file = _layer_count(found, layout)
     if not in_file:
-        raise CheckpointError(f"{source.path} has no text encoder: no tensor is called {prefix}{LAYER_NAMES[layout]}0 and so on")
+        kind = recognise_keys(source.shapes)
+        what = f"; it is {with_article(kind)}" if kind else ""
+        raise CheckpointError(
+            f"{source.path} has no text encoder: no tensor is called {prefix}{LAYER_NAMES[layout]}0 and so on{what}"
+        )
     layers = in_file if keep_layers is None else keep_layers % in_file if keep_layers < 0 else min(keep_layers, in_file)
     is_cut = keep_layers is not None
     found = {name: shape for name, shape in found.items() if _is_needed(name, layout, layers, is_cut=is_cut)}
     # OpenCLIP always has a projection; whether transformers' does depends on what the file was made for
-    frame = ClipConfig(layers=layers, projection=1 if PROJECTION in found or (layout == "open_clip" and not is_cut) else None)
+    frame = ClipConfig(
+        layers=layers,
+        projection=1 if {PROJECTION, PROJECTION_MATRIX.key} & set(found) or (layout == "open_clip" and not is_cut) else None,
+    )
     config = _with_sizes(frame, found, layout, clip_settings(source, prefix))
     pieces = clip_pieces(config, layout, found)
     expected = {
@@ -129,13 +139,15 @@ def clip_skip_problem(clip_skip: int | None, layers: int) -> str | None:
 
 
 def _hf_piece(name: str, found: Container[str]) -> Piece:
+    if name == PROJECTION:
+        return _projection_piece(found, usual=Piece(PROJECTION))
     bare = name.removeprefix(HF_LEVEL)
     return Piece(bare if bare in found else name)
 
 
 def _open_clip_piece(name: str, found: Container[str]) -> Piece:
-    if name == PROJECTION:  # a matrix P for x @ P, or the weight of a Linear
-        return Piece(PROJECTION) if PROJECTION in found else Piece(PROJECTION.removesuffix(".weight"), "transposed")
+    if name == PROJECTION:
+        return _projection_piece(found, usual=PROJECTION_MATRIX)
     bare = name.removeprefix(HF_LEVEL)
     if bare in OPEN_CLIP_NAMES:
         return Piece(OPEN_CLIP_NAMES[bare])
@@ -148,8 +160,13 @@ def _open_clip_piece(name: str, found: Container[str]) -> Piece:
     return Piece(f"{start}{OPEN_CLIP_NAMES[module]}.{kind}")
 
 
+def _projection_piece(found: Container[str], *, usual: Piece) -> Piece:
+    """The weight of a Linear, or a matrix P for x @ P: which of the two, the name tells in both layouts."""
+    return next((piece for piece in (Piece(PROJECTION), PROJECTION_MATRIX) if piece.key in found), usual)
+
+
 def _is_needed(name: str, layout: Layout, layers: int, *, is_cut: bool) -> bool:
-    if BESIDES.fullmatch(name) or (is_cut and name in (PROJECTION, PROJECTION.removesuffix(".weight"))):
+    if BESIDES.fullmatch(name) or (is_cut and name in (PROJECTION, PROJECTION_MATRIX.key)):
         return False
     number = _layer_number(name, layout)
     return number is None or number < layers
@@ -217,7 +234,7 @@ def _own_settings(settings: Mapping[str, Any], prefix: str) -> Any:
     nothing but an encoder may have them at the top."""
     if named := re.search(r"\b(clip_[lg])\.", prefix):
         return settings.get(named[1])
-    if not prefix and "text" not in settings:
+    if prefix in ALONE and "text" not in settings:
         return settings
     listed = settings.get("text")
     match = re.search(r"\bembedders\.(\d+)\.", prefix)  # SDXL has two text encoders in a file
