@@ -9,7 +9,7 @@ from pathlib import Path
 from library.options.attention import AttentionOptions
 from library.options.console import ConsoleOptions
 from library.options.declare import opt
-from library.options.inference import DeviceOptions, InferenceRules, MergeOptions, OutputOptions, PromptOptions
+from library.options.inference import DeviceOptions, InferenceRules, MergeOptions, OutputOptions, SizePromptOptions
 from library.options.rules import above_zero, at_least, even
 
 SAMPLERS = ("euler", "er_sde")  # those of library/sampling/flow_samplers.py, which options may not import
@@ -68,7 +68,7 @@ class AnimaMergeOptions(MergeOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnimaPromptOptions(PromptOptions):
+class AnimaPromptOptions(SizePromptOptions):
     """Pictures: what is drawn. A prompt file and the lines of --interactive may set everything but the number of pictures."""
 
     image_size: list[int] = opt((1024, 1024), "height and width in pixels, rounded down to multiples of 16")
@@ -77,7 +77,7 @@ class AnimaPromptOptions(PromptOptions):
     sampler: str = opt("euler", "er_sde adds fresh noise on the way, as ComfyUI does for Anima by default", choices=SAMPLERS)
 
     def problems(self) -> Iterator[str]:
-        yield from PromptOptions.problems(self)
+        yield from SizePromptOptions.problems(self)
         yield from above_zero(self, "flow_shift")
 
 

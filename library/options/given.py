@@ -22,12 +22,20 @@ OTHER_FORMATS = {
 # a flag of one inference script -> what others call it
 OTHER_NAMES = {
     **dict.fromkeys(("save_path", "outdir", "output_dir"), ("output_dir", "save_path")),
-    **dict.fromkeys(("pretrained_model_name_or_path", "ckpt", "ckpt_path", "dit"), ("ckpt_path", "dit")),
+    **dict.fromkeys(
+        ("pretrained_model_name_or_path", "ckpt", "ckpt_path", "dit"), ("ckpt_path", "dit", "pretrained_model_name_or_path")
+    ),
     **dict.fromkeys(("network_weights", "lora_weight", "lora_weights"), ("lora_weights", "lora_weight")),
-    **dict.fromkeys(("w", "h", "width", "height"), ("image_size",)),
+    **dict.fromkeys(("w", "width", "image_width"), ("image_size", "width", "image_width")),
+    **dict.fromkeys(("h", "height", "image_height"), ("image_size", "height", "image_height")),
+    "image_size": ("width", "height", "image_width", "image_height"),
     "network_mul": ("lora_multiplier", "lora_weights"),
-    "steps": ("infer_steps",),
-    "scale": ("guidance_scale",),
+    **dict.fromkeys(("steps", "infer_steps"), ("infer_steps", "steps")),
+    **dict.fromkeys(("scale", "guidance_scale", "cfg_scale"), ("guidance_scale", "cfg_scale")),
+    **dict.fromkeys(("vae", "ae", "ae_path"), ("ae_path", "ae")),
+    **dict.fromkeys(("gemma2", "gemma2_path"), ("gemma2_path", "gemma2")),
+    "t5xxl_max_token_length": ("t5xxl_token_length",),
+    "flow_shift": ("discrete_flow_shift",),
 }
 
 

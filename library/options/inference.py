@@ -50,19 +50,36 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptOptions:
-    """Pictures: what is drawn. A prompt file and the lines of --interactive may set everything but the number of pictures."""
+    """Pictures: what is drawn. A prompt file and the lines of --interactive may set everything but the number of pictures.
+
+    A subclass has flags, or properties where its flags have other names, for the size, the steps and the guidance.
+    """
+
+    USUAL_PROMPT: ClassVar[str | None] = None  # drawn where nothing else is asked for
+    STEPS_NAME: ClassVar[str] = "infer_steps"
+    SCALE_NAME: ClassVar[str] = "guidance_scale"
 
     prompt: str | None = opt(None, 'what the picture shows; "" draws one without a prompt', may_be_empty=True)
     negative_prompt: str = opt("", "what it does not show; without effect where --guidance_scale is 1")
     from_file: str | None = opt(None, "file of prompts (.txt, .toml or .json), one after the other", path=True)
     interactive: bool = opt(False, 'read prompts line by line from the console and keep the models loaded; "help" tells more')
-    image_size: list[int] = opt((1024, 1024), "height and width in pixels, rounded down to multiples of 8")
-    infer_steps: int = opt(50, "steps of the sampler, 1 to 1000")
-    guidance_scale: float = opt(7.0, "how strongly the prompt counts (classifier-free guidance; 1 = none, twice as fast)")
     sampler: str = opt("euler", "way from noise to picture")
     seed: int | None = opt(None, "seed of the first picture; further pictures of a prompt count up (not set = random)")
     images_per_prompt: int = opt(1, "pictures of each prompt")
     batch_size: int = opt(1, "pictures of a prompt that are drawn at once; faster and more memory, equal up to rounding")
+
+    @property
+    def image_size(self) -> list[int]:
+        """Height and width in pixels, as asked for."""
+        raise NotImplementedError
+
+    @property
+    def infer_steps(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def guidance_scale(self) -> float:
+        raise NotImplementedError
 
     @property
     def flow_shift(self) -> float | None:
@@ -86,23 +103,41 @@ class PromptOptions:
 
     @property
     def sources(self) -> list[str]:
-        """The flags given that say what to draw. Beside another source an empty prompt takes one of the config file back."""
-        return [f"--{name}" for name in ("prompt", "from_file", "interactive") if getattr(self, name)]
+        """The flags given that say what to draw. Beside another source an empty prompt takes one of the config file back, and the
+        usual prompt only stands in for them."""
+        prompt = bool(self.prompt) if self.USUAL_PROMPT is None else self.prompt not in (None, self.USUAL_PROMPT)
+        given = {"prompt": prompt, "from_file": self.from_file, "interactive": self.interactive}
+        return [f"--{name}" for name, value in given.items() if value]
 
     def problems(self) -> Iterator[str]:
         if len(self.sources) > 1:
             yield f"{' and '.join(self.sources)} are different sources of prompts: keep one"
+        yield from self._size_problems()
+        if not 1 <= self.infer_steps <= LONGEST_STEPS:
+            yield f"--{self.STEPS_NAME} is {self.infer_steps}: give 1 to {LONGEST_STEPS}"
+        if self.seed is not None and not 0 <= self.seed < SEED_END:
+            yield f"--seed is {self.seed}: give a whole number from 0 to 2^63 - 1"
+        yield from at_least(self, 0, self.SCALE_NAME)
+        yield from at_least(self, 1, "images_per_prompt", "batch_size")
+
+    def _size_problems(self) -> Iterator[str]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizePromptOptions(PromptOptions):
+    """Pictures: with the flags that most scripts have."""
+
+    image_size: list[int] = opt((1024, 1024), "height and width in pixels, rounded down to multiples of 8")
+    infer_steps: int = opt(50, "steps of the sampler, 1 to 1000")
+    guidance_scale: float = opt(7.0, "how strongly the prompt counts (classifier-free guidance; 1 = none, twice as fast)")
+
+    def _size_problems(self) -> Iterator[str]:
         if len(self.image_size) != 2:
             yield f"--image_size has {len(self.image_size)} numbers: give two, HEIGHT WIDTH, for example 1216 832"
         low, high = SIDE_RANGE_PX
         if any(not low <= side <= high for side in self.image_size):
             yield f"--image_size is {' '.join(map(str, self.image_size))}: give sides from {low} to {high} pixels"
-        if not 1 <= self.infer_steps <= LONGEST_STEPS:
-            yield f"--infer_steps is {self.infer_steps}: give 1 to {LONGEST_STEPS}"
-        if self.seed is not None and not 0 <= self.seed < SEED_END:
-            yield f"--seed is {self.seed}: give a whole number from 0 to 2^63 - 1"
-        yield from at_least(self, 0, "guidance_scale")
-        yield from at_least(self, 1, "images_per_prompt", "batch_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,18 +173,33 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceOptions:
-    """Device: where and with which numbers the models work."""
+class PlaceOptions:
+    """Device: where the models work."""
 
     device: str | None = opt(None, "cpu, cuda, cuda:1, mps, ... (not set = the GPU if there is one)")
-    mixed_precision: str | None = opt(
-        None, "number format of the models (not set = bf16 on a GPU, no = float32 on a CPU)", choices=tuple(PRECISION_DTYPES)
-    )
     text_encoder_cpu: bool = opt(False, "run the text encoder on the CPU: less GPU memory, slower prompts")
     offload: bool = opt(False, "keep each model on the GPU only while it works: least memory, slower with many prompts")
 
+    @property
+    def precision(self) -> str | None:
+        """Number format of the denoiser, as --mixed_precision names it; None = bf16 on a GPU, float32 on a CPU."""
+        raise NotImplementedError
+
     def problems(self) -> Iterator[str]:
         yield from device_name(self, "device")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions(PlaceOptions):
+    """Device: where and with which numbers the models work."""
+
+    mixed_precision: str | None = opt(
+        None, "number format of the models (not set = bf16 on a GPU, no = float32 on a CPU)", choices=tuple(PRECISION_DTYPES)
+    )
+
+    @property
+    def precision(self) -> str | None:
+        return self.mixed_precision
 
 
 class InferenceRules:

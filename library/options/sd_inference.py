@@ -13,7 +13,7 @@ from library.files.user_path import user_path
 from library.options.attention import AttentionOptions
 from library.options.console import ConsoleOptions
 from library.options.declare import opt
-from library.options.inference import DeviceOptions, InferenceRules, MergeOptions, OutputOptions, PromptOptions
+from library.options.inference import DeviceOptions, InferenceRules, MergeOptions, OutputOptions, SizePromptOptions
 from library.options.rules import at_least
 from library.options.samples import SAMPLERS
 from library.options.sd import CHUNK_TOKENS
@@ -106,18 +106,14 @@ def split_strength(written: str) -> tuple[str, float | None]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SdPromptOptions(PromptOptions):
+class SdPromptOptions(SizePromptOptions):
     """Pictures: what is drawn. A prompt file and the lines of --interactive may set everything but the number of pictures."""
+
+    USUAL_PROMPT: ClassVar[str | None] = USUAL_PROMPT
 
     prompt: str | None = opt(USUAL_PROMPT, 'what the picture shows; "" draws one without a prompt', may_be_empty=True)
     image_size: list[int] = opt((512, 512), "height and width in pixels, rounded down to multiples of 8")
     sampler: str = opt("euler", "way from noise to picture", choices=SAMPLERS)
-
-    @property
-    def sources(self) -> list[str]:
-        """The flags given that say what to draw; the usual prompt only stands in for them."""
-        given = {"prompt": self.prompt not in (None, USUAL_PROMPT), "from_file": self.from_file, "interactive": self.interactive}
-        return [f"--{name}" for name, value in given.items() if value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

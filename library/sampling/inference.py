@@ -45,7 +45,7 @@ class PictureMaker(ABC):
         self.run, self.options = run, run.options
         compute = self.options.compute
         self.device = chosen_device(compute.device)
-        self.dtype = WEIGHT_DTYPES[compute.mixed_precision or ("no" if self.device.type == "cpu" else "bf16")]
+        self.dtype = WEIGHT_DTYPES[compute.precision or ("no" if self.device.type == "cpu" else "bf16")]
         self.vae_dtype = torch.float32 if self.options.files.no_half_vae else self.dtype
         self.text_device = torch.device("cpu") if compute.text_encoder_cpu else self.device
         self.folder = Path(self.options.output.folder)
