@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -134,6 +134,27 @@ def parse_rank_list(value: Any) -> tuple[int, ...]:
         return tuple(parse_rank(part) for part in str(value).split(","))
     except ValueError:
         raise ValueError("give whole numbers from 0 on, one for each block, with commas between them") from None
+
+
+def parse_ranks_of(names: Sequence[str]) -> Callable[[Any], tuple[int, ...]]:
+    """Reads one rank for each of ``names``, in brackets or without: ``[4,4,4]``, ``4,0,8``."""
+    example = f"[{','.join('4' for _ in names)}]"
+
+    def parse(value: Any) -> tuple[int, ...]:
+        text = str(value).strip()
+        text = text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
+        parts = text.split(",") if text.strip() else []
+        if len(parts) != len(names):
+            raise ValueError(
+                f"it has {len(parts)} value{'' if len(parts) == 1 else 's'}: give {len(names)} ranks, for "
+                f"{', '.join(names[:-1])} and {names[-1]}, such as {example}; 0 leaves one out"
+            )
+        try:
+            return tuple(parse_rank(part) for part in parts)
+        except ValueError:
+            raise ValueError(f"give whole numbers from 0 on, such as {example}; 0 leaves one out") from None
+
+    return parse
 
 
 def parse_alpha_list(value: Any) -> tuple[float, ...]:

@@ -13,12 +13,14 @@ from networks.anima_arguments import AnimaArguments
 from networks.arguments import NetworkArguments, component_flags, parse_arguments
 from networks.lora_names import names_problem
 from networks.lumina_arguments import LuminaArguments
+from networks.sd3_arguments import Sd3Arguments
 from networks.sd_arguments import Sd1Arguments, Sd2Arguments, SdxlArguments
 
 MODELS = {  # what each module is for
-    "networks.lora": "Stable Diffusion 1.x, 2.x and SDXL",
+    "networks.lora": "Stable Diffusion 1.x, 2.x, SDXL and 3",
     "networks.lora_anima": "Anima",
     "networks.lora_lumina": "Lumina Image 2.0",
+    "networks.lora_sd3": "Stable Diffusion 3",
 }
 
 
@@ -28,6 +30,7 @@ def arguments_class(architecture: str, *, v2: bool) -> type[NetworkArguments] | 
         "anima": AnimaArguments,
         "lumina": LuminaArguments,
         "sd": Sd2Arguments if v2 else Sd1Arguments,
+        "sd3": Sd3Arguments,
         "sdxl": SdxlArguments,
     }
     return known.get(architecture)

@@ -7,7 +7,7 @@ names of its modules as a :class:`NameTable` (``anima_layouts.py``); the tensors
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +61,16 @@ NAMED = 3  # names that a message gives
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Fused:
+    """A Linear whose rows are several projections, which some layouts keep as modules of their own."""
+
+    names: Mapping[str, tuple[str, ...]]  # layout -> the projections' names in their order
+    cut: Callable[[int, int], tuple[int, ...]]  # (all rows, inputs of the Linear) -> rows of each
+    # (rows of each, None = not in the file; inputs) -> all rows; None where they are not known
+    all_rows: Callable[[Sequence[int | None], int], int | None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Module:
     """A module that can have a LoRA. ``names``: layout -> its name, with ``{n}`` for the block; a layout may have none."""
 
@@ -68,6 +78,15 @@ class Module:
     names: Mapping[str, str]
     aliases: tuple[str, ...] = ()  # further names, which are read and never written
     linear_in: frozenset[str] = frozenset()  # layouts in which it is a Linear, although ours may be a 1x1 convolution
+    fused: Fused | None = None  # what its projections are called in layouts where ``names`` has no name for it
+    # layouts in which the two halves of its rows, where these are twice its inputs, are the other way round
+    swapped_in: frozenset[str] = frozenset()
+
+    def all_names(self, layout: str) -> tuple[str, ...]:
+        """Its name, or those of its projections; none where the layout has no place for it."""
+        if layout in self.names:
+            return (self.names[layout],)
+        return self.fused.names.get(layout, ()) if self.fused else ()
 
 
 class Key(NamedTuple):
@@ -77,10 +96,16 @@ class Key(NamedTuple):
     number: str  # of the block; empty where the module's name has none
     part: str  # DOWN, UP or ALPHA
     layout: str
+    projection: int | None = None  # of a fused module, where it is one of these that the key is of
 
     def name(self, layout: str) -> str:
-        """The module's name. Raises KeyError where the layout has no place for it."""
+        """The module's name, or that of the key's projection. Raises KeyError where the layout has no place for it."""
+        if self.projection is not None and layout not in self.module.names and self.module.fused:
+            return self.module.fused.names[layout][self.projection].replace(NUMBER, self.number)
         return self.module.names[layout].replace(NUMBER, self.number)
+
+    def all_names(self, layout: str) -> tuple[str, ...]:
+        return tuple(name.replace(NUMBER, self.number) for name in self.module.all_names(layout))
 
     def written(self, layout: str) -> str:
         return self.name(layout) + ENDINGS[layout][self.part]
@@ -98,11 +123,11 @@ class NameTable:
         self.modules = tuple(modules)
         self.as_ours = as_ours
         self._block_number = re.compile(block_number)
-        self._known: dict[str, tuple[Module, str]] = {}
+        self._known: dict[str, tuple[Module, str, int | None]] = {}
         for module in self.modules:
-            for layout, name in (*module.names.items(), *((COMFY, alias) for alias in module.aliases)):
+            for layout, name, projection in _names_of(module):
                 assert name not in self._known, f"two modules are called {name}"
-                self._known[name] = (module, layout)
+                self._known[name] = (module, layout, projection)
 
     def find(self, key: str) -> Key | None:
         """What ``key`` of any layout means, or None."""
@@ -111,7 +136,7 @@ class NameTable:
             return None
         name, number = self.general_name(match["name"])
         found = self._known.get(name)
-        return None if found is None else Key(found[0], number, str(match.lastgroup), found[1])
+        return None if found is None else Key(found[0], number, str(match.lastgroup), *found[1:])
 
     def near(self, module: str) -> str:
         """`` (did you mean ...?)`` for a module's name that is not known, or an empty text."""
@@ -128,6 +153,14 @@ class NameTable:
     def written_layout(self, layout: str) -> str:
         """The layout whose names a file for ``layout`` gets."""
         return OURS if layout in self.as_ours else layout
+
+
+def _names_of(module: Module) -> Iterator[tuple[str, str, int | None]]:
+    """(layout, name, which projection it is of) of all names that are read."""
+    yield from ((layout, name, None) for layout, name in module.names.items())
+    yield from ((COMFY, alias, None) for alias in module.aliases)
+    for layout, names in module.fused.names.items() if module.fused else ():
+        yield from ((layout, name, projection) for projection, name in enumerate(names))
 
 
 def module_name(key: str) -> str:

@@ -1,5 +1,7 @@
 """LoRA for Stable Diffusion 1.x and 2.x and for SDXL: the U-Net and the text encoders. Which model it is shows in what is given.
 
+Given the MMDiT of Stable Diffusion 3 it does what networks.lora_sd3 does, with its arguments; what follows is of U-Nets.
+
     --network_module=networks.lora --network_dim=16 --network_args "conv_dim=8" "conv_alpha=4" "down_lr_weight=linear+0.25"
 
 Without further arguments the Linears and 1x1 convolutions of the U-Net's transformers get a LoRA, and the text encoders'
@@ -39,6 +41,7 @@ from torch import Tensor, nn
 
 from library.errors import NetworkError
 from library.sd.unet_names import UNetConfig, original_names
+from networks import lora_sd3
 from networks.arguments import parse_arguments
 from networks.block_weights import BlockArguments, sd_block, sdxl_block
 from networks.layer import LoRAModule
@@ -52,6 +55,7 @@ Modules = Mapping[str, nn.Module]  # of a model, by path
 TextEncoders = nn.Module | Sequence[nn.Module | None] | None
 
 LAYERS = (nn.Linear, nn.Conv2d)
+SDXL_ENCODERS = 2
 WRAPPER = "module."  # of distributed training
 CONVOLUTIONAL = r"(?!.*\b(proj_in|proj_out|transformer_blocks)\b).*"  # what lies outside the transformers
 SD2_CONTEXT_WIDTH = 1024
@@ -79,8 +83,12 @@ def create_network(  # noqa: PLR0913  # the protocol of network modules
 ) -> LoRANetwork:
     """A new network for these models; for those alone that are given. Raises NetworkError, with all problems.
 
-    SDXL's two text encoders are told apart by their places; a place may be None.
+    SDXL's two text encoders, and SD3's three, are told apart by their places; a place may be None.
     """
+    if _is_sd3(unet, text_encoder):
+        return lora_sd3.create_network(
+            multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=neuron_dropout, **kwargs
+        )
     family, modules = _family_of(unet, text_encoder)
     arguments = parse_arguments(family.arguments, kwargs)
     models = _models(family, arguments, text_encoder, unet, modules)
@@ -103,6 +111,10 @@ def create_network_from_weights(  # noqa: PLR0913  # the protocol of network mod
 
     ``for_inference`` changes nothing here: one class serves both. Raises NetworkError for a file of another architecture.
     """
+    if _is_sd3(unet, text_encoder):
+        return lora_sd3.create_network_from_weights(
+            multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **kwargs
+        )
     family, modules = _family_of(unet, text_encoder)
     arguments = parse_arguments(family.arguments, kwargs)
     models = _models(family, arguments, text_encoder, unet, modules)
@@ -116,6 +128,11 @@ def create_network_from_weights(  # noqa: PLR0913  # the protocol of network mod
 DENOISER_PREFIX, TEXT_PREFIX = "lora_unet", "lora_te"
 
 
+def _is_sd3(unet: nn.Module | None, text_encoder: TextEncoders) -> bool:
+    """By the denoiser; without one by its three text encoders: the names of two are those of SDXL's."""
+    return lora_sd3.block_count(unet) > 0 if unet is not None else len(_listed(text_encoder)) > SDXL_ENCODERS
+
+
 def _family_of(unet: nn.Module | None, text_encoder: TextEncoders) -> tuple[Family, Modules]:
     modules = {} if unet is None else _modules_of(unet)
     encoders = _listed(text_encoder)
@@ -126,8 +143,8 @@ def _family_of(unet: nn.Module | None, text_encoder: TextEncoders) -> tuple[Fami
         if family.fits(modules):
             return family, modules
     raise NetworkError(
-        f"--network_module networks.lora is for the U-Nets of Stable Diffusion 1.x, 2.x and SDXL, and {type(unet).__name__} is "
-        "none of them: name the network module that was made for this model, such as networks.lora_anima"
+        f"--network_module networks.lora is for the models of Stable Diffusion 1.x, 2.x, SDXL and SD3, and {type(unet).__name__} "
+        "is none of them: name the network module that was made for this model, such as networks.lora_anima"
     )
 
 

@@ -35,6 +35,6 @@ def torn_modules(found: Mapping[str, Key | None]) -> list[str]:
     for key, meaning in found.items():
         match = KEY.fullmatch(key)
         if match is not None and match.lastgroup in (DOWN, UP):
-            name = match["name"] if meaning is None else meaning.name(OURS)
+            name = match["name"] if meaning is None or meaning.projection is not None else meaning.name(OURS)
             halves.setdefault(name, set()).add(str(match.lastgroup))
     return [name for name, parts in halves.items() if len(parts) == 1]

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
+T5_NAMES = "lora_te3_"
 DENOISER = "unet"  # the label of the denoiser's optimizer groups and list, whatever it is; the others are text encoders
 
 Models = Sequence[tuple[nn.Module, ModelRules]]
@@ -72,6 +73,11 @@ class LoRANetwork(nn.Module):
     @property
     def loras(self) -> list[LoRAModule]:
         return [*self.text_encoder_loras, *self.unet_loras]
+
+    @property
+    def train_t5xxl(self) -> bool:
+        """Part of the protocol, for Stable Diffusion 3: whether T5 has LoRAs."""
+        return any(lora.lora_name.startswith(T5_NAMES) for lora in self.text_encoder_loras)
 
     # --- into the models
 

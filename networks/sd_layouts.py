@@ -44,32 +44,38 @@ def _denoiser_modules(frame: UNetConfig, *, original: bool, flat: bool = False) 
     for path, theirs in trainable_paths(frame).items():
         ours, other = (theirs, path) if original else (path, theirs)
         old = path.replace(".to_out.0", ".to_out").replace(".to_", ".processor.to_")  # before diffusers used PEFT
-        aliases = (_name("lora_unet", other), f"diffusion_model.{theirs}", path, *((f"unet.{old}", old) if old != path else ()))
+        aliases = (
+            joined_name("lora_unet", other),
+            f"diffusion_model.{theirs}",
+            path,
+            *((f"unet.{old}", old) if old != path else ()),
+        )
         is_linear = flat and path.endswith(PROJECTIONS)
         yield Module(
             part=DENOISER,
-            names={OURS: _name("lora_unet", ours), DIFFUSERS: f"unet.{path}"},
+            names={OURS: joined_name("lora_unet", ours), DIFFUSERS: f"unet.{path}"},
             aliases=aliases,
             linear_in=frozenset({DIFFUSERS} if is_linear else ()),
         )
 
 
-def _text_modules(prefix: str, theirs: str, comfy: tuple[str, ...], *also: str) -> Iterator[Module]:
+def clip_modules(prefix: str, theirs: str, comfy: tuple[str, ...], *also: str) -> Iterator[Module]:
     """``theirs``: diffusers' name of the encoder; ``comfy``: ComfyUI's; ``also``: further prefixes in place of ours."""
     for path in TEXT_PATHS:
         flat = path.removeprefix("text_model.")  # transformers 5 has no such level in its CLIPTextModel
         yield Module(
             part=TEXT_ENCODER,
-            names={OURS: _name(prefix, path), DIFFUSERS: f"{theirs}.{path}"},
+            names={OURS: joined_name(prefix, path), DIFFUSERS: f"{theirs}.{path}"},
             aliases=(
                 f"{theirs}.{flat}",
                 *(f"text_encoders.{name}.transformer.{path}" for name in comfy),
-                *(_name(name, path) for name in also),
+                *(joined_name(name, path) for name in also),
             ),
         )
 
 
-def _name(prefix: str, path: str) -> str:
+def joined_name(prefix: str, path: str) -> str:
+    """``lora_unet_`` and a path with underscores for dots."""
     return f"{prefix}_{path.replace('.', '_')}"
 
 
@@ -79,7 +85,7 @@ def _table(architecture: str, *parts: Iterator[Module]) -> NameTable:
 
 
 def _sd_text() -> Iterator[Module]:
-    return _text_modules("lora_te", "text_encoder", ("clip_l", "clip_h"), "lora_te1")
+    return clip_modules("lora_te", "text_encoder", ("clip_l", "clip_h"), "lora_te1")
 
 
 SD1_NAMES = _table(STABLE_DIFFUSION, _denoiser_modules(SD_FRAME, original=False), _sd_text())
@@ -87,6 +93,6 @@ SD2_NAMES = _table(STABLE_DIFFUSION, _denoiser_modules(SD_FRAME, original=False,
 SDXL_NAMES = _table(
     "SDXL",
     _denoiser_modules(SDXL_FRAME, original=True),
-    _text_modules("lora_te1", "text_encoder", ("clip_l",)),
-    _text_modules("lora_te2", "text_encoder_2", ("clip_g",)),
+    clip_modules("lora_te1", "text_encoder", ("clip_l",)),
+    clip_modules("lora_te2", "text_encoder_2", ("clip_g",)),
 )

@@ -93,7 +93,7 @@ def test_wrappers_change_no_name(published):
 
 
 def test_another_model_is_refused(make_tree):
-    with pytest.raises(NetworkError, match=r"networks.lora is for the U-Nets of.*networks.lora_anima"):
+    with pytest.raises(NetworkError, match=r"networks.lora is for the models of.*networks.lora_anima"):
         create((None, make_tree({"blocks.0.mlp.layer1": (3, 3)})))
 
 

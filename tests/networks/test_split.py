@@ -102,7 +102,7 @@ def test_gradcheck_with_dropouts(monkeypatch):
     lora.dropouts = Dropouts(neuron=0.3, rank=0.3, module=0.1)
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     mask = lora.dropout_mask((2, 3, 6), x.device)
-    assert mask.shape == (2, 3, 6)  # every rank of every part by itself
+    assert mask is not None and mask.shape == (2, 3, 6)  # every rank of every part by itself
     monkeypatch.setattr(lora, "dropout_mask", lambda *_: mask)
     pair = lora.lora_down.weight, lora.lora_up.weight
     assert torch.autograd.gradcheck(lambda x, *_: unet["block"]["qkv"](x), (x, *pair))
@@ -177,8 +177,8 @@ def test_the_file_has_one_pair_of_full_strength(tmp_path):
     torch.testing.assert_close(
         unet["block"]["qkv"](x), F.linear(x, model()["block"]["qkv"].weight + change, unet["block"]["qkv"].bias)
     )
-    assert blocks_of(saved[f"{NAME}.lora_up.weight"], SIZES) is not None
-    assert torch.equal(torch.cat(blocks_of(saved[f"{NAME}.lora_up.weight"], SIZES)), lora.lora_up.weight)
+    blocks = blocks_of(saved[f"{NAME}.lora_up.weight"], SIZES)
+    assert blocks is not None and torch.equal(torch.cat(blocks), lora.lora_up.weight)
 
 
 def same_state(one, other) -> bool:

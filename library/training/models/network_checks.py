@@ -29,7 +29,7 @@ def network_problems(options: Any, architecture: str) -> Iterator[str]:
     if module not in own_network_modules():
         return
     checks = importlib.import_module(f"{OWN_PACKAGE}.first_checks")
-    if module != options.NETWORK_MODULE:
+    if module not in (options.NETWORK_MODULE, *options.OTHER_NETWORK_MODULES):
         yield (
             f"--network_module={module} is for {checks.MODELS.get(module, 'another model')}, and this script trains "
             f"{options.MODEL}: give --network_module={options.NETWORK_MODULE}"
