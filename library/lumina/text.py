@@ -21,6 +21,7 @@ from library.lumina.tokenizer import PAD_ID, GemmaTokenizer, GemmaTokenizerFile
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 from library.nn.transfer import sent
+from library.text.tokenizer_files import padded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,12 +79,10 @@ class LuminaTextEncoder(nn.Module):
         own_device = next(self.model.parameters()).device
         rows = [self.tokenizer.ids(text) for text in texts]
         lengths = tuple(map(len, rows))
-        longest = max(lengths)
-        ids = torch.tensor([[*row, *[PAD_ID] * (longest - len(row))] for row in rows])  # (B, T)
+        ids, mask = (torch.tensor(values) for values in padded(rows, PAD_ID))  # (B, T)
         states = run_gemma(self.model, sent(ids, own_device))
-        if min(lengths) < longest:
-            is_padding = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-            states = states.masked_fill(sent(is_padding, own_device)[:, :, None], 0)
+        if min(lengths) < max(lengths):
+            states = states.masked_fill(sent(~mask, own_device)[:, :, None], 0)
         return LuminaConditioning(states if device is None else states.to(device), lengths=lengths)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import CheckpointError
 from library.files.hub_download import cached_file, fetch_model, is_repo_id
@@ -19,10 +19,10 @@ from library.files.open_weights import SafetensorsWeights, ShardedWeights
 from library.files.safetensors_file import TensorFile
 from library.files.weights_source import WeightsSource
 from library.lumina.gemma_layout import BUNDLE, SPIECE
+from library.text.tokenizer_files import TextLength, load_json_tokenizer
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import Tokenizer
 
 FLAG = "--gemma2_tokenizer"
 HUB_ID = "google/gemma-2-2b"
@@ -68,9 +68,9 @@ class GemmaTokenizerFile:
 
     def load(self) -> GemmaTokenizer:
         """Raises CheckpointError for what is no tokenizer of Gemma's."""
-        is_json = self.path is not None and self.path.suffix == ".json"
-        pieces = JsonPieces(self.content(), self.name) if is_json else SentencePieces(self.content(), self.name)
-        return GemmaTokenizer(pieces, self.max_tokens)
+        if self.path is not None and self.path.suffix == ".json":
+            return GemmaTokenizer(JsonPieces(self.path), self.max_tokens)
+        return GemmaTokenizer(SentencePieces(self.content(), self.name), self.max_tokens)
 
 
 def find_gemma_tokenizer(
@@ -162,13 +162,6 @@ class Pieces(Protocol):
         """How many characters of ``text`` (which is ``ids``) are whole within the first ``kept`` of them."""
 
 
-class TextLength(NamedTuple):
-    """A text before it is cut: ``tokens`` in all with <bos>, and of how many characters something is left (None: all)."""
-
-    tokens: int
-    cut_at: int | None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class GemmaTokenizer:
     """``max_tokens``: of a text, <bos> included; longer ones lose their end."""
@@ -184,6 +177,7 @@ class GemmaTokenizer:
         return [BOS_ID, *self.pieces.ids(text)][: self.max_tokens]
 
     def length(self, text: str) -> TextLength:
+        """Before it is cut, <bos> included."""
         ids = self.pieces.ids(text)
         if len(ids) < self.max_tokens:
             return TextLength(len(ids) + 1, None)
@@ -249,12 +243,11 @@ def _damaged(name: str) -> CheckpointError:
 class JsonPieces:
     """``tokenizer.json``"""
 
-    def __init__(self, content: bytes, name: str):
-        self.tokenizer = _json_tokenizer(content, name)
+    def __init__(self, path: Path):
+        self.tokenizer = load_json_tokenizer(path)
         self.size: int = self.tokenizer.get_vocab_size()
-        if self.tokenizer.token_to_id(BOS) != BOS_ID:
-            found = self.tokenizer.token_to_id(BOS)
-            raise CheckpointError(f"the tokenizer {name} is not Gemma's: its <bos> is {found}, not {BOS_ID}; {CURE}")
+        if (found := self.tokenizer.token_to_id(BOS)) != BOS_ID:
+            raise CheckpointError(f"the tokenizer {path} is not Gemma's: its <bos> is {found}, not {BOS_ID}; {CURE}")
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -262,15 +255,3 @@ class JsonPieces:
     def characters(self, text: str, ids: Sequence[int], kept: int) -> int:
         offsets: Any = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return offsets[kept][0]
-
-
-def _json_tokenizer(content: bytes, name: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # noqa: BLE001  # the package raises plain Exception for a damaged file
-        raise CheckpointError(f"the tokenizer {name} cannot be loaded: {error}; {CURE}") from error
-    tokenizer.no_truncation()  # a file may carry limits of its own; ours is the flag's
-    tokenizer.no_padding()
-    return tokenizer
