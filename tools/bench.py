@@ -1,6 +1,6 @@
 """Measures what the project promises about speed and memory, and prints one table.
 
-    python tools/bench.py [startup step lora unet attention load vae cache memory gpu data] [--repeats 5] [--threads 1]
+    python tools/bench.py [startup step lora lora_dit unet attention load vae cache memory gpu data] [--repeats 5] [--threads 1]
 
 Everything runs on the CPU, on tiny or random models made on the spot; ``gpu``, if it is the only one named, on the GPU. Where
 two things are compared, both are measured in turn in one run, and the median of the ratios is shown. With one thread (the
@@ -31,6 +31,7 @@ PHASES = {
     "startup": "CPU of --help and of a mistyped flag; time to the first step with warm caches",
     "step": "the trainer's own work in a step of the tiny model",
     "lora": "what a LoRA adds to forward and backward of a DiT of width 1024",
+    "lora_dit": "the same for the DiTs of Stable Diffusion 3 and Lumina Image 2.0",
     "unet": "what a LoRA adds to forward and backward of a quarter-width SDXL U-Net",
     "attention": "a step without the zero rows of the context, against one with them",
     "compile": "a step with --torch_compile, against a plain one",

@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import CONTEXT_ROWS, AnimaDenoiser
 from library.anima.layout import DenoiserConfig
 from networks import lora_anima
 from tools.bench_parts.figures import Figure, alternate, stopwatch
 
 RATIO = 1.12  # target
+Model = TypeVar("Model", bound=nn.Module)
+Inputs = tuple[Any, ...]  # of a denoiser's forward, the latents first
 WIDE = DenoiserConfig(width=1024, blocks=4, heads=8, head_dim=128, mlp_hidden=4096, adapter=None)
 
 
 def measure(repeats: int, *, config: DenoiserConfig = WIDE, side: int = 64, rank: int = 16) -> list[Figure]:
     """``side``: latent rows and columns; 64 are 1024 image tokens. Float32 on the CPU, batch of one."""
-    plain, adapted = twins(config)
-    inputs = make_inputs(config, side)
-    step, backward_only = lora_step(adapted, inputs, rank), plain_step(plain, inputs)
+    return [cost_of_lora(repeats, twins(config), make_inputs(config, side), rank=rank)]
+
+
+def cost_of_lora(repeats: int, models: tuple[nn.Module, nn.Module], inputs: Inputs, *, rank: int,
+                 network: ModuleType = lora_anima, name: str = "") -> Figure:  # fmt: skip
+    """``models``: two alike, of which the second gets the LoRA; ``name``: of the model, in the figure."""
+    step, backward_only = lora_step(models[1], inputs, rank, network), plain_step(models[0], inputs)
     pairs = alternate(stopwatch(step), stopwatch(backward_only), repeats=repeats)
     how = pairs.described("LoRA step", "input gradient")
-    return [Figure(name=f"LoRA r{rank} step / no LoRA", value=pairs.ratio, unit="x", at_most=RATIO, how=how)]
+    return Figure(name=f"{name}LoRA r{rank} step / no LoRA", value=pairs.ratio, unit="x", at_most=RATIO, how=how)
 
 
 def twins(config: DenoiserConfig) -> tuple[AnimaDenoiser, AnimaDenoiser]:
     """Two frozen denoisers that share their random weights."""
+    return twins_of(lambda: AnimaDenoiser(config))
+
+
+def twins_of(make: Callable[[], Model]) -> tuple[Model, Model]:
     torch.manual_seed(0)
-    first, second = AnimaDenoiser(config).requires_grad_(False), build_denoiser(config)
+    first = make().requires_grad_(False)
+    with torch.device("meta"):
+        second = make()
     second.load_state_dict(first.state_dict(), assign=True)
     return first, second.requires_grad_(False)
 
@@ -42,30 +55,30 @@ def make_inputs(config: DenoiserConfig, side: int) -> tuple[Tensor, Tensor, Tens
     return latents, torch.tensor([0.5]), torch.randn(1, CONTEXT_ROWS, config.context_dim, generator=generator)
 
 
-def plain_step(denoiser: AnimaDenoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
-    latents, sigmas, context = inputs
+def plain_step(denoiser: nn.Module, inputs: Inputs) -> Callable[[], None]:
+    latents, *rest = inputs
     latents = latents.clone().requires_grad_()
     gradient = torch.randn_like(latents)
 
     def step() -> None:
         latents.grad = None
-        denoiser(latents, sigmas, context).backward(gradient)
+        denoiser(latents, *rest).backward(gradient)
 
     return step
 
 
-def lora_step(denoiser: AnimaDenoiser, inputs: tuple[Tensor, Tensor, Tensor], rank: int) -> Callable[[], None]:
+def lora_step(denoiser: nn.Module, inputs: Inputs, rank: int, module: ModuleType = lora_anima) -> Callable[[], None]:
     """Forward, backward and the optimizer's step."""
-    network = lora_anima.create_network(1.0, rank, float(rank), None, None, denoiser)
+    network = module.create_network(1.0, rank, float(rank), None, None, denoiser)
     network.apply_to(None, denoiser, False, True)
     groups, _ = network.prepare_optimizer_params(None, 1e-4)
     optimizer = torch.optim.AdamW(groups)
-    latents, sigmas, context = inputs
+    latents, *rest = inputs
     gradient = torch.randn_like(latents)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
-        denoiser(latents, sigmas, context).backward(gradient)
+        denoiser(latents, *rest).backward(gradient)
         optimizer.step()
 
     return step
