@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from library.errors import did_you_mean
 from networks.arguments import NetworkArguments, argument, parse_bool
 from networks.block_indices import Indices, parse_block_indices
-from networks.block_weights import parse_amount, parse_rank
+from networks.block_weights import parse_amount, parse_rank, parse_ranks_of
 from networks.layout_names import NameTable
 from networks.lumina_layouts import LUMINA_NAMES
 
@@ -36,22 +36,6 @@ def parse_train_blocks(value: Any) -> str:
     return word
 
 
-def parse_embedder_dims(value: Any) -> tuple[int, ...]:
-    """Three ranks, in brackets or without: ``[4,4,4]``, ``4,0,8``."""
-    text = str(value).strip()
-    text = text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != len(EMBEDDERS):
-        raise ValueError(
-            f"it has {len(parts)} value{'' if len(parts) == 1 else 's'}: give {len(EMBEDDERS)} ranks, for "
-            f"{', '.join(EMBEDDERS[:-1])} and {EMBEDDERS[-1]}, such as [4,4,4]; 0 leaves one out"
-        )
-    try:
-        return tuple(parse_rank(part) for part in parts)
-    except ValueError:
-        raise ValueError("give whole numbers from 0 on, such as [4,4,4]; 0 leaves an embedder out") from None
-
-
 @dataclass(frozen=True, kw_only=True)
 class LuminaArguments(NetworkArguments):
     NAMES: ClassVar[NameTable | None] = LUMINA_NAMES
@@ -64,7 +48,7 @@ class LuminaArguments(NetworkArguments):
     mod_dim: int | None = argument(parse_rank, "rank of adaLN_modulation layers, 0 = no LoRA")
     refiner_dim: int | None = argument(parse_rank, "rank of the refiners' layers that the three above leave, 0 = no LoRA")
     embedder_dims: tuple[int, ...] = argument(
-        parse_embedder_dims, "ranks of x_embedder, t_embedder and cap_embedder, which otherwise have no LoRA", default=()
+        parse_ranks_of(EMBEDDERS), "ranks of x_embedder, t_embedder and cap_embedder, which otherwise have no LoRA", default=()
     )
     train_blocks: str = argument(parse_train_blocks, f"which blocks have a LoRA: {', '.join(TRAINED)}", default="all")
     train_block_indices: Indices = argument(

@@ -8,9 +8,9 @@ q, k and v apart; its loader takes no text encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from networks.layout_names import COMFY, DIFFUSERS, NUMBER, OURS, Module, NameTable
+from networks.layout_names import COMFY, DIFFUSERS, NUMBER, OURS, Fused, Module, NameTable
 
 BLOCK_NUMBER = r"(?:(?<=layers[._])|(?<=refiner[._]))\d+(?=[._])"
 # path -> diffusers' path, inside a block
@@ -30,7 +30,7 @@ DENOISER = {
         for path, theirs in paths.items()
     },
 }
-FUSED = tuple(f"{blocks}.{NUMBER}.attention.qkv" for blocks in BLOCKS)
+FUSED = {f"{blocks}.{NUMBER}.attention.qkv": tuple(f"{blocks}.{NUMBER}.attn.to_{name}" for name in "qkv") for blocks in BLOCKS}
 TEXT_ENCODER = (
     *(f"layers.{NUMBER}.self_attn.{path}_proj" for path in "qkvo"),
     *(f"layers.{NUMBER}.mlp.{path}_proj" for path in ("gate", "up", "down")),
@@ -44,24 +44,31 @@ def qkv_split(rows: int, width: int) -> tuple[int, int, int]:
     return width, shared, shared
 
 
-def _module(part: str, ours: str, path: str, comfy: str, aliases: tuple[str, ...] = (), **more: str) -> Module:
-    names: Mapping[str, str] = {OURS: ours + path.replace(".", "_"), COMFY: comfy + path, **more}
-    return Module(part=part, names=names, aliases=aliases)
+def all_rows(known: Sequence[int | None], width: int) -> int | None:
+    """The reverse, from those of q, k and v; None where neither k's nor v's are known."""
+    _, *shared = known
+    return next((width + 2 * rows for rows in shared if rows is not None), None)
+
+
+def _denoiser_module(path: str, theirs: str | tuple[str, ...]) -> Module:
+    names: Mapping[str, str] = {OURS: f"lora_unet_{path.replace('.', '_')}", COMFY: f"diffusion_model.{path}"}
+    if isinstance(theirs, str):
+        return Module(part="denoiser", names={**names, DIFFUSERS: f"transformer.{theirs}"})
+    fused = Fused(names={DIFFUSERS: tuple(f"transformer.{name}" for name in theirs)}, cut=qkv_split, all_rows=all_rows)
+    return Module(part="denoiser", names=names, fused=fused)
+
+
+def _text_module(path: str) -> Module:
+    names: Mapping[str, str] = {OURS: f"lora_te_{path.replace('.', '_')}", COMFY: COMFY_TEXT_ENCODER + path}
+    # newer versions of ComfyUI also take what stands behind the encoder's name
+    return Module(part="text encoder", names=names, aliases=(f"transformer.model.{path}",))
 
 
 LUMINA_NAMES = NameTable(
     "Lumina Image 2.0",
     [
-        *(
-            _module("denoiser", "lora_unet_", path, "diffusion_model.", **{DIFFUSERS: f"transformer.{theirs}"})
-            for path, theirs in DENOISER.items()
-        ),
-        *(_module("denoiser", "lora_unet_", path, "diffusion_model.") for path in FUSED),
-        *(
-            # newer versions of ComfyUI also take what stands behind the encoder's name
-            _module("text encoder", "lora_te_", path, COMFY_TEXT_ENCODER, (f"transformer.model.{path}",))
-            for path in TEXT_ENCODER
-        ),
+        *(_denoiser_module(path, theirs) for path, theirs in {**DENOISER, **FUSED}.items()),
+        *(_text_module(path) for path in TEXT_ENCODER),
     ],
     block_number=BLOCK_NUMBER,
 )

@@ -11,7 +11,7 @@ import pytest
 
 from networks.layout_names import COMFY, DIFFUSERS, OURS, model_of_lora
 from networks.lora_names import names_problem
-from networks.lumina_layouts import FUSED, LUMINA_NAMES
+from networks.lumina_layouts import FUSED, LUMINA_NAMES, all_rows, qkv_split
 from tests.networks.lumina_models import PUBLISHED, denoiser_linears, gemma_linears
 
 TEXT = gemma_linears(layers=26, width=1, heads_width=1, kv_width=1, hidden=1)
@@ -43,9 +43,9 @@ def test_the_published_list_of_modules():
 
 
 def test_diffusers_has_all_but_the_text_encoder():
-    without = [module for module in LUMINA_NAMES.modules if DIFFUSERS not in module.names]
+    without = [module for module in LUMINA_NAMES.modules if not module.all_names(DIFFUSERS)]
     assert {module.part for module in without} == {"text encoder"} and len(without) == 7
-    assert len(FUSED) == 3
+    assert sum(module.fused is not None for module in LUMINA_NAMES.modules) == len(FUSED) == 3
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,23 @@ def test_diffusers_has_all_but_the_text_encoder():
 def test_names_in_diffusers(path, theirs):
     key = LUMINA_NAMES.find(f"lora_unet_{path}.alpha")
     assert key is not None and key.name(DIFFUSERS) == f"transformer.{theirs}"
+
+
+@pytest.mark.parametrize("blocks", ["layers.25", "noise_refiner.1", "context_refiner.0"])
+def test_names_of_q_k_and_v_in_diffusers(blocks):
+    key = LUMINA_NAMES.find(f"diffusion_model.{blocks}.attention.qkv.lora_A.weight")
+    assert key is not None and key.all_names(DIFFUSERS) == tuple(f"transformer.{blocks}.attn.to_{name}" for name in "qkv")
+    for projection, name in enumerate(key.all_names(DIFFUSERS)):
+        theirs = LUMINA_NAMES.find(f"{name}.lora_B.weight")
+        assert theirs is not None and theirs.module is key.module and theirs.projection == projection
+        assert theirs.name(OURS) == f"lora_unet_{blocks.replace('.', '_')}_attention_qkv"
+
+
+def test_rows_of_q_k_and_v():
+    assert qkv_split(3840, 2304) == (2304, 768, 768)
+    for known in ((2304, 768, 768), (None, 768, None), (None, None, 768)):
+        assert all_rows(known, 2304) == 3840
+    assert all_rows((2304, None, None), 2304) is None  # how wide k and v are cannot be known
 
 
 @pytest.mark.parametrize(
