@@ -1,0 +1,180 @@
+"""Lumina Image 2.0 before torch is imported: its files, what its caches depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from library.anima.architecture import check_block_swap
+from library.dataset.caches.latent_cache import LatentRecipe
+from library.dataset.caches.text_cache import TextRecipe
+from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
+from library.errors import CheckpointError, ProblemList
+from library.files.weights_source import WeightsSource
+from library.lumina.layout import LuminaLayouts
+from library.lumina.source import (
+    LATENT_CHANNELS,
+    SCALE,
+    SHIFT,
+    check_system_prompt,
+    denoiser_part,
+    find_checkpoint,
+    fit_problems,
+    needs_checkpoint,
+    text_part,
+    token_limit,
+    tokenizer_file,
+    tokenizer_without_model,
+    vae_part,
+)
+from library.lumina.system_prompt import with_system_prompt
+from library.sd.fingerprint import part_fingerprint
+
+if TYPE_CHECKING:
+    from library.dataset.items import TrainingSet
+    from library.lumina.reference_caches import LuminaReferenceFormat
+
+BYTES_PER_VALUE = 2
+ENCODER = "Gemma 2"
+
+
+class LuminaArchitecture:
+    """See library/training/architecture.py for what each answer means."""
+
+    name: ClassVar[str] = "lumina"
+    bucket_step: ClassVar[int] = 16  # pixels: 8 of the VAE times patches of 2
+    prompt_settings: ClassVar[frozenset[str]] = frozenset(
+        {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift", "cfg_trunc_ratio",
+         "renorm_cfg", "sample_sampler=euler"}
+    )  # fmt: skip
+    knows_all_samplers: ClassVar[bool] = False
+    prompts_apart: ClassVar[bool] = True  # who draws puts the system prompt before them, or nothing before negative ones
+
+    # ---------------------------------------------------------------- files
+
+    def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> LuminaLayouts:
+        problems = ProblemList()
+        found: dict[str, Any] = {}
+        checkpoint: WeightsSource | None = None
+        if needing := [part for part in parts if needs_checkpoint(options, part)]:
+            with problems.collect():
+                checkpoint = find_checkpoint(options)
+        # where it is missing, that is told; what it would hold is not missing besides
+        readable = [part for part in parts if checkpoint is not None or part not in needing]
+        if "denoiser" in readable and checkpoint is not None:
+            with problems.collect():
+                found["denoiser"] = denoiser_part(checkpoint)
+                check_block_swap(options, found["denoiser"])
+        if "text" in readable:
+            with problems.collect():
+                found["text"] = text_part(options, checkpoint)
+                found["tokenizer"] = tokenizer_file(options, found["text"].source)
+                check_system_prompt(options, found["tokenizer"])
+        if "vae" in readable:
+            with problems.collect():
+                found["vae"] = vae_part(options, checkpoint)
+        problems.raise_if_any()
+        layouts = LuminaLayouts(**found)
+        if misfits := list(fit_problems(layouts)):
+            raise CheckpointError(*misfits)
+        return layouts
+
+    def warnings_of(self, layouts: LuminaLayouts, options: Any) -> Iterator[str]:
+        denoiser, limit = layouts.denoiser, token_limit(options)
+        if denoiser is not None and limit >= (known := denoiser.config.axes_lens[0]):
+            yield (
+                f"--gemma2_max_token_length is {limit}; this model was made for texts of fewer than {known} tokens: what longer "
+                "ones do is not known"
+            )
+        if layouts.vae is not None and (found := self.scale_and_shift(layouts)) != (SCALE, SHIFT):
+            yield (
+                f"{layouts.vae.source.path} says scaling_factor = {found[0]:g} and shift_factor = {found[1]:g}; the VAE of FLUX, "
+                f"which this model goes with, has {SCALE} and {SHIFT}: latents are made as the VAE says; if it is another "
+                "model's, name the right one with --ae"
+            )
+
+    # ---------------------------------------------------------------- caches
+
+    def latent_recipe(self, layouts: LuminaLayouts, options: Any) -> LatentRecipe:
+        assert layouts.vae is not None  # asked for
+        dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype
+        scale, shift = self.scale_and_shift(layouts)
+        fingerprint = f"{part_fingerprint(layouts.vae)}-{scale}-{shift}"
+        return LatentRecipe(arch=self.name, vae_fingerprint=fingerprint, dtype=dtype, channels=LATENT_CHANNELS)
+
+    def scale_and_shift(self, layouts: LuminaLayouts) -> tuple[float, float]:
+        """latents = (z - shift) * scale: as the VAE's own config says, else as published."""
+        config = None if layouts.vae is None else layouts.vae.config
+        if config is None:
+            return SCALE, SHIFT
+        return (SCALE if config.scale is None else config.scale, SHIFT if config.shift is None else config.shift)
+
+    def text_recipe(self, layouts: LuminaLayouts, options: Any) -> TextRecipe:
+        assert layouts.text is not None and layouts.tokenizer is not None  # asked for
+        settings: dict[str, object] = {"tokens": token_limit(options), "tokenizer": layouts.tokenizer.fingerprint()}
+        if prompt := options.lumina.system_prompt:
+            settings["system_prompt"] = prompt
+        if options.memory.fp8_base:
+            settings["weights"] = "float8"
+        return TextRecipe(
+            arch=self.name,
+            encoder_fingerprint=part_fingerprint(layouts.text),
+            dtype=options.run.weight_dtype,
+            settings=settings,
+            bytes_per_token=BYTES_PER_VALUE * layouts.text.config.width,
+        )
+
+    def reference_format(self, layouts: LuminaLayouts, options: Any) -> LuminaReferenceFormat:
+        from library.lumina.reference_caches import LuminaReferenceFormat
+
+        width = None if layouts.text is None else layouts.text.config.width
+        return LuminaReferenceFormat(layouts.tokenizer, width, system_prompt=options.lumina.system_prompt)
+
+    # ---------------------------------------------------------------- texts
+
+    def token_counter(self, options: Any) -> TokenCounter:
+        """Of captions: the system prompt before them counts, and ``cut_at`` is a place in the caption alone."""
+        prompt = options.lumina.system_prompt
+        count = prompt_counter(options)
+
+        def counted(text: str) -> tuple[TokenUse, ...]:
+            (use,) = count(with_system_prompt(text, prompt))
+            before = len(with_system_prompt(text, prompt)) - len(text)
+            cut_at = None if use.cut_at is None else max(use.cut_at - before, 0)
+            return (TokenUse(ENCODER, use.tokens, use.limit, cut_at),)
+
+        return counted
+
+    def positive_prompt(self, prompt: str, options: Any) -> str:
+        return with_system_prompt(prompt, options.lumina.system_prompt)
+
+    def cut_prompts(self, texts: Sequence[str], options: Any) -> Iterator[tuple[str, TokenUse]]:
+        """Of texts with their system prompt."""
+        return cut_texts(texts, lambda: prompt_counter(options), limit=token_limit(options) - 1)
+
+    def caption_warnings(self, training_set: TrainingSet, options: Any) -> Iterator[str]:
+        prompt = options.lumina.system_prompt
+        before = len(with_system_prompt("a", prompt).encode("utf-8", "replace")) - 1
+        unmarked = max(token_limit(options) - 1 - before, 0)  # bytes that fit in any case: a token is one at least, <bos> is one
+        limit = TokenLimit(unmarked, "raise --gemma2_max_token_length or shorten them")
+        return cut_caption_warnings(training_set, lambda: caption_lengths(options), limit)
+
+
+def prompt_counter(options: Any) -> TokenCounter:
+    """Of texts as they are."""
+    tokenizer = tokenizer_without_model(options).load()
+
+    def count(text: str) -> tuple[TokenUse, ...]:
+        length = tokenizer.length(text)
+        return (TokenUse(ENCODER, length.tokens, tokenizer.max_tokens, length.cut_at),)
+
+    return count
+
+
+def caption_lengths(options: Any) -> TokenLengths:
+    prompt = options.lumina.system_prompt
+    count = prompt_counter(options)
+    return lambda text: [(use.tokens, use.limit) for use in count(with_system_prompt(text, prompt))]
+
+
+LUMINA = LuminaArchitecture()
