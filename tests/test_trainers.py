@@ -10,7 +10,7 @@ from library.nn.attention import attentions
 from library.nn.attention_kernels import AttentionKernel
 from tests.e2e.kinds import KINDS, over
 from tests.tiny_runs import same_tensors
-from tests.trainer_runs import CACHED_IN_MEMORY, Runs, trained
+from tests.trainer_runs import CACHED_IN_MEMORY, Runs, deep_denoiser, trained
 
 LATENTS = ("--cache_latents", "--max_train_steps=2")
 CACHES = (*CACHED_IN_MEMORY, "--max_train_steps=2")
@@ -27,7 +27,8 @@ def runs(kind, request, picture_folder, tmp_path) -> Runs:
 @pytest.fixture
 def deep_runs(runs, kind, tmp_path) -> Runs:
     """The same of a denoiser with enough blocks to swap."""
-    runs.models = {**runs.models, next(iter(KINDS[kind].files.values())): deep_denoiser(kind, tmp_path / "deep")}
+    deep = deep_denoiser(kind, runs.models, tmp_path / "deep.safetensors", blocks=BLOCKS)
+    runs.models = {**runs.models, KINDS[kind].files["--pretrained_model_name_or_path"]: deep}
     return runs
 
 
@@ -177,7 +178,9 @@ def test_validation_looks_at_fixed_noise_and_changes_nothing(runs):
 
 @over("anima", "sd3", "lumina", slow=("sd1", "sd2", "sdxl", "sd35m", "sd35l"))
 def test_samples_are_drawn_with_what_is_trained_and_change_nothing(runs, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 80 --s 2 --d 3 --n a bad picture\nanother --s 1 --l 1 --w 64 --h 64\n")
+    (tmp_path / "prompts.txt").write_text(
+        "a cat --w 64 --h 80 --s 2 --d 3 --n a bad picture\nanother --s 1 --l 1 --w 64 --h 64\n"
+    )
     sampling = (f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_every_n_steps=2", "--sample_at_first")
     runs.train(*STEEP, *sampling)
     runs.train(*STEEP, output="plain")

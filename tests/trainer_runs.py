@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from library.files.safetensors_file import read_header
+from library.files.safetensors_file import read_header, save_safetensors
 from library.options.command_line import read_options
 from library.options.declare import groups_of, options_of
 from library.options.scripts import option_set_of
@@ -22,6 +23,8 @@ TRAINERS = {
     "anima_train_network.py": ("library.anima.architecture", "ANIMA", "AnimaNetworkTrainer"),
     "train_network.py": ("library.sd.architecture", "STABLE_DIFFUSION", "StableDiffusionTrainer"),
     "sdxl_train_network.py": ("library.sdxl.architecture", "SDXL", "SdxlNetworkTrainer"),
+    "sd3_train_network.py": ("library.sd3.architecture", "SD3", "Sd3NetworkTrainer"),
+    "lumina_train_network.py": ("library.lumina.architecture", "LUMINA", "LuminaNetworkTrainer"),
 }
 
 
@@ -56,6 +59,28 @@ class Runs:
 
     def metadata(self, output: str = "out", name: str = "tiny") -> dict[str, str]:
         return read_header(self.folder / output / f"{name}.safetensors").metadata
+
+
+def deep_denoiser(kind: str, models: Mapping[str, Path], path: Path, *, blocks: int) -> Path:
+    """A file with the tiny denoiser of ``kind``, of so many blocks, and of SD3 with its VAE."""
+    from tools import tiny_anima, tiny_lumina, tiny_sd3
+
+    metadata: Mapping[str, str] = {"format": "pt"}
+    if kind == "anima":
+        tensors = tiny_anima.dit_tensors(replace(tiny_anima.SIZES["tiny"], blocks=blocks), seed=0)
+    elif kind == "lumina":
+        tensors = tiny_lumina.dit_weights(replace(tiny_lumina.sizes("tiny").nextdit, blocks=blocks), seed=0)
+        metadata = read_header(models["dit"]).metadata
+    else:
+        name = KINDS[kind].files["--pretrained_model_name_or_path"]
+        config = replace(tiny_sd3.tiny().mmdit, **tiny_sd3.KINDS[name], blocks=blocks)
+        prefix = tiny_sd3.PREFIXES["mmdit"]
+        others = {key: tensor for key, tensor in lora(models[name]).items() if not key.startswith(prefix)}
+        made = tiny_sd3.mmdit_weights(config, seed=0)
+        tensors = {**others, **{prefix + key: tensor for key, tensor in made.items()}}
+        metadata = read_header(models[name]).metadata
+    save_safetensors(path, tensors, dict(metadata))
+    return path
 
 
 def trained(tensors: Mapping[str, torch.Tensor]) -> set[str]:

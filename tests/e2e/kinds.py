@@ -46,6 +46,17 @@ def _sd(kind: str, script: str, version: str, prefixes: tuple[str, ...], *flags:
     )
 
 
+def _sd3(name: str, version: str) -> Kind:
+    return Kind(
+        script="sd3_train_network.py",
+        fixture="tiny_sd3",
+        files={"--pretrained_model_name_or_path": name, "--clip_l": "clip_l", "--clip_g": "clip_g", "--t5xxl": "t5xxl"},
+        network="networks.lora_sd3",
+        text_prefixes=("lora_te1", "lora_te2"),
+        version=version,
+    )
+
+
 KINDS = {
     "anima": Kind(
         script="anima_train_network.py",
@@ -58,6 +69,17 @@ KINDS = {
     "sd1": _sd("sd1", "train_network.py", "sd_v1", ("lora_te",)),
     "sd2": _sd("sd2", "train_network.py", "sd_v2", ("lora_te",), "--v2"),
     "sdxl": _sd("sdxl", "sdxl_train_network.py", "sdxl_base_v1-0", ("lora_te1", "lora_te2")),
+    "sd3": _sd3("sd3", "medium"),
+    "sd35m": _sd3("sd35_medium", "5-medium"),
+    "sd35l": _sd3("sd35_large", "5-large"),
+    "lumina": Kind(
+        script="lumina_train_network.py",
+        fixture="tiny_lumina",
+        files={"--pretrained_model_name_or_path": "dit", "--gemma2": "gemma2", "--ae": "ae"},
+        network="networks.lora_lumina",
+        text_prefixes=("lora_te",),
+        version="lumina2",
+    ),
 }
 ALL = tuple(KINDS)
 

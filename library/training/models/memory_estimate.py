@@ -63,7 +63,7 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, *, swapped: int = 0) -> i
     if not swapped:
         return whole
     in_blocks: Any = model.blocks
-    streamed = streamed_weights(in_blocks, swapped)
+    streamed = set(streamed_weights(in_blocks, swapped))
     blocks = len({name.split(".")[0] for name in streamed})
     on_host = sum(size(weight) for name, weight in in_blocks.named_parameters() if name in streamed)
     return whole - on_host + RINGS * on_host // blocks
