@@ -1,4 +1,4 @@
-"""Flags whose effect lies in Anima's own code: see flag_effects.py."""
+"""Flags whose effect lies in Anima's own code: see flag_effects.py, and flag_effects_flow.py for what flow models share."""
 
 from __future__ import annotations
 
@@ -20,20 +20,10 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_parts_train_at_their_rates": "self_attn_lr mod_lr llm_adapter_lr",
         "test_fused_updates_change_nothing": "fused_backward_pass",
     },
-    "test_trainers.py": {
-        "test_the_denoiser_alone": "network_train_unet_only",
-        "test_text_encoders_alone": "network_train_text_encoder_only",
-        "test_rates_of_their_own": "text_encoder_lr unet_lr",
-        "test_gradient_checkpointing_changes_nothing": "gradient_checkpointing cpu_offload_checkpointing",
-        "test_swapped_blocks_change_nothing": "blocks_to_swap unsloth_offload_checkpointing",
-        "test_attention_kernels_that_need_no_package": "attn_mode split_attn sdpa",
-        "test_compiled_blocks_train_alike": "torch_compile dynamo_backend",
-    },
     "test_anima_train_network.py": {
         "test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_loaded": "attn_mode",
         "test_a_backend_that_is_not_there_is_told_before_anything_is_loaded": "dynamo_backend",
     },
-    "library/memory/test_block_swap.py": {"test_losses_and_gradients_are_those_without": "blocks_to_swap"},
     "test_anima_fp8.py": {"test_training_differs_slightly_and_resumes_exactly": "fp8_base fp8_base_unet"},
     "e2e/test_anima_lora_layouts.py": {"test_diffusers_files_are_saved_and_gone_on_from_in_comfyui_s": "save_format"},
     "e2e/test_anima_interruption.py": {"test_a_signal_saves_and_the_run_goes_on": "resume"},
@@ -49,31 +39,11 @@ SHOWN: dict[str, dict[str, str]] = {
     "library/training/loss/test_timesteps.py": {
         "test_sigmoid_scale_widens": "sigmoid_scale",
         "test_shift_moves_towards_noise": "discrete_flow_shift",
-        "test_logit_normal_mean_and_deviation": "logit_mean logit_std",
-        "test_mode_scale_zero_is_uniform": "mode_scale",
-        "test_timestep_bounds": "min_timestep max_timestep",
     },
     "golden/test_golden_training_math.py": {
         "test_every_sampling_case": "timestep_sampling weighting_scheme",
         "test_loss_weighting": "weighting_scheme",
     },
-    "library/training/models/test_model_memory.py": {
-        "test_every_arrangement_gives_the_same_numbers": "unsloth_offload_checkpointing"
-    },
-    "library/training/test_timestep_picture.py": {"test_picture_and_numbers": "show_timesteps"},
-}
-
-REFUSED: dict[str, tuple[str, str]] = {
-    "v2": ("--v2", "it is about Stable Diffusion's CLIP text encoders"),
-    "clip_skip": ("--clip_skip=2", "it is about Stable Diffusion's CLIP text encoders"),
-    "max_token_length": ("--max_token_length=225", "it is about Stable Diffusion's CLIP text encoders"),
-    "weighted_captions": ("--weighted_captions", "it is about Stable Diffusion's CLIP text encoders"),
-    "v_parameterization": ("--v_parameterization", "Anima is a flow model"),
-    "zero_terminal_snr": ("--zero_terminal_snr", "Anima is a flow model"),
-    "min_snr_gamma": ("--min_snr_gamma=5", "Anima is a flow model"),
-    "scale_v_pred_loss_like_noise_pred": ("--scale_v_pred_loss_like_noise_pred", "Anima is a flow model"),
-    "v_pred_like_loss": ("--v_pred_like_loss=0.1", "Anima is a flow model"),
-    "debiased_estimation_loss": ("--debiased_estimation_loss", "Anima is a flow model"),
 }
 
 AIM_MET: dict[str, tuple[str, str]] = {
@@ -83,4 +53,4 @@ AIM_MET: dict[str, tuple[str, str]] = {
     ),
 }
 
-ANIMA = Effects(shown=SHOWN, refused=REFUSED, aim_met=AIM_MET)
+ANIMA = Effects(shown=SHOWN, aim_met=AIM_MET)

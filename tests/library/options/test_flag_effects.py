@@ -12,11 +12,16 @@ import pytest
 from library.errors import OptionError
 from library.options.anima import AnimaTrainOptions
 from library.options.command_line import read_options
+from library.options.lumina import LuminaTrainOptions
 from library.options.scripts import OPTION_SETS
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from tests.library.options import flag_effects_sd as sd
 from tests.library.options.flag_effects import EVERYWHERE, OTHER_WORDS, Effects
 from tests.library.options.flag_effects_anima import ANIMA
+from tests.library.options.flag_effects_flow import FLOW, SD3_AND_LUMINA
+from tests.library.options.flag_effects_lumina import LUMINA
+from tests.library.options.flag_effects_sd3 import SD3
 from tests.library.options.reference import declared
 
 TESTS = Path(__file__).resolve().parents[2]
@@ -24,14 +29,18 @@ TESTS = Path(__file__).resolve().parents[2]
 SCRIPTS: dict[str, tuple[type, tuple[Effects, ...]]] = {
     "train_network.py": (StableDiffusionTrainOptions, (EVERYWHERE, sd.BOTH, sd.SD)),
     "sdxl_train_network.py": (SdxlTrainOptions, (EVERYWHERE, sd.BOTH, sd.SDXL)),
-    "anima_train_network.py": (AnimaTrainOptions, (EVERYWHERE, ANIMA)),
+    "sd3_train_network.py": (Sd3TrainOptions, (EVERYWHERE, FLOW, SD3_AND_LUMINA, SD3)),
+    "lumina_train_network.py": (LuminaTrainOptions, (EVERYWHERE, FLOW, SD3_AND_LUMINA, LUMINA)),
+    "anima_train_network.py": (AnimaTrainOptions, (EVERYWHERE, FLOW, ANIMA)),
 }
-TABLES = (EVERYWHERE, ANIMA, sd.BOTH, sd.SD, sd.SDXL)
-REQUIRED = "--pretrained_model_name_or_path=model.safetensors --vae=vae.safetensors --dataset_config=my.toml --output_dir=out"
+TABLES = (EVERYWHERE, FLOW, SD3_AND_LUMINA, ANIMA, SD3, LUMINA, sd.BOTH, sd.SD, sd.SDXL)
+REQUIRED = "--pretrained_model_name_or_path=model.safetensors --dataset_config=my.toml --output_dir=out"
 ALSO_REQUIRED = {
     "train_network.py": "--network_module=networks.lora",
     "sdxl_train_network.py": "--network_module=networks.lora",
-    "anima_train_network.py": "--network_module=networks.lora_anima --qwen3=qwen3.safetensors",
+    "sd3_train_network.py": "--network_module=networks.lora_sd3",
+    "lumina_train_network.py": "--network_module=networks.lora_lumina",
+    "anima_train_network.py": "--network_module=networks.lora_anima --qwen3=qwen3.safetensors --vae=vae.safetensors",
 }
 
 

@@ -153,3 +153,18 @@ def test_warned(script, arguments, expected):
 )  # fmt: skip
 def test_memory_is_saved_as_for_anima(script, arguments, checkpointing):
     assert read(script, arguments).memory.checkpointing == checkpointing
+
+
+@pytest.mark.parametrize("script", SETS)
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        ("", "torch"),
+        ("--sdpa", "torch"),
+        ("--xformers", "xformers"),
+        ("--attn_mode=sdpa", "torch"),
+        ("--attn_mode=flash", "flash"),
+    ],
+)
+def test_older_flags_name_a_kernel_too(script, arguments, mode):
+    assert read(script, arguments).attention.mode == mode
