@@ -21,8 +21,10 @@ from library.dataset import schema
 from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.config_file import ConfigFileOptions
+from library.options.lumina import LuminaTrainOptions
 from library.options.reference_table import markdown
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from library.options.sd_inference import SdxlInferenceOptions
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -63,6 +65,8 @@ def key_tables() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "train_network.md": partial(option_tables, StableDiffusionTrainOptions),
     "sdxl_train_network.md": partial(option_tables, SdxlTrainOptions),
+    "sd3_train_network.md": partial(option_tables, Sd3TrainOptions),
+    "lumina_train_network.md": partial(option_tables, LuminaTrainOptions),
     "anima_train_network.md": partial(option_tables, AnimaTrainOptions),
     "making_pictures.md": partial(option_tables, AnimaInferenceOptions),
     "making_pictures_sd.md": partial(option_tables, SdxlInferenceOptions),
