@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
@@ -35,6 +37,7 @@ class FakeHub:
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     refuses_commits: bool = False
+    gated: set[str] = field(default_factory=set)  # OWNER/NAME of those whose files nobody gets
 
     def files(self, repo_id: str, kind: str = "model") -> dict[str, bytes]:
         return self.repositories[kind, repo_id].files
@@ -55,6 +58,25 @@ def serving() -> Iterator[FakeHub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def asked(monkeypatch: Any, folder: Path) -> Iterator[FakeHub]:
+    """A served hub that huggingface_hub asks in this process, with a cache of its own in ``folder`` and without anyone's token."""
+    from huggingface_hub import constants, file_download
+
+    with serving() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # old versions copy it
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            monkeypatch.setattr(constants, name, str(folder / "cache"), raising=False)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RANK"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -131,6 +153,8 @@ class _Answers(BaseHTTPRequestHandler):
         """OWNER/NAME/resolve/REVISION/FILE; datasets and spaces have their kind in front."""
         kind = KINDS[parts.pop(0)] if parts[0] in KINDS else "model"
         repository = self.hub.repositories[kind, "/".join(parts[:2])]
+        if "/".join(parts[:2]) in self.hub.gated:
+            return self.refuse(403, "Access to it is restricted", code="GatedRepo")
         name = "/".join(parts[4:])
         data = repository.files.get(name)
         if data is None:

@@ -219,7 +219,8 @@ def _spiece_tensor(spiece: bytes, file: str) -> dict[str, Tensor]:
     return {name: torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}
 
 
-MARKS = ("<mask>", "\n", "\n\n", "\n\n\n", "\u2581" * 2, "\u2581" * 3, "\u2581" * 4, "<start_of_turn>", "<end_of_turn>")
+# line ends and spaces in a row are pieces of their own, as Gemma's (there up to 31)
+MARKS = ("<mask>", *("\n" * n for n in (1, 2, 3)), *("\u2581" * n for n in range(2, 9)), "<start_of_turn>", "<end_of_turn>")
 CORPUS = (
     "a red circle on a white table, soft light",
     "masterpiece, best quality, a girl with long hair and a blue dress, solo, looking at the viewer",

@@ -12,12 +12,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 
 from library.errors import CheckpointError
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
 from library.sd.source import chosen_files, find_model, find_vae, is_remote
-from tests.fake_hub import FakeHub, Repository, serving
+from tests.fake_hub import FakeHub, Repository, asked
 
 PARTS = ("unet", "text_encoder", "vae")
 REPO = "someone/tiny"
@@ -109,17 +109,7 @@ def test_a_part_that_is_missing_is_named(tiny_sd, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[FakeHub]:
-    with serving() as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # old versions copy it
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-            monkeypatch.setattr(constants, name, str(tmp_path / "cache"), raising=False)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RANK"):
-            monkeypatch.delenv(name, raising=False)
+    with asked(monkeypatch, tmp_path) as server:
         monkeypatch.chdir(tmp_path)
         yield server
 
