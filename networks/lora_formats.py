@@ -180,7 +180,7 @@ def _cut(key: Key, parts: Parts, layout: str) -> list[Parts]:
     sizes = key.module.fused.cut(up.shape[0], down.shape[1])
     blocks = blocks_of(up, sizes)
     if blocks is None or not up.count_nonzero():
-        return [{**parts, UP: rows.clone()} for rows in up.split(list(sizes))]
+        return [{**parts, DOWN: down.clone(), UP: rows.clone()} for rows in up.split(list(sizes))]
     alpha = {ALPHA: parts[ALPHA] / len(sizes)} if ALPHA in parts else {}
     return [
         {DOWN: own_down.clone(), UP: own_up.clone(), **alpha}
