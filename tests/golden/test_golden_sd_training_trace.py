@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_training import STEPS, compare_changes, optimizer_steps, start_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
-from golden_files import Golden, load_golden, relative_error
+from golden_files import Golden, load_golden
 from library.files.open_weights import open_weights
 from library.files.weights_source import WeightsSource
 from library.options.ddpm import DdpmTrainingOptions
 from library.options.loss import LossOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
-from library.options.schedule import ScheduleOptions
 from library.sd.clip import ClipTextModel, build_clip, load_clip
 from library.sd.clip_layout import clip_part
 from library.sd.denoiser import build_unet, load_unet
@@ -28,9 +27,6 @@ from library.sd.unet_layout import unet_part
 from library.sdxl.sizes import size_vector
 from library.training.loss.ddpm import DdpmObjective
 from library.training.loss.objective import NoisyLatents
-from library.training.optimizing.gradients import Gradients
-from library.training.optimizing.optimizers import create_optimizer
-from library.training.optimizing.schedules import create_schedule
 from networks.lora import create_network
 
 Predict = Callable[[NoisyLatents, dict[str, Tensor]], Tensor]
@@ -79,10 +75,7 @@ class Trace:
     def network(self, encoders: list[nn.Module], unet: nn.Module) -> nn.Module:
         network = create_network(1.0, self.training["network_dim"], self.training["network_alpha"], None, encoders, unet)
         network.apply_to(encoders, unet, bool(encoders), True)
-        recorded = self.golden.weights
-        alpha, own = recorded["lora_alpha"], network.state_dict()
-        start = {name.removeprefix("lora/"): tensor.float() for name, tensor in recorded.items() if name.startswith("lora/")}
-        start |= {f"{name.partition('.')[0]}.alpha": alpha for name in start}
+        start, own = start_of(self.golden.weights), network.state_dict()
         # projections of SD 2 are recorded as matrices; in files they are 1x1 convolutions, as those of SD 1
         network.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in start.items()})
         return network
@@ -109,37 +102,19 @@ def prediction_of(unet: nn.Module, noisy: NoisyLatents, inputs: dict[str, Tensor
 
 def train(trace: Trace, network: nn.Module, groups: list[dict], predict: Predict) -> Iterator[int]:
     """Compares losses and gradients of each step; yields after each."""
-    options = OptimizerOptions(learning_rate=LEARNING_RATE, max_grad_norm=1.0)
-    optimizer = create_optimizer(groups, options).optimizer
-    schedule = create_schedule(optimizer, ScheduleOptions(), total_steps=5, optimizer=options)
-    gradients = Gradients([p for group in groups for p in group["params"]], max_norm=1.0)
     is_velocity = trace.training.get("options", {}).get("v_parameterization", False)
     objective = DdpmObjective(DdpmTrainingOptions(v_parameterization=is_velocity), NoiseOptions(), LossOptions())
-    for step in range(trace.training["steps"]):
+
+    def loss_of(step: int) -> Tensor:
         inputs = trace.step(step)
         noisy = objective.corrupt_with(inputs["latents"], inputs["noise"], inputs["timesteps"])
         weights = inputs.get("loss_weights", torch.ones(len(inputs["latents"])))
-        loss = objective.loss(predict(noisy, inputs), noisy, sample_weights=weights).mean()
-        assert relative_error(loss.detach(), trace.golden.outputs["losses"][step]) < 1e-4
-        loss.backward()
-        gradients.reduce()
-        assert relative_error(gradients.clip(), trace.golden.outputs["grad_norms"][step]) < 1e-3
-        assert gradients.drop_if_not_finite(loss)
-        optimizer.step()
-        schedule.step()
-        gradients.zero()
-        yield step
+        return objective.loss(predict(noisy, inputs), noisy, sample_weights=weights).mean()
 
-
-def compare_weights(trained: nn.Module, start: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Each tensor by its largest element, and all changes together by their direction."""
-    own = {name: tensor.reshape(expected[name].shape) for name, tensor in trained.state_dict().items() if name in expected}
-    assert expected and own.keys() == expected.keys()
-    changes = [torch.cat([(tensors[name] - start[name].reshape(tensors[name].shape)).flatten() for name in sorted(own)])
-               for tensors in (own, expected)]  # fmt: skip
-    assert changes[1].abs().max() > 1e-4
-    assert cosine_similarity(*changes, dim=0) > 0.9999
-    assert max(relative_error(own[name], expected[name]) for name in own) < 5e-3
+    assert trace.training["steps"] == STEPS
+    options = OptimizerOptions(learning_rate=LEARNING_RATE, max_grad_norm=1.0)
+    outputs = trace.golden.outputs
+    yield from optimizer_steps(groups, options, loss_of, losses=outputs["losses"], norms=outputs["grad_norms"])
 
 
 @pytest.mark.parametrize("name", ["sd/sd1_train_trace", "sd/sd2_v_train_trace", "sdxl/sdxl_train_trace"])
@@ -151,8 +126,8 @@ def test_five_steps_of_the_unet(name, tmp_path):
     groups, _ = network.prepare_optimizer_params(None, None, LEARNING_RATE)
     for step in train(trace, network, groups, lambda noisy, inputs: prediction_of(unet, noisy, inputs)):
         if step == 0:
-            compare_weights(network, start, trace.expected("after_step1/"))
-    compare_weights(network, start, trace.expected("final/"))
+            compare_changes(network, start, trace.expected("after_step1/"))
+    compare_changes(network, start, trace.expected("final/"))
 
 
 def test_five_steps_of_unet_and_text_encoder(tmp_path):
@@ -172,4 +147,4 @@ def test_five_steps_of_unet_and_text_encoder(tmp_path):
         return unet.predict(noisy.latents, noisy.timesteps, states)
 
     assert list(train(trace, network, groups, predict)) == [0, 1, 2, 3, 4]
-    compare_weights(network, start, trace.expected("final/"))
+    compare_changes(network, start, trace.expected("final/"))
