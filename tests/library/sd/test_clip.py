@@ -6,16 +6,16 @@ import json
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import CheckpointError
 from library.files.weights_source import Piece
 from library.nn.fp8 import FP8, fp8_layers
-from library.sd.clip import ClipTextModel, build_clip, load_clip
+from library.sd.clip import ClipTextModel, build_clip, causal_mask, load_clip
 from library.sd.clip_layout import ClipConfig, expected_shapes
 from library.training.models.model_memory import arrange_text_encoders
 from tests.golden.golden_files import relative_error
 from tests.library.sd.clip_files import TINY_G, TINY_L, clip_source, their_clip, tiny_part
+from tests.library.sd.recorder import Recorder, checkpointing_options
 
 IDS = torch.randint(0, 49000, (3, 77), generator=torch.Generator().manual_seed(1))
 
@@ -49,6 +49,28 @@ def test_states_are_those_of_transformers(config):
     assert relative_error(model.normed(last), found.last_hidden_state) < 1e-5
     if config.projection is not None:
         assert relative_error(model.pooled(last, torch.tensor([12, 76, 76])), found.text_embeds) < 1e-5
+
+
+@pytest.mark.parametrize("config", [TINY_L, TINY_G])
+@torch.no_grad()
+def test_masked_states_are_those_of_transformers(config):
+    model = loaded(config)
+    lengths = torch.tensor([13, 77, 2])
+    mask = torch.arange(77) < lengths[:, None]
+    ids = IDS.clone()
+    ids[:, 0], ids[torch.arange(3), lengths - 1] = 49406, 49407
+    ids[~mask] = 0
+    found = their_clip(model)(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+    own = model.run(model.embed(ids), 0, config.layers - 1, causal_mask(mask))
+    assert relative_error(own, found.hidden_states[-2]) < 1e-5  # rows of padding too
+    assert torch.equal(own[0, :13], model.run(model.embed(ids), 0, config.layers - 1)[0, :13])  # what is causal sees none
+
+
+@torch.no_grad()
+def test_a_model_without_a_projection_pools_what_is_there():
+    model = loaded(TINY_L)
+    x = model.embed(IDS)
+    assert torch.equal(model.pooled(x, torch.tensor([3, 4, 5]))[1], model.normed(x)[1, 4])
 
 
 def test_weights_stream_in_frozen_and_in_their_dtype():
@@ -87,17 +109,6 @@ def test_fp8_takes_the_layers_and_nothing_else():
     assert 1e-4 < relative_error(rounded, exact) < 0.2
 
 
-@dataclasses.dataclass
-class Options:
-    """As much of the options as arrange_text_encoders reads."""
-
-    @dataclasses.dataclass
-    class Memory:
-        checkpointing: str | None = "plain"
-
-    memory: Memory = dataclasses.field(default_factory=Memory)
-
-
 def test_gradients_flow_through_frozen_layers_and_checkpointing_changes_nothing():
     """A stand-in of a LoRA: something trained is added behind a projection of the first layer."""
     results, saved = [], []
@@ -107,7 +118,7 @@ def test_gradients_flow_through_frozen_layers_and_checkpointing_changes_nothing(
         model.text_model.encoder.layers[0].self_attn.v_proj.register_forward_hook(
             lambda _m, _i, out, trained=trained: out + trained
         )
-        arrange_text_encoders(Options(Options.Memory(checkpointing)), [model])
+        arrange_text_encoders(checkpointing_options(checkpointing), [model])
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             loss = model.normed(model.run(model.embed(IDS), 0, 3)).square().mean()
@@ -117,18 +128,6 @@ def test_gradients_flow_through_frozen_layers_and_checkpointing_changes_nothing(
         assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert results[0][1].abs().max() > 0 and saved[1] < saved[0] / 3
-
-
-class Recorder(TorchDispatchMode):
-    """The names of all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
