@@ -127,5 +127,6 @@ def layers_of(unet: nn.Module) -> int:
 
 def qkv_rows(path: str, layer: nn.Module) -> tuple[int, ...]:
     """Rows of q, k and v in the fused layer."""
-    is_fused = path.endswith(".attention.qkv") and isinstance(layer, nn.Linear)
-    return qkv_split(layer.out_features, layer.in_features) if is_fused else ()
+    if not path.endswith(".attention.qkv") or not isinstance(layer, nn.Linear):
+        return ()
+    return qkv_split(layer.out_features, layer.in_features)

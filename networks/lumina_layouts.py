@@ -67,7 +67,8 @@ def _text_module(path: str) -> Module:
 LUMINA_NAMES = NameTable(
     "Lumina Image 2.0",
     [
-        *(_denoiser_module(path, theirs) for path, theirs in {**DENOISER, **FUSED}.items()),
+        *(_denoiser_module(path, theirs) for path, theirs in DENOISER.items()),
+        *(_denoiser_module(path, theirs) for path, theirs in FUSED.items()),
         *(_text_module(path) for path in TEXT_ENCODER),
     ],
     block_number=BLOCK_NUMBER,

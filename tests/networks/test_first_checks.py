@@ -30,6 +30,7 @@ def test_needs_no_torch():
         ("sd", {"block_dims": "4,4"}, "block_dims has 2 values, and this U-Net has 25 blocks"),
         ("sdxl", {"block_dims": "4,4"}, "block_dims has 2 values, and this U-Net has 23 blocks"),
         ("sd", {"down_lr_weight": "cosin"}, r"down_lr_weight=cosin cannot be used: .*did you mean cosine"),
+        ("lumina", {"embedder_dims": "4,4"}, r"embedder_dims=4,4 cannot be used: it has 2 values: give 3 ranks"),
         ("anima", {"rank_droput": "0.1"}, r"rank_droput is not an argument of this network \(did you mean rank_dropout\?\)"),
     ],
 )

@@ -13,6 +13,9 @@ import torch
 
 from library.errors import CheckpointError, NetworkError
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.lumina.checkpoint import build_denoiser
+from library.lumina.layout import NextDitConfig
+from library.lumina.text import LuminaTextEncoder
 from networks import lora_lumina
 from tests.networks.lumina_models import denoiser, gemma, randomize
 
@@ -56,6 +59,25 @@ def test_published_names_and_shapes(published):
     assert described(everything.unet_loras) == recorded({**modules["nextdit"], **modules["nextdit_extra_with_embedder_dims"]})
     paths = {made.lora_name: everything._targets[made.lora_name].candidate.path for made in everything.loras}
     assert all(modules["nextdit"][name]["module"] == path for name, path in paths.items() if name in modules["nextdit"])
+
+
+@pytest.mark.skipif(not SPECS, reason="SPECS_DIR names no folder of facts")
+def test_names_and_shapes_in_the_real_models(published):
+    """The encoder ends before the last layer of the checkpoint, whose states nothing reads: no LoRA there ever learns."""
+    pytest.importorskip("transformers")
+    from library.lumina.gemma import build_gemma
+    from library.lumina.gemma_layout import GemmaConfig
+
+    real = build_denoiser(NextDitConfig())
+    everything = {"embedder_dims": "[4,4,4]"}
+    assert described(create(real, **everything).unet_loras) == described(create(published, **everything).unet_loras)
+    assert parts(create(real, train_block_indices="0-25", dim=1)) == parts(create(published, dim=1))
+    with pytest.raises(NetworkError, match="names block 26, and the model has 26"):
+        create(real, train_block_indices="26")
+    encoder = LuminaTextEncoder(build_gemma(GemmaConfig()), tokenizer=None, width=2304)
+    found = described(create(None, [encoder]).text_encoder_loras)
+    whole = described(create(None, gemma(published=True)).text_encoder_loras)
+    assert found == {name: shape for name, shape in whole.items() if "_layers_25_" not in name} and len(found) == 175
 
 
 def described(loras):
