@@ -16,7 +16,9 @@ from library.options.flow import (
     LuminaFlowOptions,
     Sd3FlowOptions,
 )
+from library.options.lumina import LuminaTrainOptions
 from library.options.sd import StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from library.training.look import look
 from library.training.loss.timesteps import sample_sigmas, sigma_sampler
 from library.training.timestep_picture import BINS, ddpm_shares, flow_shares, squared_error_weights
@@ -67,19 +69,29 @@ def looked(tmp_path, *flags: str, option_set: type = AnimaTrainOptions) -> None:
     look(read_options(option_set, [*base, *flags]), ANIMA)
 
 
-def test_picture_and_numbers(tmp_path, capsys):
-    looked(tmp_path, "--weighting_scheme=cosmap")
-    told = capsys.readouterr().out
-    assert "50% below 500" in told and "--sigmoid_scale=1.0" in told and "t-timesteps.png" in told
-    picture = Image.open(tmp_path / "out" / "t-timesteps.png")
-    assert picture.size == (1200, 640) and len(picture.getcolors(2**16)) > 4
+@pytest.mark.parametrize(("option_set", "flags", "told"), [
+    (AnimaTrainOptions, ("--weighting_scheme=cosmap",), ("50% below 500", "--sigmoid_scale=1.0")),
+    (Sd3TrainOptions, ("--training_shift=3",), ("50% below 750", "--training_shift=3.0")),
+    (LuminaTrainOptions, ("--model_prediction_type=sigma_scaled",), ("50% below 857", "--discrete_flow_shift=6.0")),
+    (StableDiffusionTrainOptions, ("--min_snr_gamma=5", "--v_parameterization"),
+     ("50% below 500", "--v_parameterization --min_snr_gamma=5.0")),
+])  # fmt: skip
+def test_picture_and_numbers(tmp_path, capsys, option_set, flags, told):
+    looked(tmp_path, *flags, option_set=option_set)
+    lines = capsys.readouterr().out
+    assert all(words in lines for words in (*told, "t-timesteps.png"))
+    with Image.open(tmp_path / "out" / "t-timesteps.png") as picture:
+        assert picture.size == (1200, 640) and len(picture.getcolors(2**16)) > 4
 
 
-def test_the_sizes_of_the_pictures_count_where_the_sampling_asks_for_them(tmp_path, picture_folder, capsys):
+@pytest.mark.parametrize(("option_set", "sampling"), [
+    (AnimaTrainOptions, "flux_shift"), (LuminaTrainOptions, "flux_shift"), (LuminaTrainOptions, "nextdit_shift")
+])  # fmt: skip
+def test_the_sizes_of_the_pictures_count_where_the_sampling_asks_for_them(tmp_path, picture_folder, capsys, option_set, sampling):
     root = tmp_path / "root"
     root.mkdir()
     picture_folder(3).rename(root / "2_thing")
-    looked(tmp_path, f"--train_data_dir={root}", "--resolution=64", "--timestep_sampling=flux_shift")
+    looked(tmp_path, f"--train_data_dir={root}", "--resolution=64", f"--timestep_sampling={sampling}", option_set=option_set)
     assert "(shift 1.5" in capsys.readouterr().out
 
 
@@ -112,11 +124,3 @@ def test_tables_are_drawn_alike_and_weigh_by_their_snr():
     assert torch.allclose(part.drawn[5:45], torch.full((40,), 1 / 40, dtype=torch.float64))
     assert not part.drawn[:5].any() and not part.drawn[45:].any()
     assert part.weighed[5] < 0.5 * part.weighed[44] and float(part.weighed.sum()) == pytest.approx(1)
-
-
-def test_picture_and_numbers_of_a_table(tmp_path, capsys):
-    looked(tmp_path, "--min_snr_gamma=5", "--v_parameterization", option_set=StableDiffusionTrainOptions)
-    told = capsys.readouterr().out
-    assert "50% below 500" in told and "--v_parameterization --min_snr_gamma=5.0" in told
-    with Image.open(tmp_path / "out" / "t-timesteps.png") as picture:
-        assert len(picture.getcolors(2**16)) > 4
