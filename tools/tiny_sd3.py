@@ -62,7 +62,7 @@ class Sd3Model:
 
 def tiny() -> Sd3Model:
     mmdit = MmditConfig(width=128, blocks=3, heads=2, mlp_hidden=512, position_side=48)
-    vae = VaeConfig(widths=(16, 32, 48, 48), latent_channels=LATENT_CHANNELS, norm_groups=8)
+    vae = VaeConfig(widths=(16, 32, 48, 48), latent_channels=LATENT_CHANNELS, norm_groups=8, quant=False)
     return _model(
         mmdit, vae, clip_widths=(16, 24), head_dim=8, t5=T5Config(width=48, layers=2, heads=3, head_dim=16, mlp_width=64)
     )
@@ -71,7 +71,7 @@ def tiny() -> Sd3Model:
 def bench() -> Sd3Model:
     """A part of the published widths, to measure with."""
     mmdit = MmditConfig(width=1024, blocks=4, heads=16, mlp_hidden=4096, position_side=64)
-    vae = VaeConfig(widths=(32, 64, 96, 96), latent_channels=LATENT_CHANNELS)
+    vae = VaeConfig(widths=(32, 64, 96, 96), latent_channels=LATENT_CHANNELS, quant=False)
     return _model(mmdit, vae, clip_widths=(192, 256), head_dim=64, t5=T5Config(width=512, layers=4, heads=8, mlp_width=1024))
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Gain = Callable[[str], float]
-QUANT_CONVS = ("quant_conv.", "post_quant_conv.")  # around the latents of coders of 4 channels; those of 16 have none
 LOG_VARIANCE = -6.0  # of posteriors: narrow ones
 
 
@@ -54,12 +53,8 @@ def clip_weights(config: ClipConfig, *, part: str, seed: int) -> dict[str, Tenso
 def coder_weights(config: VaeConfig, *, scale: float, shift: float = 0.0, seed: int) -> dict[str, Tensor]:
     """An AutoencoderKL under diffusers' names, whose latents vary by about 1 around 0 once they are (z - shift) * scale."""
     channels = config.latent_channels
-    has_quant_convs = channels == vae_layout.LATENT_CHANNELS
-    shapes = vae_layout.module_shapes(config)
-    if not has_quant_convs:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(QUANT_CONVS)}
-    tensors = random_weights(shapes, part="vae", seed=seed)
-    out, into = ("quant_conv", "post_quant_conv") if has_quant_convs else ("encoder.conv_out", "decoder.conv_in")
+    tensors = random_weights(vae_layout.module_shapes(config), part="vae", seed=seed)
+    out, into = ("quant_conv", "post_quant_conv") if config.quant else ("encoder.conv_out", "decoder.conv_in")
     tensors[f"{out}.weight"][:channels] /= scale
     tensors[f"{out}.weight"][channels:] *= 0.1
     tensors[f"{out}.bias"][:channels] += shift

@@ -35,13 +35,15 @@ def test_open_clip_keeps_the_projection_as_a_matrix_for_the_right():
     assert tuple(source.held[G_PREFIX + "text_projection"].shape) == (24, 20)  # x (24) @ P -> 20
 
 
-def test_a_projection_stored_as_a_linear_is_not_turned():
-    source = clip_source(TINY_G, "open_clip")
-    held = dict(source.held)
-    held["text_projection.weight"] = held.pop("text_projection").t()
-    part = clip_part(dataclasses.replace(source, held=held), prefix="", layout="open_clip", keep_layers=None)
-    loaded = dict(module_tensors(part.source, part.pieces))
-    assert torch.equal(loaded["text_projection.weight"], clip_tensors(TINY_G)["text_projection.weight"])
+@pytest.mark.parametrize("layout", ["hf", "open_clip"])
+@pytest.mark.parametrize("name", ["text_projection", "text_projection.weight"])
+def test_the_name_tells_whether_the_projection_is_a_matrix_or_a_linear(layout, name):
+    source = clip_source(TINY_G, layout)
+    weight = clip_tensors(TINY_G)["text_projection.weight"]
+    held = {key: tensor for key, tensor in source.held.items() if not key.startswith("text_projection")}
+    held[name] = weight if name.endswith("weight") else weight.t().contiguous()
+    part = clip_part(dataclasses.replace(source, held=held), prefix="", layout=layout, keep_layers=None)
+    assert torch.equal(dict(module_tensors(part.source, part.pieces))["text_projection.weight"], weight)
 
 
 def test_names_without_the_text_model_level(tmp_path):
@@ -113,6 +115,26 @@ def test_settings_that_are_not_understood(settings, message):
     source = dataclasses.replace(clip_source(TINY_L, "hf"), metadata={"config": json.dumps({"text": [settings]})})
     with pytest.raises(CheckpointError, match=message):
         clip_part(source, prefix="", layout="hf", keep_layers=None)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "config"),
+    [
+        ("text_encoders.clip_l.transformer.", {"clip_l": {"heads": 4, "activation": "gelu"}, "clip_g": {"heads": 1}}),
+        ("", {"heads": 4, "activation": "gelu"}),
+        ("transformer.", {"heads": 4, "activation": "gelu"}),
+    ],
+)
+def test_settings_of_files_for_sd3(prefix, config):
+    source = dataclasses.replace(clip_source(TINY_L, "hf", prefix=prefix), metadata={"config": json.dumps(config)})
+    found = clip_part(source, prefix=prefix, layout="hf").config
+    assert (found.heads, found.activation) == (4, "gelu")
+
+
+def test_another_models_file_is_named():
+    held = {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="no text encoder.*; it is a T5 text encoder"):
+        clip_part(MemorySource(held), prefix="", layout="hf")
 
 
 def test_settings_of_a_folder(tmp_path):
