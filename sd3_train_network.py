@@ -97,6 +97,7 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
             mask_clip=sd3.apply_lg_attn_mask,
             mask_t5=sd3.apply_t5_attn_mask,
             fp8=self.options.memory.fp8_base,
+            t5_fp8=sd3.t5_fp8,
         )
 
     def text_models(self, text_encoder: Sd3TextEncoder) -> list[nn.Module]:
@@ -111,7 +112,7 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
             device=device,
             dtype=dtype,
             t5_device=sd3.t5xxl_device,
-            t5_dtype=None if sd3.t5_dtype is None else getattr(torch, sd3.t5_dtype),
+            t5_dtype=None if sd3.t5_dtype is None or sd3.t5_fp8 else getattr(torch, sd3.t5_dtype),
         )
 
     def conditioning_type(self) -> type[Sd3Conditioning]:

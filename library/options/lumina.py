@@ -128,8 +128,8 @@ class LuminaTrainOptions(FlowTrainOptions):
         return self.lumina.sample_batch_size or 1
 
     @property
-    def fetches_models(self) -> bool:
-        """The tokenizer, where nothing names it and it is not in the files: only reading them shows that."""
+    def asks_hub(self) -> bool:
+        """For the tokenizer, where nothing names it and it is not in the files: only reading them shows that."""
         tokenizer = self.lumina.gemma2_tokenizer
         return tokenizer is None or is_repo_id(tokenizer)
 

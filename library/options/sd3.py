@@ -78,6 +78,11 @@ class Sd3Options:
         """Number format of the T5's weights, as torch names it; None = that of the other models."""
         return None if self.t5xxl_dtype is None else T5_DTYPES.get(self.t5xxl_dtype)
 
+    @property
+    def t5_fp8(self) -> bool:
+        """Whether the T5's large weights are kept in 8 bits; it computes in the format of the other models then."""
+        return self.t5_dtype == FP8_DTYPE
+
     def problems(self) -> Iterator[str]:
         yield from at_least(self, 1, "t5xxl_max_token_length")
         yield from share(self, "clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate")
@@ -177,7 +182,7 @@ class Sd3TrainOptions(FlowTrainOptions):
 
     def _precision_problems(self) -> Iterator[str]:
         yield from super()._precision_problems()
-        if self.sd3.t5_dtype == FP8_DTYPE and self.run.mixed_precision == "no":
+        if self.sd3.t5_fp8 and self.run.mixed_precision == "no":
             yield (
                 f"--t5xxl_dtype={self.sd3.t5xxl_dtype} needs --mixed_precision=bf16 or fp16, not no: 8-bit weights are turned "
                 "into that to compute"

@@ -133,6 +133,11 @@ class TrainOptions:
         return False
 
     @property
+    def asks_hub(self) -> bool:
+        """Whether the hub may be asked for something that the model needs."""
+        return self.fetches_models
+
+    @property
     def needs_dataset(self) -> bool:
         """Whoever only draws noise levels needs none."""
         return not self.look.show_timesteps or self.look.shows_dataset
@@ -177,7 +182,7 @@ class TrainOptions:
             yield "--save_state_to_huggingface does nothing without --save_state or --save_state_on_train_end"
         if self.network.network_train_text_encoder_only and self.optimizer.unet_lr is not None:
             yield "--unet_lr does nothing with --network_train_text_encoder_only, which leaves the denoiser as it is"
-        yield from self.hub.token_warnings(fetches_models=self.fetches_models)
+        yield from self.hub.token_warnings(fetches_models=self.asks_hub)
         yield from self._text_rate_warnings()
 
     def _text_rate_warnings(self) -> Iterator[str]:

@@ -177,16 +177,18 @@ def build_text_encoder(
     mask_clip: bool = False,
     mask_t5: bool = False,
     fp8: bool = False,
+    t5_fp8: bool = False,
 ) -> Sd3TextEncoder:
-    """The text encoders of ``parts`` on the meta device, and their tokenizers. Raises CheckpointError for a CLIP-G that makes no
-    pooled vector; of a CLIP-L without a projection the vector is taken as it is."""
+    """The text encoders of ``parts`` on the meta device, and their tokenizers. ``fp8``, ``t5_fp8``: the layers of all of them, or
+    of T5 alone, take their weights in 8 bits. Raises CheckpointError for a CLIP-G that makes no pooled vector; of a CLIP-L
+    without a projection the vector is taken as it is."""
     if parts.clip_g.config.projection is None:
         raise CheckpointError(f"{parts.clip_g.source.path}: this CLIP-G has no text_projection.weight, which SD3 needs; give the "
                               "clip_g file that was published for SD3 or SDXL")  # fmt: skip
     return Sd3TextEncoder(
         build_clip(parts.clip_l.config, fp8=fp8),
         build_clip(parts.clip_g.config, fp8=fp8),
-        None if parts.t5 is None else build_t5(parts.t5.config, fp8=fp8),
+        None if parts.t5 is None else build_t5(parts.t5.config, fp8=fp8 or t5_fp8),
         load_sd3_tokenizers(t5_tokens=None if parts.t5 is None else t5_tokens),
         mask_clip=mask_clip,
         mask_t5=mask_t5,

@@ -138,7 +138,8 @@ def test_allowed_without_a_warning(arguments):
      ("float", "float32"), ("fp32", "float32"), ("float32", "float32"), ("fp8", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn")],
 )  # fmt: skip
 def test_number_formats_of_the_t5(given, torch_s):
-    assert read(f"--mixed_precision=bf16 --t5xxl_dtype={given or ''}").sd3.t5_dtype == torch_s
+    sd3 = read(f"--mixed_precision=bf16 --t5xxl_dtype={given or ''}").sd3
+    assert sd3.t5_dtype == torch_s and sd3.t5_fp8 is (torch_s == "float8_e4m3fn")
 
 
 @pytest.mark.parametrize("module", ["networks.lora_sd3", "networks.lora"])
