@@ -2,6 +2,7 @@
 
     accelerate launch tools/cache_latents.py --dataset_config set.toml --pretrained_model_name_or_path sd15.safetensors
     accelerate launch tools/cache_latents.py --sdxl --dataset_config set.toml --pretrained_model_name_or_path sdxl.safetensors
+    accelerate launch tools/cache_latents.py --lumina --dataset_config set.toml --ae ae.safetensors
     accelerate launch tools/cache_latents.py --anima --dataset_config set.toml --vae qwen_image_vae.safetensors
 
 Takes every option of the training script, so a training command can be pasted; what only training needs may be missing.

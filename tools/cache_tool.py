@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 from library.anima.architecture import ANIMA
 from library.errors import OptionError, user_errors_end_the_script
+from library.lumina.architecture import LUMINA
 from library.options.anima import AnimaTrainOptions
 from library.options.cache_tool import read_cache_tool_options
+from library.options.lumina import LuminaTrainOptions
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from library.options.train import TrainOptions
 from library.sd.architecture import STABLE_DIFFUSION
+from library.sd3.architecture import SD3
 from library.sdxl.architecture import SDXL
 from library.training.architecture import Architecture
 from library.training.cache_job import checked_job, fill
@@ -35,13 +39,15 @@ DEFAULT = "sd"  # as in the tools of kohya-ss/sd-scripts
 ARCHITECTURES = {
     DEFAULT: ToolArchitecture(StableDiffusionTrainOptions, STABLE_DIFFUSION, "train_network", "StableDiffusionTrainer"),
     "sdxl": ToolArchitecture(SdxlTrainOptions, SDXL, "sdxl_train_network", "SdxlNetworkTrainer"),
+    "sd3": ToolArchitecture(Sd3TrainOptions, SD3, "sd3_train_network", "Sd3NetworkTrainer"),
+    "lumina": ToolArchitecture(LuminaTrainOptions, LUMINA, "lumina_train_network", "LuminaNetworkTrainer"),
     "anima": ToolArchitecture(AnimaTrainOptions, ANIMA, "anima_train_network", "AnimaNetworkTrainer"),
 }
 # how messages name the script for a model of another kind: ``described`` of library/files/model_path.py
 SCRIPTS = "|".join(each.script for each in ARCHITECTURES.values())
 TRAINED_ELSEWHERE = re.compile(rf"\b(?P<script>{SCRIPTS})\.py(?P<flags>( --\w+)*) trains those")
 # switches of the tools of kohya-ss/sd-scripts, and what one may expect beside them, for which there is no trainer here yet
-NOT_HERE = {"sd3": "SD3", "lumina": "Lumina Image 2.0", "flux": "FLUX"}
+NOT_HERE = {"flux": "FLUX"}
 
 
 def run_tool(part: str, argv: Sequence[str] | None = None) -> None:
@@ -87,5 +93,5 @@ def with_switches(text: str, chosen: ToolArchitecture) -> str:
 
 
 def _names() -> str:
-    switches = " or ".join(f"--{name}" for name in ARCHITECTURES if name != DEFAULT)
-    return f"{switches}, and without a switch Stable Diffusion 1.x and 2.x"
+    *others, last = (f"--{name}" for name in ARCHITECTURES if name != DEFAULT)
+    return f"{', '.join(others)} or {last}, and without a switch Stable Diffusion 1.x and 2.x"

@@ -23,6 +23,8 @@ class CacheToolOptions:
 
     anima: bool = opt(False, "cache for anima_train_network.py (no switch = for train_network.py: Stable Diffusion 1.x, 2.x)")
     sdxl: bool = opt(False, "cache for sdxl_train_network.py")
+    sd3: bool = opt(False, "cache for sd3_train_network.py: Stable Diffusion 3 and 3.5")
+    lumina: bool = opt(False, "cache for lumina_train_network.py: Lumina Image 2.0")
     skip_existing: bool = opt(
         False, "leave cache files that are there as they are, without looking into them (--skip_cache_check)"
     )

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from library.errors import OptionError
-from library.files.model_path import ANIMA_DIT, SD1, SD2, SDXL, described, with_article
+from library.files.model_path import ANIMA_DIT, LUMINA, SD1, SD2, SD3, SDXL, described, with_article
 from library.options.anima import AnimaTrainOptions
 from library.options.cache_tool import CacheToolOptions, read_cache_tool_options
 from library.options.declare import groups_of, options_of
@@ -26,7 +26,7 @@ def test_each_architecture_but_the_default_has_a_switch():
 
 
 def test_the_switch_chooses():
-    for name in ("anima", "sdxl"):
+    for name in ("anima", "lumina", "sd3", "sdxl"):
         assert chosen_architecture(["--vae", "x", f"--{name}"]).architecture.name == name
         assert chosen_architecture([f"--{name}=true"]).architecture.name == name
     for arguments in ([], ["--vae=anima"], ["--anima=false"], ["--v2"], ["--help"], ["-h"]):
@@ -34,9 +34,8 @@ def test_the_switch_chooses():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sd3"], "--sd3: there is no caching for SD3 here yet; there is: --sdxl or --anima, and without a switch Stable Diffusion"),
-    (["--flux", "--anima"], "--flux: there is no caching for FLUX"),
-    (["--lumina"], "Lumina Image 2.0"),
+    (["--flux", "--anima"], "--flux: there is no caching for FLUX here yet; there is: --sdxl, --sd3, --lumina or --anima, and without"),
+    (["--sd3", "--lumina"], "--sd3 and --lumina are given together: choose one"),
     (["--sdxl", "--anima"], "--sdxl and --anima are given together: choose one"),
 ])  # fmt: skip
 def test_architectures_that_are_not_here(arguments, message):
@@ -52,6 +51,24 @@ def test_stable_diffusion_takes_the_command_of_its_training(name):
     for part in ("vae", "text"):
         options = read_cache_tool_options(ARCHITECTURES[name].options, part, flags)
         assert options.parts == (part,) and options.clip.v2 == (name == "sd")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        (
+            "sd3",
+            ["--clip_l=l", "--clip_g=g", "--t5xxl=t", "--network_module=networks.lora", "--network_args", "train_t5xxl=true"],
+        ),
+        ("lumina", ["--gemma2=g", "--ae=a", "--network_module=networks.lora_lumina", "--text_encoder_lr=1e-5"]),
+    ],
+)
+def test_models_of_several_files_take_the_command_of_their_training_or_their_files_alone(name, flags):
+    data = [f"--{name}", "--train_data_dir=pictures", "--resolution=64"]
+    for part in ("vae", "text"):
+        for given in ([], [*flags, "--pretrained_model_name_or_path=x", "--output_dir=o"]):
+            options = read_cache_tool_options(ARCHITECTURES[name].options, part, [*data, *given])
+            assert options.parts == (part,)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +123,9 @@ def test_variants_need_no_flag_of_the_cache():
         ("sdxl", SD1, "drop --sdxl"),
         ("sdxl", SD2, "drop --sdxl and add --v2"),
         ("anima", SDXL, "drop --anima and add --sdxl"),
+        ("sd", SD3, "add --sd3"),
+        ("sd3", LUMINA, "drop --sd3 and add --lumina"),
+        ("lumina", SD3, "drop --lumina and add --sd3"),
     ],
 )
 def test_a_model_of_another_kind_needs_another_switch(given, found, advice):
