@@ -64,8 +64,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     GEMMA: (r"layers\.\d+\.pre_feedforward_layernorm\.",),
     QWEN3: (r"(^|\.)layers\.\d+\.self_attn\.q_norm\.weight",),
     "language model of another family": (r"^(model\.)?layers\.\d+\.self_attn\.q_proj\.weight",),
-    T5: (r"^(encoder\.)?block\.\d+\.layer\.0\.SelfAttention\.",),
-    CLIP: (r"^(text_model\.)?(encoder\.layers\.\d+\.self_attn\.q_proj|embeddings\.position_embedding)\.",),
+    T5: (r"^(transformer\.)?(encoder\.)?block\.\d+\.layer\.0\.SelfAttention\.",),
+    CLIP: (r"^(transformer\.)?(text_model\.)?(encoder\.layers\.\d+\.self_attn\.q_proj|embeddings\.position_embedding)\.",),
 }
 
 TRAINED_BY = {

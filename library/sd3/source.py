@@ -14,6 +14,7 @@ from library.errors import CheckpointError
 from library.files.model_path import CLIP, SD3, SD3_DIFFUSERS, T5, described, find_model_file, recognise_keys, with_article
 from library.files.open_weights import open_weights
 from library.files.weights_source import Part, WeightsSource
+from library.sd.clip_layout import ALONE as PREFIXES_ALONE
 from library.sd.clip_layout import ClipConfig, clip_part
 from library.sd.source import INDEX_FILE, MODEL_FLAG, is_remote
 from library.sd3.layout import MmditConfig, Sd3TextParts, mmdit_part, mmdit_prefix
@@ -32,7 +33,7 @@ class EncoderPlace:
     name: str  # as people call it
     flag: str
     kind: str  # as ``recognise_keys`` calls it
-    bundled: str  # what its names begin with in a checkpoint of several models; in a file of its own they have no prefix
+    bundled: str  # what its names begin with in a checkpoint of several models; else no prefix, or that of ALONE
 
 
 CLIP_L = EncoderPlace(name="CLIP-L", flag="--clip_l", kind=CLIP, bundled="text_encoders.clip_l.transformer.")
@@ -110,7 +111,7 @@ def _find(place: EncoderPlace, value: str | None, checkpoint: WeightsSource | No
         raise CheckpointError(
             f"{place.flag} {path} is {described(str(kind))}, not a {place.name} text encoder; give {place.flag} the file of that"
         )
-    return source, ""
+    return source, next((prefix for prefix in PREFIXES_ALONE if prefix and _has(source, prefix)), "")
 
 
 def _has(source: WeightsSource, prefix: str) -> bool:
