@@ -58,7 +58,7 @@ def run_gemma(model: Any, ids: Tensor) -> Tensor:
     Attention is causal, so tokens never see the padding behind them and no mask of theirs is needed.
     """
     mask = causal_mask(ids.shape[1], dtype=model.embed_tokens.weight.dtype, device=ids.device)
-    return model(input_ids=ids, attention_mask=_masks(model, mask), use_cache=False).last_hidden_state
+    return model(input_ids=ids, use_cache=False, **_masks(model, mask)).last_hidden_state
 
 
 def causal_mask(tokens: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -67,7 +67,8 @@ def causal_mask(tokens: int, *, dtype: torch.dtype, device: torch.device) -> Ten
     return lowest.triu(diagonal=1)[None, None]
 
 
-def _masks(model: Any, mask: Tensor) -> Any:
-    """From 4.53 on transformers takes ready masks by kind of layer; before, one of four axes for all."""
+def _masks(model: Any, mask: Tensor) -> dict[str, Any]:
+    """From 4.53 on transformers takes ready masks by kind of layer; before, one of four axes for all, and waits for the device to
+    learn how many tokens came before, unless it is told."""
     kinds = getattr(model.config, "layer_types", None)
-    return dict.fromkeys(kinds, mask) if kinds else mask
+    return {"attention_mask": dict.fromkeys(kinds, mask)} if kinds else {"attention_mask": mask, "last_cache_position": 0}

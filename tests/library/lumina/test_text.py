@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -71,10 +72,12 @@ def strong_gemma(tiny_lumina, path):
 
 
 def their_states(folder, encoder: LuminaTextEncoder, source, **settings) -> torch.Tensor:
-    """``hidden_states[-2]`` of the whole model, as transformers loads it from the folder, with an attention mask."""
+    """``hidden_states[-2]`` of the whole model, as transformers makes it of the folder's config, with an attention mask."""
+    from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
     from transformers.models.gemma2.modeling_gemma2 import Gemma2Model
 
-    theirs = Gemma2Model.from_pretrained(str(folder), attn_implementation="eager", **settings).float().eval()
+    config = json.loads((folder / "config.json").read_text())
+    theirs = Gemma2Model(Gemma2Config(**{**config, **settings}, attn_implementation="eager")).eval()
     tensors = dict(source.tensors(source.shapes))
     theirs.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name != "spiece_model"})
     rows = [encoder.tokenizer.ids(caption) for caption in CAPTIONS]
