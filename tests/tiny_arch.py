@@ -32,6 +32,9 @@ class TinyArchitecture:
     def read_layouts(self, options, parts=()):
         return SimpleNamespace()
 
+    def size_problems(self, layouts, sizes_wh, options):
+        return ()
+
     def latent_recipe(self, layouts, options):
         return LatentRecipe(arch="tiny", vae_fingerprint="0", dtype="float32", channels=3)
 

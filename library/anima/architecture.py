@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,6 +69,9 @@ class AnimaArchitecture:
         return layouts
 
     def warnings_of(self, layouts: AnimaLayouts, options: Any) -> tuple[str, ...]:
+        return ()
+
+    def size_problems(self, layouts: Any, sizes_wh: Iterable[tuple[int, int]], options: Any) -> tuple[str, ...]:
         return ()
 
     def latent_recipe(self, layouts: AnimaLayouts, options: Any) -> LatentRecipe:

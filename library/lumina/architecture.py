@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.anima.architecture import check_block_swap
@@ -45,7 +45,7 @@ class LuminaArchitecture:
     bucket_step: ClassVar[int] = 16  # pixels: 8 of the VAE times patches of 2
     prompt_settings: ClassVar[frozenset[str]] = frozenset(
         {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift", "cfg_trunc_ratio",
-         "renorm_cfg", "sample_sampler=euler"}
+         "renorm_cfg", "sample_sampler=euler", "sample_sampler=er_sde"}
     )  # fmt: skip
     knows_all_samplers: ClassVar[bool] = False
     prompts_apart: ClassVar[bool] = True  # who draws puts the system prompt before them, or nothing before negative ones
@@ -94,6 +94,9 @@ class LuminaArchitecture:
             )
 
     # ---------------------------------------------------------------- caches
+
+    def size_problems(self, layouts: Any, sizes_wh: Iterable[tuple[int, int]], options: Any) -> tuple[str, ...]:
+        return ()
 
     def latent_recipe(self, layouts: LuminaLayouts, options: Any) -> LatentRecipe:
         assert layouts.vae is not None  # asked for

@@ -234,6 +234,13 @@ def sample_size(prompt: SamplePrompt, defaults: SampleDefaults) -> tuple[int, in
     return prompt.width or defaults.side, prompt.height or defaults.side
 
 
+def sample_sizes(prompts: Sequence[SamplePrompt], architecture: str) -> list[tuple[int, int]]:
+    """Width and height of the pictures of a training, as they are drawn."""
+    defaults = sample_defaults(architecture)
+    asked = (sample_size(prompt, defaults) for prompt in prompts)
+    return [(rounded_side(width, defaults.side_step), rounded_side(height, defaults.side_step)) for width, height in asked]
+
+
 def sampler_problems(prompts: Sequence[SamplePrompt], samplers: Collection[str]) -> Iterator[str]:
     """Prompts of a training whose model knows all samplers that there are, so that another name is a slip."""
     for prompt in prompts:

@@ -5,7 +5,7 @@ SDXL's answers are these but for a few (library/sdxl/architecture.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.dataset.caches.latent_cache import LatentRecipe
@@ -147,6 +147,9 @@ class StableDiffusionArchitecture:
                 f"{self.latent_scale:g}: latents are scaled by what the VAE says; if it is another model's, name the right one "
                 f"with {VAE_FLAG}"
             )
+
+    def size_problems(self, layouts: Any, sizes_wh: Iterable[tuple[int, int]], options: Any) -> tuple[str, ...]:
+        return ()
 
     def latent_recipe(self, layouts: StableDiffusionLayouts, options: Any) -> LatentRecipe:
         assert layouts.vae is not None  # asked for

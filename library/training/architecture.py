@@ -32,6 +32,9 @@ class Architecture(Protocol):
     def warnings_of(self, layouts: Any, options: Any) -> Iterable[str]:
         """What is allowed but probably not meant, as the model files show."""
 
+    def size_problems(self, layouts: Any, sizes_wh: Iterable[tuple[int, int]], options: Any) -> Iterable[str]:
+        """What stands against pictures of these sizes in pixels, of training and of samples."""
+
     def latent_recipe(self, layouts: Any, options: Any) -> LatentRecipe:
         """All that cached latents depend on besides the image. ``layouts`` has at least the VAE's."""
 

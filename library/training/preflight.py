@@ -27,7 +27,7 @@ from library.errors import DatasetError, OptionError, OutputError, ProblemList, 
 from library.files.safetensors_file import read_header
 from library.files.user_path import dead_link
 from library.options.declare import warnings_of
-from library.sampling.picture_plan import sample_warnings, sampler_problems
+from library.sampling.picture_plan import sample_sizes, sample_warnings, sampler_problems
 from library.sampling.pictures import no_picture_warning
 from library.sampling.prompts import SamplePrompt, known_values, read_prompts
 from library.training.architecture import Architecture
@@ -121,6 +121,9 @@ def check_run(options: Any, architecture: Architecture) -> CheckedRun:
     with problems.collect():
         check_upload(options.hub)
     layouts, training_set = _models_and_images(options, architecture, problems)
+    sizes = [*(item.bucket_wh for item in training_set.all_items), *sample_sizes(prompts, architecture.name)]
+    problems.add(*architecture.size_problems(layouts, sizes, options))
+    problems.raise_if_any()
     return _complete(options, architecture, layouts, training_set, prompts)
 
 

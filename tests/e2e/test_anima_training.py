@@ -11,7 +11,7 @@ import toml
 from PIL import Image
 
 from library.files.safetensors_file import read_header
-from tests.e2e.anima_runs import CACHED, SCRIPT, lora, model_flags, run_flags, same_lora, write_dataset
+from tests.e2e.anima_runs import CACHED, SCRIPT, model_flags, run_flags, same_lora, write_dataset
 
 
 @pytest.fixture
@@ -65,39 +65,9 @@ def test_the_command_of_the_guide(run_script, tiny_anima, dataset, tmp_path):
     assert same_lora(tmp_path / "out" / "my_anima_lora.safetensors", tmp_path / "out2" / "my_anima_lora.safetensors")
 
 
-def test_dry_run_prints_the_plan_and_loads_no_model(run_script, tiny_anima, dataset, tmp_path):
-    done = run_script(
-        SCRIPT, *model_flags(tiny_anima), *run_flags(tmp_path / "out", dataset), *CACHED, "--max_train_steps=9", "--dry_run"
-    )
-    assert done.returncode == 0, done.stderr
-    for text in ("5 images", "bucket", "9 steps in all", "0 of 5 cached", "LoRA:", "MiB"):
-        assert text in done.stdout, text
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 @pytest.mark.parametrize(
     "live", [["--mixed_precision=no"], ["--mixed_precision=bf16", "--full_bf16", "--gradient_accumulation_steps=2"]]
 )
-def test_without_caches_and_in_other_precisions(run_script, tiny_anima, dataset, tmp_path, live):
-    done = run_script(SCRIPT, *model_flags(tiny_anima), *run_flags(tmp_path / "out", dataset), "--max_train_steps=2", *live)
-    assert done.returncode == 0, done.stdout + done.stderr
-    weights = lora(tmp_path / "out" / "tiny.safetensors")
-    assert str(weights["lora_unet_blocks_0_mlp_layer1.lora_up.weight"].dtype) == (
-        "torch.bfloat16" if "--full_bf16" in live else "torch.float32"
-    )
-
-
-def test_warm_caches_need_no_encoder_and_change_nothing(run_script, tiny_anima, dataset, tmp_path):
-    flags = [*model_flags(tiny_anima), *CACHED, "--max_train_steps=3"]
-    cold = run_script(SCRIPT, *flags, *run_flags(tmp_path / "cold", dataset))
-    assert cold.returncode == 0, cold.stderr
-    warm = run_script(SCRIPT, *flags, *run_flags(tmp_path / "warm", dataset), environment={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert warm.returncode == 0, warm.stderr
-    assert "5 of 5 cached" in warm.stdout
-    assert "transformers" not in warm.stderr.replace("huggingface", "")  # the text encoder's library was not even imported
-    assert same_lora(tmp_path / "cold" / "tiny.safetensors", tmp_path / "warm" / "tiny.safetensors")
-
-
 def test_folders_named_with_repeats(run_script, tiny_anima, picture_folder, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
@@ -118,17 +88,3 @@ def test_shuffled_captions_are_cached_in_variants(run_script, tiny_anima, pictur
     done = run_script(SCRIPT, *flags)
     assert done.returncode == 0, done.stderr
     assert "3 variants" in done.stdout
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(run_script, tiny_anima, picture_folder, tmp_path):
-    images = picture_folder(6)
-    one = write_dataset(tmp_path / "one.toml", images, batch_size=2)
-    two = write_dataset(tmp_path / "two.toml", images, batch_size=1)
-    flags = [*model_flags(tiny_anima), *CACHED, "--max_train_steps=4"]
-    single = run_script(SCRIPT, *flags, *run_flags(tmp_path / "single", one))
-    assert single.returncode == 0, single.stderr
-    pair = run_script(SCRIPT, *flags, *run_flags(tmp_path / "pair", two), launcher=2)
-    assert pair.returncode == 0, pair.stdout + pair.stderr
-    a, b = lora(tmp_path / "single" / "tiny.safetensors"), lora(tmp_path / "pair" / "tiny.safetensors")
-    for name in a:
-        assert (a[name] - b[name]).abs().max() <= 2e-6 + 1e-3 * a[name].abs().max(), name

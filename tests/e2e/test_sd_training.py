@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from library.files.safetensors_file import read_header
-from tests.e2e.sd_runs import CACHED, SCRIPTS, lora, model_flags, run_flags, same_lora, write_dataset
+from tests.e2e.sd_runs import SCRIPTS, model_flags, write_dataset
 
 
 @pytest.fixture
@@ -56,52 +53,3 @@ def test_the_usual_command(run_script, tiny_sd, dataset, tmp_path, kind):
     assert [Image.open(path).size for path in pictures] == [(64, 64), (64, 72)] * 2
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(run_script, tiny_sd, picture_folder, tmp_path):
-    images = picture_folder(6)
-    one = write_dataset(tmp_path / "one.toml", images, batch_size=2)
-    two = write_dataset(tmp_path / "two.toml", images, batch_size=1)
-    flags = [*model_flags("sd1", tiny_sd), "--cache_latents_to_disk", "--max_train_steps=4", "--noise_offset=0.1"]
-    single = run_script(SCRIPTS["sd1"], *flags, *run_flags(tmp_path / "single", one))
-    assert single.returncode == 0, single.stderr
-    pair = run_script(SCRIPTS["sd1"], *flags, *run_flags(tmp_path / "pair", two), launcher=2)
-    assert pair.returncode == 0, pair.stdout + pair.stderr
-    a, b = lora(tmp_path / "single" / "tiny.safetensors"), lora(tmp_path / "pair" / "tiny.safetensors")
-    for name in a:
-        assert (a[name] - b[name]).abs().max() <= 2e-6 + 1e-3 * a[name].abs().max(), name
-
-
-@pytest.mark.slow  # the same way as Anima's, whose test runs always
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_a_signal_saves_and_the_run_goes_on(start_script, run_script, tiny_sd, dataset, tmp_path):
-    fixed = [*model_flags("sdxl", tiny_sd), *CACHED, "--max_train_steps=12", "--save_state", "--save_every_n_steps=2"]
-    whole = run_script(SCRIPTS["sdxl"], *fixed, *run_flags(tmp_path / "whole", dataset))
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    process: subprocess.Popen[str] = start_script(SCRIPTS["sdxl"], *fixed, *run_flags(tmp_path / "stopped", dataset))
-    seen = ""
-    assert process.stdout is not None
-    while f"saved {tmp_path / 'stopped'}" not in seen:
-        piece = process.stdout.read(1)
-        assert piece, seen
-        seen += piece
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in output and "Traceback" not in output, output
-    done = run_script(SCRIPTS["sdxl"], *fixed, *run_flags(tmp_path / "stopped", dataset), "--resume=latest")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert same_lora(tmp_path / "whole" / "tiny.safetensors", tmp_path / "stopped" / "tiny.safetensors")
-
-
-def test_warm_caches_need_no_encoder(run_script, tiny_sd, dataset, tmp_path):
-    flags = [*model_flags("sdxl", tiny_sd), *CACHED, "--max_train_steps=2"]
-    cold = run_script(SCRIPTS["sdxl"], *flags, *run_flags(tmp_path / "cold", dataset))
-    assert cold.returncode == 0, cold.stderr
-    warm = run_script(
-        SCRIPTS["sdxl"], *flags, *run_flags(tmp_path / "warm", dataset), environment={"PYTHONPROFILEIMPORTTIME": "1"}
-    )
-    assert warm.returncode == 0, warm.stderr
-    assert "5 of 5 cached" in warm.stdout
-    assert "transformers.models.clip.modeling_clip" not in warm.stderr
-    assert same_lora(tmp_path / "cold" / "tiny.safetensors", tmp_path / "warm" / "tiny.safetensors")
