@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FLAG = "--gemma2_tokenizer"
 HUB_ID = "google/gemma-2-2b"
 BOS, BOS_ID, PAD_ID = "<bos>", 2, 0
+MARKS_WITHIN = 1024  # SentencePiece puts marks before all that it has learnt
 NAMES = MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"  # the first that is there is taken: it loads faster
 SPIECE_KEYS = (SPIECE, f"{BUNDLE}{SPIECE}", f"{BUNDLE}transformer.{SPIECE}")
 CURE = (
@@ -201,7 +202,8 @@ class SentencePieces:
             raise CheckpointError(
                 f"the tokenizer {name} is not Gemma's: its <bos> is {self.model.bos_id()}, not {BOS_ID}; {CURE}"
             )
-        marks = [n for n in range(self.size) if self.model.is_control(n) or self.model.is_unknown(n)]
+        first = range(min(self.size, MARKS_WITHIN))
+        marks = [number for number in first if self.model.is_control(number) or self.model.is_unknown(number)]
         self.marks = {self.model.id_to_piece(number): number for number in marks}
         self.mark = re.compile("(" + "|".join(map(re.escape, sorted(self.marks, key=len, reverse=True))) + ")")
 
