@@ -1,6 +1,6 @@
 """Measures what the project promises about speed and memory, and prints one table.
 
-    python tools/bench.py [startup step lora lora_dit unet attention load vae cache memory gpu data] [--repeats 5] [--threads 1]
+    python tools/bench.py [startup step lora lora_dit unet attention lumina_padding load vae cache memory gpu data] [--repeats 5] [--threads 1]
 
 Everything runs on the CPU, on tiny or random models made on the spot; ``gpu``, if it is the only one named, on the GPU. Where
 two things are compared, both are measured in turn in one run, and the median of the ratios is shown. With one thread (the
@@ -34,6 +34,7 @@ PHASES = {
     "lora_dit": "the same for the DiTs of Stable Diffusion 3 and Lumina Image 2.0",
     "unet": "what a LoRA adds to forward and backward of a quarter-width SDXL U-Net",
     "attention": "a step without the zero rows of the context, against one with them",
+    "lumina_padding": "a step of Lumina with captions of unlike lengths, against its samples alone",
     "compile": "a step with --torch_compile, against a plain one",
     "load": "peak memory while checkpoints are loaded",
     "vae": "encoding an image, against diffusers",
