@@ -414,7 +414,7 @@ def in_trained_form(file: str | Path, weights: dict[str, Tensor], places: Sequen
     weights = in_layer_shapes(weights, places)
     alphas = trained_alphas(by_module(weights), metadata_of(file), places) if any(place.parts for place in places) else {}
     if alphas:
-        logger.info(
+        logger.warning(
             "%s was trained with split_qkv by a program that writes the alpha of one part: %d modules of it are read with the "
             "strength that they were trained with, which is more than the file itself says",
             file,

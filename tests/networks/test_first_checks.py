@@ -31,6 +31,8 @@ def test_needs_no_torch():
         ("sdxl", {"block_dims": "4,4"}, "block_dims has 2 values, and this U-Net has 23 blocks"),
         ("sd", {"down_lr_weight": "cosin"}, r"down_lr_weight=cosin cannot be used: .*did you mean cosine"),
         ("lumina", {"embedder_dims": "4,4"}, r"embedder_dims=4,4 cannot be used: it has 2 values: give 3 ranks"),
+        ("sd3", {"emb_dims": "[4,4]"}, r"emb_dims=\[4,4\] cannot be used: it has 2 values: give 6 ranks"),
+        ("sd3", {"x_atn_dim": "4"}, r"x_atn_dim is not an argument of this network \(did you mean x_attn_dim\?\)"),
         ("anima", {"rank_droput": "0.1"}, r"rank_droput is not an argument of this network \(did you mean rank_dropout\?\)"),
     ],
 )

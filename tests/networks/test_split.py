@@ -151,6 +151,22 @@ def test_8_bit_layers_and_autocast():
     assert all(grad.dtype == torch.float32 for grad in gradients(out.float(), [lora.lora_down.weight, lora.lora_up.weight]))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_as_on_the_cpu():
+    """Its products write into columns of the output and of the gradients."""
+    found = []
+    for device in ("cpu", "cuda"):
+        unet = model(torch.float64).to(device)
+        lora = qkv_of(applied(unet).double().to(device))
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=generator).to(device).requires_grad_()
+        out = unet["block"]["qkv"](x)
+        found.append([out, *gradients(out, [x, lora.lora_down.weight, lora.lora_up.weight])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-10, atol=1e-10)
+
+
 def test_a_new_one_changes_nothing_and_starts_as_others_do():
     unet = model()
     x = torch.randn(3, WIDTH)
