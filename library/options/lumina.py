@@ -141,3 +141,7 @@ class LuminaTrainOptions(FlowTrainOptions):
             yield f"--vae={vae} cannot be used: here the image coder is named by --ae; write --ae={vae}"
         elif vae and vae != ae:
             yield f"--vae={vae} and --ae={ae} name two image coders: keep --ae, which is the one that counts here"
+
+    def warnings(self) -> Iterator[str]:
+        yield from super().warnings()
+        yield from self._cached_text_warnings(denoiser="denoiser")

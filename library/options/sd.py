@@ -105,12 +105,7 @@ class StableDiffusionTrainOptions(TrainOptions):
 
     def warnings(self) -> Iterator[str]:
         yield from super().warnings()
-        switched_off = self.given_text_rates is not None and not any(self.given_text_rates)
-        if self.caches.text_cached and self.network.trains_text_encoder and not switched_off:
-            yield (
-                "--cache_text_encoder_outputs without --network_train_unet_only: a text encoder whose outputs are cached is not "
-                "trained, only the U-Net is; add --network_train_unet_only if that is meant, else drop the cache"
-            )
+        yield from self._cached_text_warnings(denoiser="U-Net")
 
     @property
     def fetches_models(self) -> bool:

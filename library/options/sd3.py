@@ -108,8 +108,8 @@ class Sd3ClipOptions(NoClipOptions):
     """Stable Diffusion's text: for SD 1, 2 and XL; an error here, except for --tokenizer_cache_dir."""
 
     WHY: ClassVar[str] = (
-        "it is about the text of SD 1, 2 and XL, and SD3 takes 75 unweighted tokens of a caption, from the last layer but one of "
-        "its CLIPs, and --t5xxl_max_token_length of them from its T5"
+        "it is about the text of SD 1, 2 and XL; SD3's CLIPs take 75 tokens of a caption without weights and give their last "
+        "layer but one, its T5 takes as many as --t5xxl_max_token_length says"
     )
 
 

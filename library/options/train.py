@@ -197,6 +197,15 @@ class TrainOptions:
             )
             yield f"--text_encoder_lr: {self.MODEL} has {has}: only the first {counts}, {_spaced(listed[:count])}"
 
+    def _cached_text_warnings(self, *, denoiser: str) -> Iterator[str]:
+        """Where a cache, and nothing else, keeps text encoders from being trained."""
+        switched_off = self.given_text_rates is not None and not any(self.given_text_rates)
+        if self.caches.text_cached and self.network.trains_text_encoder and not switched_off:
+            yield (
+                "--cache_text_encoder_outputs without --network_train_unet_only: a text encoder whose outputs are cached is not "
+                f"trained, only the {denoiser} is; add --network_train_unet_only if that is meant, else drop the cache"
+            )
+
     def _wanted_text_rates(self) -> Iterator[str]:
         """The flags, with their values, that ask for a trained text encoder by a rate."""
         counted = (self.optimizer.text_encoder_lr or [])[: self.TEXT_ENCODERS]

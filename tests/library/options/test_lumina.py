@@ -16,7 +16,7 @@ GUIDE = """--pretrained_model_name_or_path=lumina-image-2.safetensors --gemma2=g
     --network_dim=8 --network_alpha=8 --learning_rate=1e-4 --optimizer_type=AdamW --lr_scheduler=constant
     --timestep_sampling=nextdit_shift --discrete_flow_shift=6.0 --model_prediction_type=raw
     --system_prompt=You_are_an_assistant --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision=bf16
-    --gradient_checkpointing --cache_latents --cache_text_encoder_outputs --gemma2_max_token_length=300 --sample_batch_size=4"""
+    --gradient_checkpointing --cache_latents --cache_text_encoder_outputs --network_train_unet_only --gemma2_max_token_length=300 --sample_batch_size=4"""
 
 
 def read(arguments: str = "") -> LuminaTrainOptions:
@@ -102,6 +102,10 @@ def test_refused(arguments, expected):
 
 
 WARNED = [
+    (
+        "--cache_text_encoder_outputs",
+        "a text encoder whose outputs are cached is not trained, only the denoiser is; add --network",
+    ),
     ("--use_flash_attn --sdpa", "--sdpa does nothing: attention is computed by flash"),
     (
         "--text_encoder_lr 1e-5 1e-6",
@@ -122,7 +126,7 @@ def test_warned(arguments, expected):
 @pytest.mark.parametrize(
     "arguments",
     ["--vae=a --ae=a", "--huggingface_token=hf_x", "--huggingface_token=hf_x --gemma2_tokenizer=google/gemma-2-2b",
-     "--save_format=diffusers --network_train_unet_only", "--save_format=comfy --cache_text_encoder_outputs"],
+     "--save_format=diffusers --network_train_unet_only", "--save_format=comfy --cache_text_encoder_outputs --text_encoder_lr 0"],
 )  # fmt: skip
 def test_allowed_without_a_warning(arguments):
     assert list(warnings_of(read(arguments))) == []

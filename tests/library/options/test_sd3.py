@@ -94,7 +94,7 @@ REFUSED = [
     (f"--t5xxl_device=cpu {T5}", "--t5xxl_device=cpu cannot be combined with --network_args train_t5xxl=true"),
     ("--training_shift=0", "--training_shift is 0.0"),
     (f"--save_format=diffusers {T5}", "--save_format=diffusers cannot hold the T5's LoRA"),
-    ("--clip_skip=1", "SD3 takes 75 unweighted tokens of a caption, from the last layer but one of its CLIPs"),
+    ("--clip_skip=1", "SD3's CLIPs take 75 tokens of a caption without weights and give their last layer but one"),
     (
         "--discrete_flow_shift=3",
         "unknown flag --discrete_flow_shift: it belongs to lumina_train_network.py and anima_train_network.py",
