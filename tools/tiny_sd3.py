@@ -45,8 +45,10 @@ FILES = {
     "t5xxl": ("t5",),
     "vae": ("vae",),
 }
-# layers that write into a residual stream: small enough that a stream keeps its size through all blocks
-STREAM_WRITERS = ("attn.proj.weight", "attn2.proj.weight", "mlp.fc2.weight", "SelfAttention.o.weight", "wo.weight")
+# layers that write into a residual stream: small enough that a stream keeps its size through all blocks. Those of attention, whose
+# results are means over many tokens, need not be made smaller: else texts would hardly count
+STREAM_WRITERS = ("mlp.fc2.weight", "wo.weight")
+SHARPNESS = 2.0  # of queries, so that attention is not a mean over all tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +163,9 @@ def mmdit_weights(config: MmditConfig, *, seed: int) -> dict[str, Tensor]:
     """Modulations and the last layer, which start at zero in training, have weights as others do."""
     tensors = random_weights(layout.expected_shapes(config), part="mmdit", seed=seed, gain=_gain)
     tensors["pos_embed"] = position_table(config.position_side, config.width)
+    for name, tensor in tensors.items():
+        if name.endswith("ln_q.weight" if config.qk_norm else "attn.qkv.weight"):
+            tensor[: len(tensor) if config.qk_norm else config.width] *= SHARPNESS
     return tensors
 
 

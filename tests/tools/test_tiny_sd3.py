@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.files.open_weights import open_weights
 from library.files.safetensors_file import read_header, read_tensors
+from library.sd.vae import load_vae
+from library.sd.vae_layout import find_vae, vae_part
+from library.sd3.checkpoint import build_denoiser, load_denoiser
 from library.sd3.layout import mmdit_part
+from tests.golden.golden_files import relative_error
 from tools.make_tiny_models import main
-from tools.tiny_sd3 import FILES, KINDS, PREFIXES, make_sd3
+from tools.tiny_sd3 import FILES, KINDS, LATENT_CHANNELS, PREFIXES, SCALE, SHIFT, make_sd3
 
 SPECS = Path(os.environ.get("SPECS_DIR", "specs")) / "checkpoints"
 PUBLISHED = {
@@ -82,10 +87,45 @@ def test_a_part_is_the_same_in_every_file(tiny_sd3):
 
 @pytest.mark.parametrize(("kind", "name"), {"sd3": "medium", "sd35_medium": "5-medium", "sd35_large": "5-large"}.items())
 def test_the_denoiser_is_of_its_kind(kind, name, tiny_sd3):
-    from library.files.open_weights import open_weights
-
     config = mmdit_part(open_weights(tiny_sd3[kind], flag="--x"), prefix=PREFIXES["mmdit"]).config
     assert (config.kind, config.width, config.blocks, config.heads) == (name, 128, 3, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_denoiser_runs_on_what_the_encoders_give(kind, tiny_sd3):
+    """With every layer alive: the prediction is about as large as its target, and differs with each of the inputs."""
+    part = mmdit_part(open_weights(tiny_sd3[kind], flag="--x"), prefix=PREFIXES["mmdit"])
+    denoiser = build_denoiser(part.config)
+    load_denoiser(denoiser, part, device="cpu", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"latents": (1, 16, 16, 16), "context": (1, 100, part.config.context_width), "pooled": (1, part.config.pooled_width)}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inputs["timesteps"] = torch.tensor([500.0])
+    found = denoiser(**inputs)
+    assert found.isfinite().all() and 0.3 < float(found.std()) < 3
+    for name, tensor in inputs.items():
+        change = tensor / 2 if name == "timesteps" else torch.randn(tensor.shape, generator=generator)
+        other = denoiser(**{**inputs, name: change})
+        assert float((other - found).std()) > 0.05 * float(found.std()), name
+
+
+@torch.no_grad()
+def test_latents_vary_by_one_and_colours_are_colours(tiny_sd3):
+    source = open_weights(tiny_sd3["sd3"], flag="--x")
+    place = find_vae(source.shapes)
+    vae = load_vae(
+        vae_part(source, prefix=place.prefix, layout=place.layout, channels=LATENT_CHANNELS),
+        device="cpu",
+        dtype=torch.float32,
+        scale=SCALE,
+        shift=SHIFT,
+    )
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = vae.encode(pixels, [1, 2])
+    assert latents.shape == (2, 16, 8, 8) and 0.3 < float(latents.std()) < 3
+    assert relative_error(vae.encode(pixels, [3, 4]), latents) < 0.3  # narrow posteriors
+    assert 0.1 < float(vae.decode(latents).abs().mean()) < 1.5
 
 
 def test_the_position_table_is_that_of_diffusers():
