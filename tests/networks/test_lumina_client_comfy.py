@@ -21,7 +21,7 @@ from tests.networks.conftest import tree_of
 from tests.networks.lumina_models import TINY, denoiser_linears, gemma, randomize
 
 SPECS = os.environ.get("SPECS_DIR")
-pytestmark = pytest.mark.skipif(SPECS is None, reason="needs the published lists")
+pytestmark = pytest.mark.skipif(not SPECS, reason="needs the published lists")
 
 GEMMA = "gemma2_2b.transformer.model."
 MODULES = 184 + 182

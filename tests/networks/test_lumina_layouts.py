@@ -32,7 +32,7 @@ def test_every_path_that_can_be_trained():
     assert len(PATHS) == 184 + 182
 
 
-@pytest.mark.skipif(SPECS is None, reason="needs the published lists")
+@pytest.mark.skipif(not SPECS, reason="needs the published lists")
 def test_the_published_list_of_modules():
     published = json.loads(gzip.decompress((Path(SPECS or "") / "lora" / "lumina2.json.gz").read_bytes()))
     modules = {name: facts["module"] for group in published["modules"].values() for name, facts in group.items()}
