@@ -173,3 +173,21 @@ def test_tables_made_in_inference_mode_serve_training():
 def test_third_party_networks_find_the_blocks_by_their_class_names():
     names = {type(module).__name__ for module in tiny_denoiser(TINY).modules()}
     assert {"MMDiTBlock", "SingleDiTBlock"} <= names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_gpu_nothing_waits(kind):
+    """The same numbers as on the CPU, also with windows that were drawn, and no copy that the host waits for."""
+    inputs, corners = batch(KINDS[kind]), torch.tensor([[0, 9], [5, 2]])
+    expected = tiny_denoiser(KINDS[kind])(*inputs, corners=corners)
+    denoiser = tiny_denoiser(KINDS[kind]).to("cuda")
+    there = [tensor.to("cuda") for tensor in (*inputs, corners)]
+    denoiser(*there[:4], corners=there[4])  # loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        velocity = denoiser(*there[:4], corners=there[4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(velocity.cpu(), expected, rtol=1e-2, atol=1e-2)
