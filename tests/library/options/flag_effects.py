@@ -104,7 +104,7 @@ SHOWN: dict[str, dict[str, str]] = {
     "library/dataset/caches/test_latent_cache.py": {"test_a_cache_folder_is_made_and_used": "cache_dir"},
     "library/training/test_cache_job.py": {"test_variants_are_counted_as_training_counts_them": "caption_variants"},
     # ------------------------------------------------------------ network
-    "golden/test_golden_lora.py": {"test_modules_and_optimizer_groups": "network_alpha network_args text_encoder_lr"},
+    "golden/test_golden_lora.py": {"test_modules_and_optimizer_groups": "network_alpha network_args"},
     # ------------------------------------------------------------ run, memory and speed
     "library/training/models/test_precision.py": {
         "test_deterministic_asks_for_kernels_of_a_fixed_order": "deterministic",

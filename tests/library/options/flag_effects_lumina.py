@@ -8,12 +8,20 @@ LUMINA = Effects(
     shown={
         "library/options/test_lumina.py": {"test_flags_that_name_a_kernel": "use_flash_attn"},
         "test_lumina_train_network.py": {
-            "test_files_of_their_own_win_over_the_checkpoint_s": "pretrained_model_name_or_path gemma2 ae network_module",
-            "test_a_tokenizer_that_is_named_is_the_one_used": "gemma2_tokenizer",
+            "test_its_own_network_module": "network_module",
             "test_flags_of_the_text_train_otherwise": "gemma2_max_token_length system_prompt",
-            "test_flags_of_the_noise_levels_train_otherwise": "model_prediction_type weighting_scheme",
             "test_pictures_drawn_together_are_those_drawn_one_by_one": "sample_batch_size",
             "test_save_format_names_the_modules_as_diffusers_does": "save_format",
+        },
+        "library/lumina/test_architecture.py": {
+            "test_a_path_on_the_command_line_wins": "pretrained_model_name_or_path gemma2 ae",
+            "test_text_depends_on_encoder_precision_length_prompt_and_tokenizer": "gemma2_max_token_length "
+            "system_prompt",
+        },
+        "library/lumina/test_tokenizer.py": {"test_what_is_named_wins": "gemma2_tokenizer"},
+        "library/training/test_timestep_picture.py": {
+            "test_picture_and_numbers": "model_prediction_type discrete_flow_shift",
+            "test_the_sizes_of_the_pictures_count_where_the_sampling_asks_for_them": "timestep_sampling",
         },
         "library/training/loss/test_timesteps.py": {
             "test_sigmoid_scale_widens": "sigmoid_scale",

@@ -32,7 +32,7 @@ BOTH = Effects(
             "test_marks_of_velocity_want_their_flags": "v_parameterization zero_terminal_snr",
         },
         "library/training/test_timestep_picture.py": {
-            "test_picture_and_numbers_of_a_table": "show_timesteps min_snr_gamma v_parameterization",
+            "test_picture_and_numbers": "show_timesteps min_snr_gamma v_parameterization",
         },
         "library/training/loss/test_ddpm.py": {
             "test_all_timesteps_of_the_range_are_drawn_alike": "min_timestep max_timestep",
@@ -43,6 +43,7 @@ BOTH = Effects(
         "test_trainers.py": {
             "test_cold_warm_and_live_train_on_the_same_values": "network_train_unet_only cache_latents_to_disk "
             "cache_text_encoder_outputs_to_disk",
+            "test_rates_of_their_own": "text_encoder_lr unet_lr",
             "test_gradient_checkpointing_changes_nothing": "gradient_checkpointing cpu_offload_checkpointing",
             "test_text_encoders_alone": "network_train_text_encoder_only",
             "test_compiled_blocks_train_alike": "torch_compile dynamo_backend",
