@@ -45,8 +45,8 @@ FILES = {
     "t5xxl": ("t5",),
     "vae": ("vae",),
 }
-# layers that write into a residual stream: small enough that a stream keeps its size through all blocks. Those of attention, whose
-# results are means over many tokens, need not be made smaller: else texts would hardly count
+# layers that write into a residual stream: small enough that a stream keeps its size through all blocks. Those of attention need
+# not be made smaller, as its results are means over many tokens: else texts would hardly count
 STREAM_WRITERS = ("mlp.fc2.weight", "wo.weight")
 SHARPNESS = 2.0  # of queries, so that attention is not a mean over all tokens
 
