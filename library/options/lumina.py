@@ -35,8 +35,8 @@ class LuminaOptions:
         path=True,
     )  # fmt: skip
     gemma2_tokenizer: str | None = opt(
-        None, "tokenizer of Gemma 2: a folder, or OWNER/NAME on the hub (not set = the one in the file or folder of --gemma2, "
-        "else google/gemma-2-2b)", path=True,
+        None, "tokenizer of Gemma 2: a folder, a file of it, or OWNER/NAME on the hub (not set = the one that comes with "
+        "--gemma2, else google/gemma-2-2b)", path=True,
     )  # fmt: skip
     ae: str | None = opt(
         None, "file of the image coder, the autoencoder of FLUX (not set = the one inside the model's checkpoint)", path=True

@@ -34,7 +34,7 @@ class LuminaFileOptions:
         None, "text encoder Gemma 2 2B: a .safetensors file or a folder (not set = the one inside the model's file)", path=True
     )
     gemma2_tokenizer: str | None = opt(
-        None, "tokenizer of Gemma 2: a folder, or OWNER/NAME on the hub (not set = the one in the file or folder of "
+        None, "tokenizer of Gemma 2: a folder, a file of it, or OWNER/NAME on the hub (not set = the one that comes with "
         "--gemma2_path, else google/gemma-2-2b)", path=True,
     )  # fmt: skip
     ae_path: str | None = opt(
