@@ -68,6 +68,8 @@ def test_models_do_not_know_the_dataset():
         "library.options.anima",
         "library.training.preflight",
         "library.anima.architecture",
+        "library.lumina.architecture",
+        "library.lumina.reference_caches",
         "library.sampling.sd_inference_checks",
         "library.dataset.caches.latent_cache",
         "library.dataset.caches.text_cache",

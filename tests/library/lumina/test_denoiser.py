@@ -112,6 +112,27 @@ def test_sizes_and_captions_may_change_between_calls():
             assert torch.equal(denoiser(*inputs), copy.deepcopy(fresh)(*inputs))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_step_on_a_gpu_waits_for_nothing_and_gives_the_same(packs):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    denoiser = tiny_denoiser().cuda()
+    denoiser.packs = packs
+    inputs = {lengths: batch(lengths) for lengths in ((4, 6), UNLIKE)}
+    sent = {lengths: (*(t.cuda() for t in tensors), lengths) for lengths, (*tensors, _) in inputs.items()}
+    gradients(denoiser, *sent[4, 6])  # makes the tables of positions
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        velocity = denoiser(*sent[UNLIKE])
+        velocity.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad():
+        torch.testing.assert_close(velocity.detach().cpu(), tiny_denoiser()(*inputs[UNLIKE]), rtol=1e-3, atol=1e-3)
+
+
 # ---------------------------------------------------------------- compiled blocks
 
 
