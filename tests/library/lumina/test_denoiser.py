@@ -104,6 +104,22 @@ def test_latents_keep_their_dtype_and_weights_theirs():
     assert (velocity - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packs", [True, False])
+def test_autocast_computes_in_bf16_from_end_to_end(packs, weights):
+    denoiser = tiny_denoiser(dtype=weights)
+    denoiser.packs = packs
+    seen: set[torch.dtype] = set()
+    for block in denoiser.layers:
+        block.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradients(denoiser, *batch(UNLIKE))
+    exact = gradients(tiny_denoiser(), *batch(UNLIKE))
+    assert seen == {torch.bfloat16}
+    for one, other in zip(ours, exact, strict=True):
+        assert (one - other).norm() < 0.1 * other.norm()
+
+
 def test_sizes_and_captions_may_change_between_calls():
     denoiser, fresh = tiny_denoiser(), tiny_denoiser()
     for lengths, sides in (((3, 5), (8, 6)), ((5, 3), (6, 8)), ((4, 4), (8, 6)), ((301,), (4, 4)), ((3, 5), (8, 6))):
