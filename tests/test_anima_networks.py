@@ -1,4 +1,4 @@
-"""The Anima trainer in this process: learning rates of parts, the table of modules, --fused_backward_pass."""
+"""The Anima trainer in this process: learning rates of parts, the table of modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from library.errors import CheckpointError, NetworkError, OptionError, UserError
 from library.files.safetensors_file import save_safetensors
-from tests.tiny_runs import same_tensors
 from tests.trainer_runs import CACHED_IN_MEMORY, Runs
 
 STEPS = (*CACHED_IN_MEMORY, "--max_train_steps=3")
@@ -113,27 +112,3 @@ def test_weights_that_are_not_finite_are_told_by_a_dry_run(runs):
 def test_rates_that_a_module_does_not_know_end_the_run_before_loading(runs):
     with pytest.raises(NetworkError, match="--mlp_lr: the network module tests.networks.third_party knows no learning rates"):
         runs.train(*STEPS, "--mlp_lr=1e-4", "--network_module=tests.networks.third_party")
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        (*CACHED_IN_MEMORY, "--optimizer_type=AdamW8bit", "--optimizer_args", "min_8bit_size=64"),
-        (*CACHED_IN_MEMORY, "--gradient_checkpointing", "--scale_weight_norms=0.05", "--network_args", "module_dropout=0.5"),
-        ("--cache_latents", "--network_dropout=0.2", "--text_encoder_lr=2e-3", "--lr_scheduler=cosine"),  # with the text encoder
-    ],
-    ids=("8 bits", "checkpointing", "text encoder"),
-)
-def test_fused_updates_change_nothing(runs, flags):
-    fused = runs.train(*flags, "--max_train_steps=3", "--max_grad_norm=0", "--fused_backward_pass", output="fused")
-    plain = runs.train(*flags, "--max_train_steps=3", "--max_grad_norm=0", output="plain")
-    assert same_tensors(runs.lora("fused"), runs.lora("plain"))
-    assert fused.average.mean == plain.average.mean
-    assert all(weight.grad is None for weight in fused.network.parameters())
-
-
-def test_a_resumed_fused_run_equals_an_uninterrupted_one(runs):
-    settings = (*CACHED_IN_MEMORY, "--max_train_steps=4", "--max_grad_norm=0", "--fused_backward_pass", "--network_dropout=0.2")
-    runs.train(*settings, "--save_every_n_steps=2", "--save_state", output="whole")
-    runs.train(*settings, f"--resume={runs.folder / 'whole' / 'tiny-step00000002-state'}", output="resumed")
-    assert same_tensors(runs.lora("whole"), runs.lora("resumed"))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.tiny_runs import same_tensors
-from tests.trainer_runs import Runs
+from tests.trainer_runs import Runs, caption_all
 
 LATENTS = ("--cache_latents", "--max_train_steps=1")
 ALONE = (*LATENTS, "--cache_text_encoder_outputs")  # the denoiser alone
@@ -23,18 +21,6 @@ def make_runs(tmp_path, tiny_sd, picture_folder) -> Callable[[str], Runs]:
     return lambda kind: Runs(kind, tmp_path, tiny_sd, pictures)
 
 
-def caption_all(runs: Runs, text: str) -> None:
-    for caption in runs.pictures.glob("*.txt"):
-        caption.write_text(text, encoding="utf-8")
-
-
-def changes(runs: Runs, *flags: str, base: tuple[str, ...] = ALONE) -> bool:
-    """Whether a run with ``flags`` trains other weights than one without them."""
-    runs.train(*base, output="plain")
-    runs.train(*base, *flags, output="changed")
-    return not same_tensors(runs.lora("plain"), runs.lora("changed"))
-
-
 def closest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     assert first.keys() == second.keys()
     return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
@@ -45,26 +31,26 @@ def closest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize(("kind", "acts"), [("sd1", True), ("sdxl", False)])
 def test_clip_skip_acts_where_it_is_said_to(make_runs, kind, acts):
-    assert changes(make_runs(kind), "--clip_skip=2") is acts
+    assert make_runs(kind).changes("--clip_skip=2") is acts
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_max_token_length_lets_in_the_end_of_a_long_caption(make_runs, kind):
     runs = make_runs(kind)
-    caption_all(runs, LONG)
-    assert changes(runs, "--max_token_length=225")
+    caption_all(runs.pictures, LONG)
+    assert runs.changes("--max_token_length=225")
 
 
 @pytest.mark.parametrize("base", [ALONE, LATENTS])
 def test_weighted_captions_count_cached_or_not(make_runs, base):
     runs = make_runs("sdxl")
-    caption_all(runs, "a (very:1.5) red [thing]")
-    assert changes(runs, "--weighted_captions", base=base)
+    caption_all(runs.pictures, "a (very:1.5) red [thing]")
+    assert runs.changes("--weighted_captions", base=base)
 
 
 def test_cached_texts_of_other_settings_are_not_used(make_runs):
     runs = make_runs("sd1")
-    caption_all(runs, f"a (very:1.5) red [thing], {LONG}")
+    caption_all(runs.pictures, f"a (very:1.5) red [thing], {LONG}")
     cached = (*LATENTS, "--cache_text_encoder_outputs_to_disk")
     runs.train(*cached, output="plain")
     for flag in ("--clip_skip=2", "--max_token_length=150", "--weighted_captions"):
@@ -107,35 +93,16 @@ def test_flags_of_noise_and_loss_all_train_otherwise(make_runs):
         assert not any(same_tensors(lora, other) for other in found[:number]), NOISE[number - 1]
 
 
-def test_masked_loss_trains_otherwise(make_runs, tmp_path):
-    runs = make_runs("sd1")
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    for picture in runs.pictures.iterdir():
-        if picture.suffix != ".txt":
-            with Image.open(picture) as image:
-                half = Image.new("L", image.size)
-                half.paste(255, (0, 0, image.width // 2, image.height))
-            half.save(masks / f"{picture.stem}.png")
-    for picture in [path for path in runs.pictures.iterdir() if path.suffix != ".txt"]:
-        with Image.open(picture) as image:
-            image.convert("RGB").save(picture)  # without an orientation, so that the masks fit
-    runs.train(*ALONE, output="plain")
-    runs.write_dataset(conditioning_data_dir=masks.as_posix())
-    runs.train(*ALONE, "--masked_loss", output="masked")
-    assert not same_tensors(runs.lora("plain"), runs.lora("masked"))
-
-
 # ---------------------------------------------------------------- models, precision and memory
 
 
 @pytest.mark.parametrize(("kind", "form"), [("sd1", "vae"), ("sdxl", "vae_folder")])
 def test_another_vae_makes_other_latents(make_runs, tiny_sd, kind, form):
-    assert changes(make_runs(kind), f"--vae={tiny_sd[form]}")
+    assert make_runs(kind).changes(f"--vae={tiny_sd[form]}")
 
 
 def test_no_half_vae_encodes_in_float32(make_runs):
-    assert changes(make_runs("sdxl"), "--no_half_vae", base=(*ALONE, "--mixed_precision=bf16"))
+    assert make_runs("sdxl").changes("--no_half_vae", base=(*ALONE, "--mixed_precision=bf16"))
 
 
 def test_8_bits_of_the_denoiser_alone_or_of_the_text_encoders_too(make_runs):
@@ -155,12 +122,6 @@ def test_attention_that_needs_no_package_differs_by_rounding_at_most(make_runs):
         assert closest(runs.lora("plain"), runs.lora("other")) < 1e-4, flags
 
 
-def test_fused_updates_change_nothing(make_runs):
-    runs = make_runs("sd1")
-    base = (*LATENTS, "--max_grad_norm=0")
-    assert not changes(runs, "--fused_backward_pass", base=base)
-
-
 def test_full_bf16_keeps_the_lora_in_16_bits(make_runs):
     runs = make_runs("sd1")
     runs.train(*ALONE, "--mixed_precision=bf16", "--full_bf16")
@@ -178,10 +139,6 @@ def test_rates_of_two_text_encoders_by_list_or_by_flags_of_their_own(make_runs):
     assert same_tensors(runs.lora("listed"), runs.lora("named"))
     assert not same_tensors(runs.lora("listed"), runs.lora("one"))
     assert runs.metadata("named")["ss_text_encoder_lr"] == "[0.001, 0.0005]"
-
-
-def test_dropout_of_the_network_acts(make_runs):
-    assert changes(make_runs("sd1"), "--network_dropout=0.5", base=(*ALONE, "--max_train_steps=3"))
 
 
 def test_a_network_module_of_somebody_else(make_runs):
@@ -204,27 +161,15 @@ def test_save_format_names_the_modules_as_diffusers_does(make_runs, kind, text):
 # ---------------------------------------------------------------- sample pictures
 
 
-def pictures_drawn(runs: Runs, folder: Path, *flags: str) -> bytes:
-    """The pixels of the sample picture before the first step."""
-    prompts = folder / "prompts.txt"
-    prompts.write_text("a red cat --w 64 --h 64 --s 3 --d 3\n", encoding="utf-8")
-    runs.train(*LATENTS, "--network_train_unet_only", f"--sample_prompts={prompts}", "--sample_at_first", *flags, output="drawn")
-    (picture,) = (folder / "drawn" / "sample").iterdir()
-    with Image.open(picture) as image:
-        pixels = image.tobytes()
-    picture.unlink()
-    return pixels
-
-
 @pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_sampler_of_sample_pictures(make_runs, tmp_path, kind):
     runs = make_runs(kind)
     samplers = ("ddim", "euler_a", "dpmsolver++")
-    assert len({pictures_drawn(runs, tmp_path, f"--sample_sampler={sampler}") for sampler in samplers}) == 3
+    assert len({runs.drawn(f"--sample_sampler={sampler}")[0] for sampler in samplers}) == 3
 
 
 @pytest.mark.parametrize(("kind", "acts"), [("sd1", True), ("sdxl", False)])
 def test_clip_skip_of_sample_pictures_is_that_of_the_training(make_runs, tmp_path, kind, acts):
     runs = make_runs(kind)
-    assert (pictures_drawn(runs, tmp_path) != pictures_drawn(runs, tmp_path, "--clip_skip=2")) is acts
-    assert runs.metadata("drawn")["ss_clip_skip"] == "2"
+    assert (runs.drawn() != runs.drawn("--clip_skip=2")) is acts
+    assert runs.metadata("drawn 1")["ss_clip_skip"] == "2"

@@ -10,7 +10,7 @@ from library.nn.attention import attentions
 from library.nn.attention_kernels import AttentionKernel
 from tests.e2e.kinds import KINDS, over
 from tests.tiny_runs import same_tensors
-from tests.trainer_runs import CACHED_IN_MEMORY, Runs, deep_denoiser, trained
+from tests.trainer_runs import CACHED_IN_MEMORY, ONE_STEP, Runs, deep_denoiser, mask_left_halves, trained
 
 LATENTS = ("--cache_latents", "--max_train_steps=2")
 CACHES = (*CACHED_IN_MEMORY, "--max_train_steps=2")
@@ -189,6 +189,52 @@ def test_samples_are_drawn_with_what_is_trained_and_change_nothing(runs, tmp_pat
     assert same_tensors(runs.lora(), runs.lora("plain"))
     runs.train(*CACHES, "--network_train_unet_only", *sampling, output="cached")
     assert len(list((tmp_path / "cached" / "sample").iterdir())) == 4
+
+
+@over("sd3", "lumina", slow=("anima", "sd1", "sdxl"))
+def test_what_changes_the_training_of_every_model(runs, tmp_path):
+    masks = mask_left_halves(runs.pictures, tmp_path / "masks")
+    assert runs.changes("--network_dropout=0.5")
+    runs.write_dataset(conditioning_data_dir=masks.as_posix())
+    runs.train(*ONE_STEP, "--masked_loss", output="masked")
+    assert not same_tensors(runs.lora("plain"), runs.lora("masked"))
+
+
+@over("anima", "sd3", "lumina", slow=("sd1", "sdxl", "sd35l"))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (*CACHED_IN_MEMORY, "--network_train_unet_only", "--optimizer_type=AdamW8bit", "--optimizer_args", "min_8bit_size=64"),
+        pytest.param(
+            (*CACHED_IN_MEMORY, "--network_train_unet_only", "--gradient_checkpointing", "--scale_weight_norms=0.05",
+             "--network_args", "module_dropout=0.5"), marks=pytest.mark.slow),
+        ("--cache_latents", "--network_dropout=0.2", "--text_encoder_lr=2e-3", "--lr_scheduler=cosine"),
+    ],
+    ids=("8 bits", "checkpointing", "text encoders"),
+)  # fmt: skip
+def test_fused_updates_change_nothing(runs, flags):
+    fused = runs.train(*flags, "--max_train_steps=2", "--max_grad_norm=0", "--fused_backward_pass", output="fused")
+    plain = runs.train(*flags, "--max_train_steps=2", "--max_grad_norm=0", output="plain")
+    assert same_tensors(runs.lora("fused"), runs.lora("plain"))
+    assert fused.average.mean == plain.average.mean
+    assert all(weight.grad is None for weight in fused.network.parameters())
+
+
+@over("anima", slow=("sd1", "sd3", "lumina"))
+def test_a_resumed_fused_run_equals_an_uninterrupted_one(runs):
+    settings = (*CACHED_IN_MEMORY, "--network_train_unet_only", "--max_train_steps=4", "--max_grad_norm=0",
+                "--fused_backward_pass", "--network_dropout=0.2")  # fmt: skip
+    runs.train(*settings, "--save_every_n_steps=2", "--save_state", output="whole")
+    runs.train(*settings, f"--resume={runs.folder / 'whole' / 'tiny-step00000002-state'}", output="resumed")
+    assert same_tensors(runs.lora("whole"), runs.lora("resumed"))
+
+
+@over("sd3", "lumina", slow=("anima",))
+def test_samplers_of_sample_pictures(runs):
+    """--sample_sampler, or that of a prompt."""
+    euler, by_prompt = runs.drawn(prompt="a cat --w 64 --h 64 --s 4 --d 3\na cat --w 64 --h 64 --s 4 --d 3 --ss er_sde\n")
+    (by_flag,) = runs.drawn("--sample_sampler=er_sde", prompt="a cat --w 64 --h 64 --s 4 --d 3\n")
+    assert euler != by_prompt == by_flag
 
 
 @over("sd3", "lumina", slow=("anima", "sd1", "sdxl", "sd35m"))

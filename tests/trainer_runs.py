@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from library.files.safetensors_file import read_header, save_safetensors
 from library.options.command_line import read_options
@@ -16,8 +17,10 @@ from library.options.declare import groups_of, options_of
 from library.options.scripts import option_set_of
 from library.training.preflight import CheckedRun, check_run
 from tests.e2e.kinds import KINDS, lora, model_flags, run_flags, write_dataset
+from tests.tiny_runs import same_tensors
 
 CACHED_IN_MEMORY = ("--cache_latents", "--cache_text_encoder_outputs")
+ONE_STEP = (*CACHED_IN_MEMORY, "--max_train_steps=1")
 # script -> (where its architecture is, the trainer's class)
 TRAINERS = {
     "anima_train_network.py": ("library.anima.architecture", "ANIMA", "AnimaNetworkTrainer"),
@@ -51,6 +54,20 @@ class Runs:
         trainer.train()
         return trainer
 
+    def changes(self, *flags: object, base: Sequence[object] = ONE_STEP) -> bool:
+        """Whether a run with ``flags`` trains other weights than one without them."""
+        self.train(*base, output="plain")
+        self.train(*base, *flags, output="changed")
+        return not same_tensors(self.lora("plain"), self.lora("changed"))
+
+    def drawn(self, *flags: object, prompt: str = "a red cat --w 64 --h 64 --s 3 --d 3") -> list[bytes]:
+        """The pixels of the sample pictures before the first step, one for each line of ``prompt``."""
+        prompts, output = self.folder / "prompts.txt", f"drawn {len(list(self.folder.glob('drawn*')))}"
+        prompts.write_text(prompt, encoding="utf-8")
+        alone = ("--cache_latents", "--max_train_steps=1", "--network_train_unet_only", "--sample_at_first")
+        self.train(*alone, f"--sample_prompts={prompts}", *flags, output=output)
+        return [pixels(path) for path in sorted((self.folder / output / "sample").iterdir())]
+
     def has(self, option: str) -> bool:
         return option in {one.name for group in groups_of(self.options).values() for one in options_of(group)}
 
@@ -59,6 +76,30 @@ class Runs:
 
     def metadata(self, output: str = "out", name: str = "tiny") -> dict[str, str]:
         return read_header(self.folder / output / f"{name}.safetensors").metadata
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
+def mask_left_halves(pictures: Path, masks: Path) -> Path:
+    """A mask for each picture: white to the left of the middle. The pictures lose what would turn them."""
+    masks.mkdir()
+    for path in [path for path in pictures.iterdir() if path.suffix not in (".txt", ".json")]:
+        with Image.open(path) as picture:
+            plain = picture.convert("RGB")
+        plain.getexif().clear()
+        plain.save(path)
+        mask = Image.new("L", plain.size)
+        mask.paste(255, (0, 0, plain.width // 2, plain.height))
+        mask.save(masks / f"{path.stem}.png")
+    return masks
+
+
+def caption_all(pictures: Path, text: str) -> None:
+    for caption in pictures.glob("*.txt"):
+        caption.write_text(text, encoding="utf-8")
 
 
 def deep_denoiser(kind: str, models: Mapping[str, Path], path: Path, *, blocks: int) -> Path:

@@ -57,6 +57,10 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_face_takes_the_share_that_the_range_allows": "face_crop_aug_range",
     },
     "library/dataset/test_scan.py": {"test_bad_images_can_be_left_out": "skip_bad_images"},
+    "test_trainers.py": {
+        "test_what_changes_the_training_of_every_model": "network_dropout masked_loss",
+        "test_fused_updates_change_nothing": "fused_backward_pass",
+    },
     "test_train_network.py": {
         "test_workers_and_saves_change_nothing": "max_data_loader_n_workers",
         "test_network_weights_are_the_start": "network_weights unet_lr",

@@ -18,7 +18,6 @@ SHOWN: dict[str, dict[str, str]] = {
     },
     "test_anima_networks.py": {
         "test_parts_train_at_their_rates": "self_attn_lr mod_lr llm_adapter_lr",
-        "test_fused_updates_change_nothing": "fused_backward_pass",
     },
     "test_anima_train_network.py": {
         "test_an_attention_kernel_that_does_not_work_here_is_told_before_anything_is_loaded": "attn_mode",

@@ -46,8 +46,6 @@ SD3_AND_LUMINA = Effects(
     shown={
         "library/options/test_flow_train.py": {"test_older_flags_name_a_kernel_too": "xformers sdpa"},
         "test_trainers.py": {
-            "test_what_changes_the_training_of_every_model": "network_dropout masked_loss",
-            "test_fused_updates_change_nothing": "fused_backward_pass",
             "test_samplers_of_sample_pictures": "sample_sampler",
         },
     },

@@ -15,14 +15,11 @@ BOTH = Effects(
             "test_flags_of_noise_and_loss_all_train_otherwise": "noise_offset noise_offset_random_strength adaptive_noise_scale "
             "multires_noise_iterations multires_noise_discount ip_noise_gamma ip_noise_gamma_random_strength loss_type "
             "huber_schedule",
-            "test_masked_loss_trains_otherwise": "masked_loss",
             "test_another_vae_makes_other_latents": "vae",
             "test_no_half_vae_encodes_in_float32": "no_half_vae",
             "test_8_bits_of_the_denoiser_alone_or_of_the_text_encoders_too": "fp8_base fp8_base_unet",
             "test_attention_that_needs_no_package_differs_by_rounding_at_most": "sdpa attn_mode split_attn",
-            "test_fused_updates_change_nothing": "fused_backward_pass",
             "test_full_bf16_keeps_the_lora_in_16_bits": "full_bf16",
-            "test_dropout_of_the_network_acts": "network_dropout",
             "test_a_network_module_of_somebody_else": "network_module",
             "test_save_format_names_the_modules_as_diffusers_does": "save_format",
             "test_sampler_of_sample_pictures": "sample_sampler",
