@@ -71,9 +71,9 @@ class SdPictureMaker(StableDiffusionPictureMaker):
     ) -> tuple[TextInputs, TextInputs | None]:
         return prompt_inputs(positive, negative)
 
-    def about(self) -> dict[str, str]:
+    def about(self, picture: Picture) -> dict[str, str]:
         clip_skip = self.options.files.clip_skip
-        return {**({"Clip skip": str(clip_skip)} if clip_skip else {}), **super().about()}
+        return {**({"Clip skip": str(clip_skip)} if clip_skip else {}), **super().about(picture)}
 
 
 def main(run: Any) -> None:

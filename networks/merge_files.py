@@ -1,4 +1,5 @@
-"""LoRA files merged into models for drawing: which of their modules, how strongly, and with the LyCORIS package where asked.
+"""LoRA files for drawing, merged into models or beside their weights: which of their modules, how strongly, and with the LyCORIS
+package where asked.
 
 First everything is read and compared with models that have no weights yet, so that a file that does not fit shows at once; then
 each model gets its share when it is loaded.
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import NetworkError
+from networks.layer import LoRAModule
 from networks.lora import original_paths
-from networks.weights_file import read_lora_file
+from networks.weights_file import by_module, read_lora_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,21 @@ class FileMerges:
         """Merges each file's share of ``models``, computed on ``device``; -> the modules merged."""
         return sum(file.merge(models, device, self.patterns) for file in self.files)
 
+    def beside(self, models: Sequence[nn.Module], device: torch.device) -> int:
+        """Puts each file's share beside the weights of ``models``, on ``device``; ``set_strengths`` acts there. -> the modules."""
+        return sum(file.put_beside(models, device, self.patterns) for file in self._own_files)
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """One for each file, of what is beside the weights."""
+        for file, strength in zip(self._own_files, strengths, strict=True):
+            file.network.set_multiplier(strength)
+
+    @property
+    def _own_files(self) -> list[OwnFile]:
+        own = [file for file in self.files if isinstance(file, OwnFile)]
+        assert len(own) == len(self.files), "files that LyCORIS reads are merged"
+        return own
+
 
 def _examples(modules: Sequence[tuple[str, ...]]) -> str:
     more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
@@ -107,15 +124,27 @@ class OwnFile:
         return list(self.paths.items())
 
     def merge(self, models: Sequence[nn.Module], device: torch.device, patterns: ModulePatterns) -> int:
-        layers = {id(layer) for model in models for layer in model.modules()}
-        chosen = {
-            lora.lora_name
-            for lora in self.network.loras
-            if id(lora.org_module_ref[0]) in layers and patterns.allows(lora.lora_name, self.paths[lora.lora_name])
-        }
+        chosen = {lora.lora_name for lora in self._share(models, patterns)}
         weights = {key: value for key, value in self.weights.items() if key.partition(".")[0] in chosen}
         self.network.merge_to(None, None, weights, None, device)
         return len(chosen)
+
+    def put_beside(self, models: Sequence[nn.Module], device: torch.device, patterns: ModulePatterns) -> int:
+        """The file's modules of ``models`` act beside their weights, as while training; -> how many."""
+        share, weights = self._share(models, patterns), by_module(self.weights)
+        for lora in share:
+            lora.load_pair(weights[lora.lora_name])
+            lora.requires_grad_(False).eval().to(device)
+            lora.apply_to()
+        return len(share)
+
+    def _share(self, models: Sequence[nn.Module], patterns: ModulePatterns) -> list[LoRAModule]:
+        layers = {id(layer) for model in models for layer in model.modules()}
+        return [
+            lora
+            for lora in self.network.loras
+            if id(lora.org_module_ref[0]) in layers and patterns.allows(lora.lora_name, self.paths[lora.lora_name])
+        ]
 
 
 class LycorisFile:

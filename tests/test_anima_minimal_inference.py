@@ -14,6 +14,7 @@ from PIL import Image
 
 from anima_minimal_inference import CHECKS, AnimaPictureMaker
 from anima_train_network import AnimaNetworkTrainer
+from library.anima.architecture import ANIMA
 from library.anima.checkpoint import build_denoiser
 from library.anima.layout import read_denoiser_layout
 from library.anima.text import build_qwen3
@@ -118,7 +119,7 @@ def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
 
     dtype, device = WEIGHT_DTYPES[precision], torch.device("cpu")
     trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)
-    trainer.run, trainer.device = SimpleNamespace(layouts=layouts), device
+    trainer.run, trainer.device = SimpleNamespace(layouts=layouts, architecture=ANIMA), device
     trainer.options = SimpleNamespace(
         samples=SimpleNamespace(sample_sampler=sampler if precision == "bf16" else None),
         memory=SimpleNamespace(fp8_base=False, fp8_base_unet=False),
@@ -140,6 +141,7 @@ def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
 def test_a_sample_tells_all_that_was_not_given():
     trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)
     trainer.options = SimpleNamespace(samples=SimpleNamespace(sample_sampler="euler_a"))
+    trainer.run = SimpleNamespace(architecture=ANIMA)
     plain = trainer.plan_sample(SamplePrompt(prompt="a cat", index=0, sample_sampler="ddim"), 7)
     assert picture_parameters(plain, {}) == ("a cat\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 7, Shift: 3, Size: 512x512")
     odd = trainer.plan_sample(SamplePrompt(prompt="a", index=0, sample_steps=0, scale=0.5, negative_prompt="b", width=70), 7)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from library.lumina.denoiser import NextDit
@@ -22,3 +23,8 @@ def velocity_of(denoiser: NextDit) -> Callable[[Tensor, Tensor, LuminaConditioni
     The denoiser's time is 0 at noise and 1 at the image, and what it predicts points that way.
     """
     return lambda latents, sigmas, text: -denoiser(latents, 1 - sigmas, text.states, text.lengths)
+
+
+def repeated(text: LuminaConditioning, images: int, *, dtype: torch.dtype) -> LuminaConditioning:
+    """The only text for each of ``images``, in the number format of the denoiser, which may be another than Gemma's."""
+    return LuminaConditioning(text.states.to(dtype).expand(images, -1, -1), lengths=text.lengths * images)

@@ -14,12 +14,22 @@ from library.options.sd_inference import SdMergeOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowMergeOptions(SdMergeOptions):
-    """LoRA: files that are merged into the model before it draws, one after the other."""
+    """LoRA: files that act beside the weights, or are merged into them before the model draws."""
 
     lora_weights: list[str] | None = opt(
         None, "LoRA files for the denoiser, the text encoders or both, any layout; FILE or 'FILE;STRENGTH' (not set = none)"
     )
-    merge_lora_weights: bool = opt(False, "merge LoRA files into the model's weights, as is always done here")
+    merge_lora_weights: bool = opt(
+        False, "merge LoRA files into the model's weights: draws faster, but prompts cannot set their strengths (--m)"
+    )
+
+    @property
+    def merged(self) -> bool:
+        return self.merge_lora_weights
+
+    def warnings(self) -> Iterator[str]:
+        if self.merge_lora_weights and not self.files:
+            yield "--merge_lora_weights does nothing without --lora_weights"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

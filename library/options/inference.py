@@ -33,6 +33,11 @@ class MergeOptions:
         return False
 
     @property
+    def merged(self) -> bool:
+        """Whether the files become part of the weights: else a prompt may set their strengths."""
+        return True
+
+    @property
     def files(self) -> list[tuple[str, float]]:
         """(path, multiplier) of each file."""
         raise NotImplementedError

@@ -93,7 +93,7 @@ class LuminaPromptOptions(StepPromptOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LuminaOutputOptions(SdOutputOptions):
-    """Output: what is written. Names are image_DATE-TIME_NUMBER.png and ..._latent.safetensors; nothing is overwritten."""
+    """Output: what is written. Names are image_DATETIME_SEED.png and ..._latent.safetensors; nothing is overwritten."""
 
     output_dir: str = opt("outputs", "folder for the files; made if missing", path=True)
 

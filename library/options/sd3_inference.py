@@ -65,6 +65,11 @@ class Sd3PromptOptions(StepPromptOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sd3OutputOptions(SdOutputOptions):
+    """Output: what is written. Names are DATE_TIME.png and DATE_TIME_latent.safetensors; nothing is overwritten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sd3DeviceOptions(DeviceOptions):
     """Device: where and with which numbers the models work."""
 
@@ -95,7 +100,7 @@ class Sd3InferenceOptions(InferenceRules):
     files: Sd3FileOptions = field(default_factory=Sd3FileOptions)
     prompts: Sd3PromptOptions = field(default_factory=Sd3PromptOptions)
     loras: FlowMergeOptions = field(default_factory=FlowMergeOptions)
-    output: SdOutputOptions = field(default_factory=SdOutputOptions)
+    output: Sd3OutputOptions = field(default_factory=Sd3OutputOptions)
     compute: Sd3DeviceOptions = field(default_factory=Sd3DeviceOptions)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,6 +46,7 @@ class PictureMaker(ABC):
         compute = self.options.compute
         self.device = chosen_device(compute.device)
         self.dtype = WEIGHT_DTYPES[compute.precision or ("no" if self.device.type == "cpu" else "bf16")]
+        self.text_dtype = self.dtype
         self.vae_dtype = torch.float32 if self.options.files.no_half_vae else self.dtype
         self.text_device = torch.device("cpu") if compute.text_encoder_cpu else self.device
         self.folder = Path(self.options.output.folder)
@@ -104,9 +105,13 @@ class PictureMaker(ABC):
         """How many times ``draw`` ticks for it."""
         return picture.steps
 
+    def problems_of(self, picture: Picture) -> Iterable[str]:
+        """Why a picture that is asked for on the console cannot be drawn; the others have been checked."""
+        return ()
+
     @abstractmethod
-    def about(self) -> dict[str, str]:
-        """What made the pictures, as label -> name, for their metadata."""
+    def about(self, picture: Picture) -> dict[str, str]:
+        """What made the picture, as label -> name, for its metadata."""
 
     # ------------------------------------------------------------------ the way
 
@@ -189,7 +194,7 @@ class PictureMaker(ABC):
             if word in QUIT:
                 return
             if word in HELP:
-                print(line_help(self.options.prompts, self.SAMPLERS, two_prompts="prompt2" in self.SETTINGS), flush=True)
+                print(self.help(), flush=True)
             if not word or word in HELP or line.startswith("#"):
                 continue
             try:
@@ -200,6 +205,11 @@ class PictureMaker(ABC):
                 print(error_block(out_of_memory(error, self.options)), file=sys.stderr, flush=True)
                 self.free()
 
+    def help(self) -> str:
+        loras = self.options.loras
+        strengths = [] if loras.merged else [strength for _, strength in loras.files]
+        return line_help(self.options.prompts, self.SAMPLERS, two_prompts="prompt2" in self.SETTINGS, strengths=strengths)
+
     def next_line(self) -> str | None:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -209,10 +219,12 @@ class PictureMaker(ABC):
     def draw_line(self, line: str) -> None:
         if "\ufffd" in line:
             raise OptionError(f"the line is no {sys.stdin.encoding} text: {line.strip()!r}; write it again")
-        prompt = asked_prompt(line, self.SAMPLERS)
+        prompt = asked_prompt(line, self.SAMPLERS, self.options.loras)
         for warning in plan_warnings([prompt], self.options.prompts, self.SIDE_STEP_PX, self.SETTINGS):
             logger.warning("warning: %s", warning)
         pictures = pictures_of(prompt, self.options.prompts, side_step=self.SIDE_STEP_PX)
+        if problems := list(self.problems_of(pictures[0])):
+            raise OptionError(*problems)
         self.texts.clear()
         with self.working(self.text_model, self.text_device):
             self.encode_texts(self.texts_of(pictures[0]))
@@ -226,7 +238,7 @@ class PictureMaker(ABC):
         output = self.options.output
         endings = [*([PICTURE_END] if output.wants_pictures else []), *([LATENT_END] if output.wants_latents else [])]
         stem = free_stem(self.folder, self.name_of(picture), endings)
-        text = None if output.no_metadata else picture_parameters(picture, self.about())
+        text = None if output.no_metadata else picture_parameters(picture, self.about(picture))
         if output.wants_latents:
             about = {"parameters": text, "seed": str(picture.seed)} if text else None
             save_safetensors(self.folder / f"{stem}{LATENT_END}", {LATENT: latent[0]}, about)
@@ -300,10 +312,25 @@ class PictureMaker(ABC):
 
             yield tick
 
-    def tell_merged(self, model: str, modules: int) -> None:
+    def tell_loras(self, model: str, modules: int) -> None:
         if modules:
             files = ", ".join(f"{Path(file).name} x {strength:g}" for file, strength in self.options.loras.files)
-            logger.info("merged %d LoRA modules into the %s (%s)", modules, model, files)
+            how = "merged %d LoRA modules into" if self.options.loras.merged else "%d LoRA modules act on"
+            logger.info(f"{how} the %s (%s)", modules, model, files)
+
+    def strengths_of(self, picture: Picture) -> tuple[float, ...]:
+        """Of each LoRA file."""
+        own = picture.lora_multipliers
+        return (*own, *(strength for _, strength in self.options.loras.files[len(own) :]))
+
+    def about_loras(self, picture: Picture) -> dict[str, str]:
+        """The LoRA files and their strengths, as ``about`` tells them."""
+        loras = self.options.loras
+        files = [Path(file).name for file, _ in loras.files]
+        named = [f"{file} ({strength:g})" for file, strength in zip(files, self.strengths_of(picture), strict=True)]
+        patterns = {"LoRA modules": loras.include_patterns, "LoRA modules left out": loras.exclude_patterns}
+        about = {"LoRA": named, **patterns}
+        return {label: "; ".join(parts) for label, parts in about.items() if parts}
 
     def tell_end(self, seconds: float) -> None:
         """One line: pictures, time, memory."""
@@ -356,9 +383,7 @@ def out_of_memory(error: BaseException, options: Any) -> OptionError:
     """Names the flags that ``options`` has."""
     known = {option.flag for group in groups_of(type(options)).values() for option in options_of(group)}
     flags = ", ".join(flag for flag in MEMORY_FLAGS if flag.split()[0] in known)
-    return OptionError(
-        f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: {flags}, a smaller --image_size"
-    )
+    return OptionError(f"the GPU is out of memory ({str(error).splitlines()[0]}). What saves memory: {flags}, smaller pictures")
 
 
 def run_inference(maker_class: Callable[[CheckedPictures], PictureMaker], run: CheckedPictures) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from library.errors import CheckpointError, OptionError, ProblemList, user_errors_end_the_script
 from library.files.model_path import LORA, recognise, with_article
 from library.files.safetensors_file import SafetensorsHeader, read_header
 from library.options.declare import warnings_of
-from library.sampling.picture_plan import FLOW_SETTINGS, given_prompts, plan_warnings
+from library.sampling.picture_plan import FLOW_SETTINGS, given_prompts, pictures_of, plan_warnings
 from library.sampling.prompts import SamplePrompt
 from library.training.models.networks import check_weights_file
 from library.training.preflight import check_writable
@@ -20,6 +21,7 @@ from library.training.run_rules import attention_problems
 from library.training.running.console import set_up_console
 
 LATENT = "latent"  # the tensor's name in a file of latents
+Found = TypeVar("Found")
 
 LoraProblem = Callable[[Any, SafetensorsHeader], str | None]  # options, header -> why the file cannot be merged
 
@@ -45,6 +47,8 @@ class InferenceChecks:
     side_step: int  # pixels
     samplers: Collection[str]
     settings: Collection[str] = FLOW_SETTINGS  # the keys of a prompt that the model draws by
+    model_warnings: Callable[[Any, Any], Iterable[str]] = lambda layouts, options: ()
+    size_problems: Callable[[Any, Iterable[tuple[int, int]]], Iterable[str]] = lambda layouts, sizes_wh: ()
 
 
 def checked_pictures(read: Callable[[], Any], checks: InferenceChecks) -> CheckedPictures:
@@ -67,7 +71,7 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     with problems.collect():
         check_folder(Path(options.output.folder), options.output.FOLDER_FLAG)
     with problems.collect():
-        prompts = given_prompts(options.prompts, checks.samplers)
+        prompts = given_prompts(options.prompts, checks.samplers, options.loras)
     for file, _ in options.loras.files if "denoiser" in options.parts else ():
         with problems.collect():
             check_lora(file, options, checks.lora_problem)
@@ -77,10 +81,29 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     for path in latents:
         with problems.collect():
             check_latents(path, checks.latent_channels(layouts) if layouts is not None else None)
+    if layouts is not None and not latents:
+        problems.add(*checks.size_problems(layouts, drawn_sizes(prompts, options, checks.side_step)))
     problems.raise_if_any()
-    return CheckedPictures(
-        options=options, layouts=layouts, prompts=prompts, latents=latents, warnings=tuple(_warnings(options, prompts, checks))
-    )
+    warnings = (*checks.model_warnings(layouts, options), *_warnings(options, prompts, checks))
+    return CheckedPictures(options=options, layouts=layouts, prompts=prompts, latents=latents, warnings=warnings)
+
+
+def drawn_sizes(prompts: Iterable[SamplePrompt], options: Any, side_step: int) -> list[tuple[int, int]]:
+    """Width and height of the pictures of each prompt, in pixels."""
+    pictures = [pictures_of(prompt, options.prompts, side_step=side_step)[0] for prompt in prompts]
+    return [(picture.width, picture.height) for picture in pictures]
+
+
+def with_own_flags(read: Callable[[], Found], names: Mapping[str, str]) -> Found:
+    """What ``read`` gives, its errors with the flags of a script that has other ``names`` for them than training."""
+    try:
+        return read()
+    except (CheckpointError, OptionError) as error:
+        raise type(error)(*(own_flag_names(problem, names) for problem in error.problems)) from error
+
+
+def own_flag_names(text: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"(?<![\w-])--\w+", lambda flag: names.get(flag[0], flag[0]), text)
 
 
 def _warnings(options: Any, prompts: tuple[SamplePrompt, ...], checks: InferenceChecks) -> Iterator[str]:

@@ -20,7 +20,8 @@ LUMINA_SETTINGS = FLOW_SETTINGS | {"cfg_trunc_ratio", "renorm_cfg"}
 DIFFUSION_SETTINGS = FLOW_SETTINGS - {"flow_shift"}  # the same of Stable Diffusion and SDXL
 MIN_SIDE_PX = 64
 RANDOM_SEED_BITS = 32
-EMPTY_PROMPT = '""'  # how a typed line writes it
+EMPTY_PROMPT, EMPTY_NEGATIVE = '""', "-"  # how a typed line writes them
+GLUED = re.compile(r"(?<= --)([whsdlgcm])(?=[\d.])")  # a number right behind its letter, as sd-scripts' script for SD3 takes it
 LARGE_PX, USUAL_PX = 2048 * 2048, 1024 * 1024
 
 
@@ -67,6 +68,7 @@ class Picture:
     cfg_trunc_ratio: float | None = None  # share of the way from noise to image on which there is guidance
     renorm_cfg: float | None = None  # longest guided velocity, in lengths of the one with the prompt; 0 = any
     prompt2: str | None = None  # another text for the second text encoder
+    lora_multipliers: tuple[float, ...] = ()  # strengths of the first LoRA files, in place of those of the command
 
     @property
     def flow_shift(self) -> float:
@@ -111,7 +113,18 @@ class PromptDefaults(Protocol):
     def prompt2(self) -> str | None: ...
 
 
-def given_prompts(options: PromptDefaults, samplers: Collection[str]) -> tuple[SamplePrompt, ...]:
+class GivenLoras(Protocol):
+    """The options that name LoRA files."""
+
+    @property
+    def files(self) -> Sequence[tuple[str, float]]: ...  # path, strength
+    @property
+    def merged(self) -> bool: ...  # into the weights: each keeps one strength
+
+
+def given_prompts(
+    options: PromptDefaults, samplers: Collection[str], loras: GivenLoras | None = None
+) -> tuple[SamplePrompt, ...]:
     """The prompts of --from_file or --prompt; none for a script that asks for them. Raises OptionError with all problems."""
     if not options.from_file:
         return () if options.prompt is None else (SamplePrompt(prompt=options.prompt, index=0),)
@@ -119,27 +132,39 @@ def given_prompts(options: PromptDefaults, samplers: Collection[str]) -> tuple[S
     problems = [
         f"--from_file {options.from_file}, prompt {prompt.index + 1}: {problem}"
         for prompt in prompts
-        for problem in prompt_problems(prompt, samplers)
+        for problem in prompt_problems(prompt, samplers, loras)
     ]
     if problems:
         raise OptionError(*problems)
     return tuple(prompts)
 
 
-def asked_prompt(line: str, samplers: Collection[str]) -> SamplePrompt:
-    """The prompt of a line that someone typed; ``""`` for an empty one. Raises OptionError with everything that is wrong."""
+def asked_prompt(line: str, samplers: Collection[str], loras: GivenLoras | None = None) -> SamplePrompt:
+    """The prompt of a line that someone typed; ``""`` is an empty one, ``--n -`` an empty negative one. Raises OptionError with
+    everything that is wrong."""
     if re.match(r"\s*--[A-Za-z]", line):  # in a file it is text, but here a slip
         raise OptionError(f"the line begins with a flag: write the prompt before it, or {EMPTY_PROMPT} to draw without one")
-    prompt = read_prompt_line(line)
+    prompt = read_prompt_line(in_our_letters(line))
     if prompt.prompt.strip() == EMPTY_PROMPT:
         prompt = replace(prompt, prompt="")
-    if problems := list(prompt_problems(prompt, samplers)):
+    if (prompt.negative_prompt or "").strip() == EMPTY_NEGATIVE:
+        prompt = replace(prompt, negative_prompt="")
+    if problems := list(prompt_problems(prompt, samplers, loras)):
         raise OptionError(*problems)
     return prompt
 
 
-def line_help(options: PromptDefaults, samplers: Collection[str], *, two_prompts: bool = False) -> str:
-    """What a typed line may hold, with what counts where it says nothing."""
+def in_our_letters(line: str) -> str:
+    """What is typed for sd-scripts' script for SD3: ``--w832`` and ``--c5``, for the scale of guidance."""
+    return re.sub(r"(?<= --)c(?= )", "l", GLUED.sub(r"\1 ", line))
+
+
+def line_help(
+    options: PromptDefaults, samplers: Collection[str], *, two_prompts: bool = False, strengths: Sequence[float] = ()
+) -> str:
+    """What a typed line may hold, with what counts where it says nothing. ``strengths``: those of LoRA files that a line can
+    change."""
+    usual = ",".join(f"{strength:g}" for strength in strengths)
     height, width = options.image_size
     flags = {
         "--n TEXT": f"negative prompt [{options.negative_prompt or 'empty'}]",
@@ -151,6 +176,7 @@ def line_help(options: PromptDefaults, samplers: Collection[str], *, two_prompts
         **_guidance_help(options),
         "--ss NAME": f"sampler: {' or '.join(samplers)} [{options.sampler}]",
         **({"--p2 TEXT": f"prompt of the second text encoder [{options.prompt2 or 'the same'}]"} if two_prompts else {}),
+        **({"--m X,X": f"strengths of the LoRA files, in their order [{usual}]"} if strengths else {}),
     }
     return "\n".join([
         f"a prompt, then flags for it, as in: a red house --w 832 --h 1216 --d 42; {EMPTY_PROMPT} is an empty prompt",
@@ -167,7 +193,7 @@ def _guidance_help(options: PromptDefaults) -> dict[str, str]:
     }
 
 
-def prompt_problems(prompt: SamplePrompt, samplers: Collection[str]) -> Iterator[str]:
+def prompt_problems(prompt: SamplePrompt, samplers: Collection[str], loras: GivenLoras | None = None) -> Iterator[str]:
     """What is right in a prompt file, but cannot be drawn."""
     name = prompt.sample_sampler
     if name is not None and name not in samplers:
@@ -176,6 +202,17 @@ def prompt_problems(prompt: SamplePrompt, samplers: Collection[str]) -> Iterator
         yield f"--s (sample_steps) is {prompt.sample_steps}: give 1 to {MAX_STEPS}"
     if prompt.scale is not None and prompt.guidance_scale not in (None, prompt.scale):
         yield f"--l {prompt.scale:g} and --g {prompt.guidance_scale:g} both mean the scale of guidance: give one of them"
+    if prompt.lora_multipliers and loras is not None:
+        yield from strength_problems(prompt.lora_multipliers, loras)
+
+
+def strength_problems(given: Sequence[float], loras: GivenLoras) -> Iterator[str]:
+    """Why LoRA files cannot have the strengths that one prompt gives them."""
+    written = f"--m {','.join(f'{strength:g}' for strength in given)} (lora_multipliers)"
+    if loras.merged and loras.files:
+        yield f"{written}: LoRA files that are merged into the weights have one strength for all pictures: give it with each file"
+    elif len(given) > len(loras.files):
+        yield f"{written} has {len(given)} numbers for {len(loras.files)} LoRA files: give at most one for each"
 
 
 def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int) -> list[Picture]:
@@ -201,6 +238,7 @@ def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int
             renorm_cfg=given_or(prompt.renorm_cfg, options.renorm_cfg),
             sampler=prompt.sample_sampler or options.sampler,
             prompt2=options.prompt2 if prompt.prompt2 is None else prompt.prompt2,
+            lora_multipliers=prompt.lora_multipliers or (),
         )
         for number in range(options.images_per_prompt)
     ]

@@ -32,6 +32,7 @@ FLAGS = {
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
     "p2": "prompt2",
+    "m": "lora_multipliers",
 }
 TEXTS = ("negative_prompt", "prompt2")  # kept as they are
 FLAG_START = re.compile(r" --(?=[A-Za-z])")  # " -- " with a space after it is a dash in the text
@@ -56,6 +57,7 @@ class SamplePrompt:
     cfg_trunc_ratio: float | None = None  # part of the run with guidance
     renorm_cfg: float | None = None  # cap of the guided prediction's norm, relative to the plain one
     prompt2: str | None = None  # another text for the second text encoder of SDXL, when pictures are drawn without training
+    lora_multipliers: tuple[float, ...] | None = None  # strengths of the LoRA files, in their order, of SD3 and Lumina then
 
     def settings(self) -> dict[str, object]:
         """What the file sets besides the prompt itself, by key."""
@@ -265,6 +267,17 @@ def _number(value: object) -> float:
     raise ValueError("must be a number")
 
 
+def _numbers(value: object) -> tuple[float, ...]:
+    """A list, a single number, or numbers with commas between."""
+    numbers = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    if not numbers:
+        raise ValueError("needs a number")
+    try:
+        return tuple(map(_number, numbers))
+    except ValueError as error:
+        raise ValueError("must be numbers with commas between them, such as 1,0.5") from error
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a text in quotes")
@@ -291,4 +304,5 @@ FIELDS: Mapping[str, Callable[[object], object]] = {  # key -> checks and conver
     "controlnet_image": _name,
     "cfg_trunc_ratio": _factor,
     "renorm_cfg": _factor,
+    "lora_multipliers": _numbers,
 }

@@ -93,11 +93,11 @@ class StableDiffusionPictureMaker(PictureMaker):
 
     def load_text_encoder(self) -> None:
         load_text_encoder(self.text_encoder, self.run.layouts.text, device=self.text_device, dtype=self.dtype)
-        self.tell_merged("text encoders", self.merges.into(text_models(self.text_encoder), self.text_device))
+        self.tell_loras("text encoders", self.merges.into(text_models(self.text_encoder), self.text_device))
 
     def load_denoiser(self) -> None:
         load_unet(self.unet, self.run.layouts.denoiser, device=self.device, dtype=self.dtype)
-        self.tell_merged("U-Net", self.merges.into([self.unet], self.device))
+        self.tell_loras("U-Net", self.merges.into([self.unet], self.device))
 
     def load_vae(self) -> StableDiffusionVae:
         return load_vae(self.run.layouts.vae, device=self.device, dtype=self.vae_dtype, scale=self.ARCHITECTURE.latent_scale)
@@ -124,11 +124,7 @@ class StableDiffusionPictureMaker(PictureMaker):
         """The reference's: date, time, and the number of the picture in this run."""
         return f"image_{time.strftime('%Y%m%d-%H%M%S')}_{self.drawn:03d}"
 
-    def about(self) -> dict[str, str]:
-        files, loras = self.options.files, self.options.loras
+    def about(self, picture: Picture) -> dict[str, str]:
+        files = self.options.files
         about = {label: Path(path).name for label, path in {"Model": files.ckpt_path, "VAE": files.vae}.items() if path}
-        merged = [f"{Path(file).name} ({strength:g})" for file, strength in loras.files]
-        about |= {"LoRA": "; ".join(merged)} if merged else {}
-        patterns = {"LoRA modules": loras.include_patterns, "LoRA modules left out": loras.exclude_patterns}
-        about |= {label: "; ".join(regexes) for label, regexes in patterns.items() if regexes}
-        return {**about, "Precision": str(self.dtype).removeprefix("torch.")}
+        return {**about, **self.about_loras(picture), "Precision": str(self.dtype).removeprefix("torch.")}

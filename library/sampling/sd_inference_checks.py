@@ -6,9 +6,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from library.errors import CheckpointError, OptionError
 from library.files.safetensors_file import SafetensorsHeader
-from library.sampling.inference_checks import InferenceChecks
+from library.sampling.inference_checks import InferenceChecks, with_own_flags
 from library.sampling.picture_plan import DIFFUSION_SETTINGS
 from library.sd.architecture import SAMPLERS, StableDiffusionArchitecture
 from library.sd.layout import EPSILON, VELOCITY, Marks, StableDiffusionLayouts
@@ -38,10 +37,7 @@ def checks_of(
 
 def read_layouts(options: Any, architecture: StableDiffusionArchitecture) -> StableDiffusionLayouts:
     """The checked model files. Raises CheckpointError or OptionError, with these scripts' names of the flags."""
-    try:
-        return architecture.read_layouts(as_in_training(options), options.parts)
-    except (CheckpointError, OptionError) as error:
-        raise type(error)(*map(own_flag_names, error.problems)) from error
+    return with_own_flags(lambda: architecture.read_layouts(as_in_training(options), options.parts), FLAG_NAMES)
 
 
 def as_in_training(options: Any) -> SimpleNamespace:
@@ -54,12 +50,6 @@ def as_in_training(options: Any) -> SimpleNamespace:
         # without the flag it is the model that says what it predicts, see ``prediction_of``
         **({"ddpm": SimpleNamespace(v_parameterization=True)} if files.v_parameterization else {}),
     )
-
-
-def own_flag_names(text: str) -> str:
-    for training, own in FLAG_NAMES.items():
-        text = text.replace(training, own)
-    return text
 
 
 def prediction_of(marks: Marks, *, v_parameterization: bool) -> str:
