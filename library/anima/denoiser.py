@@ -22,6 +22,7 @@ from library.anima.layout import CONTEXT_ROWS, DenoiserConfig
 from library.nn.attention import NormedAttention
 from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
+from library.nn.modulation import gated, modulated
 from library.nn.norms import RmsNorm, layer_norm
 from library.nn.patches import unpatchify
 from library.nn.rope import RopeTable, rope_angles, rope_table
@@ -185,11 +186,11 @@ class Block(nn.Module):
         """x (B, N, D), context (B, T, C), time (B, D), shared (B, 3D), log_zeros () of the context -> (B, N, D)"""
         shift, scale, gate = split_modulation(self.adaln_modulation_self_attn(time) + shared, 3)
         normed = modulate(x, shift, scale)
-        x = torch.addcmul(x, gate, self.self_attn(normed, normed, rope))
+        x = gated(x, gate, self.self_attn(normed, normed, rope))
         shift, scale, gate = split_modulation(self.adaln_modulation_cross_attn(time) + shared, 3)
-        x = torch.addcmul(x, gate, self.cross_attn(modulate(x, shift, scale), context, log_zeros=log_zeros))
+        x = gated(x, gate, self.cross_attn(modulate(x, shift, scale), context, log_zeros=log_zeros))
         shift, scale, gate = split_modulation(self.adaln_modulation_mlp(time) + shared, 3)
-        return torch.addcmul(x, gate, self.mlp(modulate(x, shift, scale)))
+        return gated(x, gate, self.mlp(modulate(x, shift, scale)))
 
 
 class DenoiserAttention(NormedAttention):
@@ -238,7 +239,7 @@ def split_modulation(values: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, layer_norm(x), 1 + scale)
+    return modulated(layer_norm(x), shift, scale)
 
 
 def grid_angles(config: DenoiserConfig, rows: int, columns: int, device: torch.device) -> Tensor:

@@ -257,7 +257,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(config, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.linear(layer_norm(x) * (1 + self.adaLN_modulation(time).unsqueeze(1)))
+        return self.linear(scaled(layer_norm(x), 1 + self.adaLN_modulation(time).unsqueeze(1)))
 
 
 def modulation(config: NextDitConfig, parts: int) -> nn.Sequential:

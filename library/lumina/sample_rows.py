@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.nn import modulation
+
 Spans = tuple[int, ...] | None
 
 
-def scaled(x: Tensor, factors: Tensor, spans: Spans) -> Tensor:
+def scaled(x: Tensor, factors: Tensor, spans: Spans = None) -> Tensor:
     """x * factors of its sample, (B, 1, D)"""
-    return x * factors if spans is None else _ScaledSpans.apply(None, x, factors, spans)
+    return modulation.scaled(x, factors) if spans is None else _ScaledSpans.apply(None, x, factors, spans)
 
 
 def gated(x: Tensor, factors: Tensor, branch: Tensor, spans: Spans) -> Tensor:
     """x + factors of its sample, (B, 1, D), * branch"""
-    return torch.addcmul(x, factors, branch) if spans is None else _ScaledSpans.apply(x, branch, factors, spans)
+    return modulation.gated(x, factors, branch) if spans is None else _ScaledSpans.apply(x, branch, factors, spans)
 
 
 class _ScaledSpans(torch.autograd.Function):
@@ -44,13 +46,12 @@ class _ScaledSpans(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad,), spans = grads, ctx.spans
         y, factors = ctx.saved_tensors
-        grad_y = grad_factors = None
-        if ctx.needs_input_grad[1]:
-            grad_y = torch.empty_like(grad)
-            triples = zip(factors.split(1), grad.split(spans, dim=1), grad_y.split(spans, dim=1), strict=True)
-            for factor, part, into in triples:
-                torch.mul(part, factor, out=into)
-        if ctx.needs_input_grad[2]:
-            pairs = zip(grad.split(spans, dim=1), y.split(spans, dim=1), strict=True)
-            grad_factors = torch.cat([(part * other).sum(1, keepdim=True) for part, other in pairs])
-        return grad if ctx.needs_input_grad[0] else None, grad_y, grad_factors, None
+        grad_y, grad_factors = torch.empty_like(grad), []
+        parts = zip(factors.split(1), grad.split(spans, dim=1), grad_y.split(spans, dim=1), strict=True)
+        others = [None] * len(spans) if y is None else y.split(spans, dim=1)
+        for (factor, part, into), other in zip(parts, others, strict=True):
+            if other is not None:  # in the memory of the gradient of y, before that is written
+                grad_factors.append(torch.mul(part, other, out=into).sum(1, keepdim=True))
+            torch.mul(part, factor, out=into)
+        grad_base = grad if ctx.needs_input_grad[0] else None
+        return grad_base, grad_y, torch.cat(grad_factors) if grad_factors else None, None

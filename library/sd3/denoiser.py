@@ -23,6 +23,7 @@ from library.errors import TrainingError
 from library.nn.attention import KernelAttention
 from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
+from library.nn.modulation import gated, modulated
 from library.nn.norms import RmsNorm, layer_norm
 from library.sd3.layout import TIME_WIDTH, MmditConfig, position_problem
 from library.sd3.positions import ScaledPositions, centre_window, table_side, windows_at
@@ -145,17 +146,19 @@ class MMDiTBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor, tokens: int) -> Tensor:
         """x (B, L, D), of which the first ``tokens`` are the context's, time (B, D) -> the same; of the last block (B, N, D)."""
         context_parts, image_parts = self.context_block.modulations(time), self.x_block.modulations(time)
-        normed = layer_norm(x)  # without weights, so one for both
-        context_heads = self.context_block.attn.heads_of(modulated(normed[:, :tokens], *context_parts[:2]))
-        image_heads = self.x_block.attn.heads_of(modulated(normed[:, tokens:], *image_parts[:2]))
+        sizes = tokens, x.shape[1] - tokens
+        context_normed, image_normed = layer_norm(x).split(sizes, dim=1)  # without weights, so one for both
+        context_heads = self.context_block.attn.heads_of(modulated(context_normed, *context_parts[:2]))
+        image_heads = self.x_block.attn.heads_of(modulated(image_normed, *image_parts[:2]))
         k, v = (torch.cat(pair, dim=1) for pair in zip(context_heads[1:], image_heads[1:], strict=True))  # (B, L, H, K)
-        alone = self.x_block.attend_alone(normed[:, tokens:], image_parts)
+        alone = self.x_block.attend_alone(image_normed, image_parts)
+        context, image = x.split(sizes, dim=1)
         if self.is_last:
-            return self.x_block.rest(x[:, tokens:], self.x_block.attn.kernel(image_heads.q, k, v), image_parts, alone)
+            return self.x_block.rest(image, self.x_block.attn.kernel(image_heads.q, k, v), image_parts, alone)
         mixed = self.x_block.attn.kernel(torch.cat((context_heads.q, image_heads.q), dim=1), k, v)  # (B, L, D)
-        context = self.context_block.rest(x[:, :tokens], mixed[:, :tokens], context_parts)
-        image = self.x_block.rest(x[:, tokens:], mixed[:, tokens:], image_parts, alone)
-        return torch.cat((context, image), dim=1)
+        context_mixed, image_mixed = mixed.split(sizes, dim=1)
+        context = self.context_block.rest(context, context_mixed, context_parts)
+        return torch.cat((context, self.x_block.rest(image, image_mixed, image_parts, alone)), dim=1)
 
 
 class SingleDiTBlock(nn.Module):
@@ -187,10 +190,10 @@ class SingleDiTBlock(nn.Module):
     def rest(self, x: Tensor, mixed: Tensor, parts: tuple[Tensor, ...], alone: Tensor | None = None) -> Tensor:
         """What follows the attention: x, mixed, alone (B, n, D) -> (B, n, D)"""
         assert self.mlp is not None, "this half only gives keys and values"
-        x = torch.addcmul(x, parts[2], self.attn.proj(mixed))
+        x = gated(x, parts[2], self.attn.proj(mixed))
         if alone is not None:
-            x = torch.addcmul(x, parts[8], alone)
-        return torch.addcmul(x, parts[5], self.mlp(modulated(layer_norm(x), parts[3], parts[4])))
+            x = gated(x, parts[8], alone)
+        return gated(x, parts[5], self.mlp(modulated(layer_norm(x), parts[3], parts[4])))
 
 
 class AttentionLinears(nn.Module, KernelAttention):
@@ -242,7 +245,3 @@ class FinalLayer(nn.Module):
 def modulation(width: int, parts: int) -> nn.Sequential:
     """(B, D) -> (B, parts * D). The checkpoint counts a SiLU as layer 0; ``embed_time`` has done it for all."""
     return nn.Sequential(nn.Identity(), nn.Linear(width, parts * width))
-
-
-def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, normed, 1 + scale)

@@ -143,9 +143,9 @@ def test_no_attention_is_given_a_mask_where_there_is_none(monkeypatch):
     masks = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(*args, attn_mask=None):
+    def watched(*args, attn_mask=None, **how):
         masks.append(attn_mask is not None)
-        return plain(*args, attn_mask=attn_mask)
+        return plain(*args, attn_mask=attn_mask, **how)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     denoiser = tiny_denoiser()
