@@ -36,9 +36,9 @@ def _is_learned(factors: Tensor) -> bool:
 
 
 class _PlusProduct(torch.autograd.Function):
-    """(base or nothing) + y * factors, where a gradient of the factors is wanted, as it is with a LoRA on the modulation: for that
-    gradient alone recording the steps would make two more tensors as large as the tokens. This makes none: it takes the memory of
-    the gradient of y, before that is written."""
+    """(base or nothing) + y * factors, where a gradient of the factors is wanted, as it is with a LoRA on the modulation: for it
+    alone recording the steps would make two more tensors as large as the tokens. This makes none: it takes the memory of the
+    gradient of y, before that is written."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor | None, y: Tensor, factors: Tensor) -> Tensor:
