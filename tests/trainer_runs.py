@@ -36,6 +36,7 @@ class Runs:
 
     def __init__(self, kind: str, folder: Path, models: Mapping[str, Path], pictures: Path):
         self.kind, self.folder, self.models, self.pictures = kind, folder, models, pictures
+        self.left_out: Sequence[str] = ()  # of the flags that name the model's files
         self.options = option_set_of(KINDS[kind].script)
         room, architecture, trainer = TRAINERS[KINDS[kind].script]
         self.architecture: Any = getattr(import_module(room), architecture)
@@ -46,7 +47,8 @@ class Runs:
         write_dataset(self.folder / "my.toml", self.pictures, self.kind, **settings)
 
     def checked(self, *arguments: object, output: str = "out") -> CheckedRun:
-        flags = [*model_flags(self.kind, self.models), *run_flags(self.kind, self.folder / output, self.folder / "my.toml")]
+        files = [flag for flag in model_flags(self.kind, self.models) if flag.partition("=")[0] not in self.left_out]
+        flags = [*files, *run_flags(self.kind, self.folder / output, self.folder / "my.toml")]
         return check_run(read_options(self.options, [*flags, "--learning_rate=1e-3", *map(str, arguments)]), self.architecture)
 
     def train(self, *arguments: object, output: str = "out", trainer_class: Any = None) -> Any:
