@@ -37,14 +37,15 @@ from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
 from library.nn.transfer import sent
 from library.sampling.flow_samplers import Predict
+from library.sampling.picture_plan import sample_sizes
 from library.sd.vae import StableDiffusionVae, load_vae
 from library.sd3.checkpoint import build_denoiser, load_denoiser
 from library.sd3.denoiser import Mmdit
 from library.sd3.fp8_layers import DENOISER_FP8_LAYERS
-from library.sd3.layout import PIXELS_PER_LATENT, Sd3Layouts, Sd3TextParts
-from library.sd3.memory_use import memory_use
+from library.sd3.layout import PIXELS_PER_LATENT, Sd3Layouts, Sd3TextParts, with_centre_of_positions
+from library.sd3.memory_use import T5Use, memory_use
 from library.sd3.sampling import SCHEDULE, TextInputs, text_inputs, velocity_of
-from library.sd3.text import Sd3Conditioning, Sd3TextEncoder, build_text_encoder, load_text_encoder, text_models
+from library.sd3.text import ROWS_WITHOUT_T5, Sd3Conditioning, Sd3TextEncoder, build_text_encoder, load_text_encoder, text_models
 from library.training.flow_hooks import FlowHooks
 from library.training.loss.noise import Draws
 from library.training.loss.objective import NoisyLatents
@@ -57,7 +58,12 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
     SCHEDULE = SCHEDULE
 
     def build_denoiser(self) -> Mmdit:
-        return build_denoiser(self.run.layouts.denoiser.config)
+        sd3, config = self.options.sd3, self.run.layouts.denoiser.config
+        if sd3.pos_emb_random_crop_rate and not sd3.enable_scaled_pos_embed:
+            return build_denoiser(config)
+        sizes = [item.bucket_wh for item in self.run.training_set.all_items]
+        drawn = sample_sizes(self.run.prompts, SD3.name)
+        return build_denoiser(with_centre_of_positions(config, () if sd3.enable_scaled_pos_embed else [*sizes, *drawn]))
 
     def fp8_layers(self) -> str:
         return DENOISER_FP8_LAYERS
@@ -68,7 +74,14 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
             denoiser.use_scaled_positions(latent_sides(self.run.training_set))
 
     def memory_use(self, size_wh: tuple[int, int], images: int) -> MemoryUse:
-        return memory_use(self.live_layouts, size_wh, images, self.live_encoders)
+        sd3, text = self.options.sd3, self.run.layouts.text
+        has_t5 = text is not None and text.t5 is not None
+        t5 = T5Use(
+            runs=has_t5 and self.run.text_cache is None and sd3.t5xxl_device is None,
+            is_trained=self.options.trains_t5,
+            tokens=sd3.t5xxl_max_token_length if has_t5 else ROWS_WITHOUT_T5,
+        )
+        return memory_use(self.run.layouts, size_wh, images, self.live_encoders, t5)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> StableDiffusionVae:
         scale, shift = SD3.scale_and_shift(self.run.layouts)

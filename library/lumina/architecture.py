@@ -93,6 +93,12 @@ class LuminaArchitecture:
                 "model's, name the right one with --ae"
             )
 
+        if options.caches.import_reference_caches and options.caches.text_cached:
+            yield (
+                "--import_reference_caches: kohya-ss/sd-scripts encoded texts without the soft cap of Gemma 2's attention, so "
+                "that what it cached differs somewhat from what is encoded here; drop the flag to encode all texts here"
+            )
+
     # ---------------------------------------------------------------- caches
 
     def size_problems(self, layouts: Any, sizes_wh: Iterable[tuple[int, int]], options: Any) -> tuple[str, ...]:

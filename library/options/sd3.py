@@ -143,6 +143,11 @@ class Sd3TrainOptions(FlowTrainOptions):
         """The CLIPs run at every step where they are trained, and only the T5's outputs come from the cache then."""
         return True, True, self.wants_t5_trained and not self.caches.text_cached
 
+    def not_trained_because(self, encoder: int) -> str:
+        if encoder == self.TEXT_ENCODERS and not self.wants_t5_trained and not self.caches.text_cached:
+            return f"--network_args {T5_SWITCH}=true trains it"
+        return super().not_trained_because(encoder)
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if "denoiser" not in self.parts or not self.trains_t5:

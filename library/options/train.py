@@ -101,6 +101,10 @@ class TrainOptions:
         """Whether each text encoder gets a LoRA where text encoders are trained: not where its outputs are cached."""
         return (not self.caches.text_cached,) * self.TEXT_ENCODERS
 
+    def not_trained_because(self, encoder: int) -> str:
+        """Why text encoder number ``encoder``, from 1, gets no LoRA though text encoders are trained, or might be."""
+        return "its learning rate is 0" if self.text_encoders_to_train[encoder - 1] else "its outputs are cached"
+
     @property
     def trains_denoiser(self) -> bool:
         """Whether the denoiser gets a LoRA that is trained: unless it is switched off, or no part of it has a rate above 0."""

@@ -48,8 +48,9 @@ class Sd3Architecture:
     name: ClassVar[str] = "sd3"
     bucket_step: ClassVar[int] = 16  # pixels: 8 of the VAE times patches of 2
     prompt_settings: ClassVar[frozenset[str]] = frozenset(
-        {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift", "sample_sampler=euler"}
-    )
+        {"prompt", "negative_prompt", "width", "height", "seed", "sample_steps", "scale", "flow_shift", "sample_sampler=euler",
+         "sample_sampler=er_sde"}
+    )  # fmt: skip
     knows_all_samplers: ClassVar[bool] = False
     prompts_apart: ClassVar[bool] = False
 

@@ -98,7 +98,8 @@ class ModelPreparation(CacheFilling):
         parameters = sum(p.numel() for p in self.network.parameters())
         dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
         modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
-        size = NetworkSize(modules, parameters, parameters * dtype.itemsize, trained_line(self.network, groups, self.options))
+        in_file = values_in_file(self.network) or parameters
+        size = NetworkSize(modules, parameters, in_file * dtype.itemsize, trained_line(self.network, groups, self.options))
         self.say(*plan_lines(self.run, size), *self.memory_lines(parameters))
         for warning in (*self.run.warnings, *memory_warnings(self.run), *self.room_warnings(size)):
             logger.warning("warning: %s", warning)
@@ -200,3 +201,8 @@ class ModelPreparation(CacheFilling):
         """Lines for people, shown by the main process above the progress bar."""
         for line in lines:
             logger.info("%s", line)
+
+
+def values_in_file(network: Any) -> int:
+    """Of a network of this project, whose files may hold more than is trained; 0 for others."""
+    return sum(tensor.numel() for tensor in network.file_tensors().values()) if hasattr(network, "file_tensors") else 0

@@ -59,7 +59,7 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, *, swapped: int = 0) -> i
     def size(weight: nn.Parameter) -> int:
         return weight.numel() * (1 if id(weight) in rounded else dtype.itemsize)
 
-    whole = sum(map(size, model.parameters()))
+    whole = sum(map(size, model.parameters())) + sum(b.numel() * dtype.itemsize for b in model.buffers() if b.is_floating_point())
     if not swapped:
         return whole
     in_blocks: Any = model.blocks

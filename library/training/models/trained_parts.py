@@ -102,10 +102,6 @@ def _reason(part: str, options: Any) -> str:
     if not options.network.trains_text_encoder:
         return " (--network_train_unet_only)"
     number = int(part.rpartition(" ")[2]) if part[-1].isdigit() else 1
-    if options.caches.text_cached and not any(options.text_rates):
-        return " (its outputs are cached)"
-    if not options.text_encoders_to_train[number - 1]:
-        return " (--network_args train_t5xxl=true trains it)" if not options.caches.text_cached else " (its outputs are cached)"
     if not options.text_rates[number - 1]:
-        return " (its learning rate is 0)"
+        return f" ({options.not_trained_because(number)})"
     return " (--network_weights has none of its modules)" if options.network.dim_from_weights else ""

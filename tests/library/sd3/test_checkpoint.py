@@ -11,7 +11,7 @@ from library.files.safetensors_file import save_safetensors
 from library.nn.fp8 import FP8, Fp8Linear, use_fp8
 from library.sd3.checkpoint import build_denoiser, load_denoiser
 from library.sd3.fp8_layers import DENOISER_FP8_LAYERS
-from library.sd3.layout import mmdit_part
+from library.sd3.layout import mmdit_part, with_centre_of_positions
 from tests.library.sd3.tiny_mmdit import KINDS, TINY, batch, save_tiny, tiny_denoiser, tiny_weights
 
 
@@ -73,3 +73,16 @@ def test_file_replaced_after_its_header_was_read(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="was it replaced or truncated"):
         load_denoiser(build_denoiser(part.config), part, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("sizes", "patches"), [([(64, 96), (128, 64)], 8), ([(112, 64)], 7), ([(9000, 64)], 99), ([], 1)])
+def test_only_the_positions_that_are_needed_are_kept(tmp_path, sizes, patches):
+    path = save_tiny(tmp_path / "model.safetensors")
+    part, whole = mmdit_part(open_weights(path, flag="--model"), prefix=""), load(path)
+    small = build_denoiser(with_centre_of_positions(part.config, sizes))
+    load_denoiser(small, part, device="cpu", dtype=torch.float32)
+    side = small.config.position_side
+    assert small.pos_embed.shape[1] == side**2 and side in (patches, patches + 1, TINY.position_side)
+    for rows, columns in ((4, 6), (5, 3), (2, 2), (1, 1)):
+        if max(rows, columns) <= min(side, patches):
+            assert torch.equal(small.positions(rows, columns, None), whole.positions(rows, columns, None))

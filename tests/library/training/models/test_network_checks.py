@@ -17,7 +17,8 @@ FLUX_LAYER = "lora_unet_double_blocks_0_img_attn_qkv"
 
 def options(module="networks.lora", *, v2=False, **given):
     network = NetworkOptions(network_module=module, **given)
-    return SimpleNamespace(network=network, NETWORK_MODULE="networks.lora", MODEL="Stable Diffusion", clip=SimpleNamespace(v2=v2))
+    return SimpleNamespace(network=network, NETWORK_MODULE="networks.lora", OTHER_NETWORK_MODULES=(), MODEL="Stable Diffusion",
+                           clip=SimpleNamespace(v2=v2))  # fmt: skip
 
 
 def lora_file(path, layer=SD1_LAYER, **metadata):

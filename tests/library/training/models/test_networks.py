@@ -35,6 +35,8 @@ def saved(path, *, dim: int = 2, width: int = 8):
     model = denoiser(width)
     network = lora_anima.create_network(1.0, dim, 1.0, None, None, model)
     network.apply_to(None, model)
+    for lora in network.loras:
+        torch.nn.init.ones_(lora.lora_up.weight)  # it has learned something
     network.save_weights(path, None, {})
     return path
 
@@ -127,12 +129,12 @@ def test_a_folder_is_no_lora_file(tmp_path, flag):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("networks.lora_flux", r"networks\.lora_flux cannot be found \(did you mean networks\.lora\?\)$"),
-        ("networks.xyzxyzxyzxyz", r"the network modules of this project are networks\.lora, networks\.lora_anima$"),
+        ("networks.lora_animo", r"networks\.lora_animo cannot be found \(did you mean networks\.lora_anima\?\)$"),
+        ("networks.xyzxyzxyzxyz", r"the network modules of this project are networks\.lora, networks\.lora_anima, networks\.lora_lumina, networks\.lora_sd3$"),
         ("networks", r"networks cannot be found"),
         (
             "networks.lora_formats",
-            r"is not a network module: it has no create_network; use networks\.lora or networks\.lora_anima$",
+            r"is not a network module: it has no create_network; use networks\.lora or networks\.lora_anima or networks\.lora_lumina or networks\.lora_sd3$",
         ),
         ("no_such_package.kohya", r"cannot be found; if it is a package of its own: pip install no_such_package$"),
         (".x", r"cannot be found"),
