@@ -85,7 +85,7 @@ class FileMerges:
         return sum(file.merge(models, device, self.patterns) for file in self.files)
 
     def beside(self, models: Sequence[nn.Module], device: torch.device) -> int:
-        """Puts each file's share beside the weights of ``models``, on ``device``; ``set_strengths`` acts there. -> the modules."""
+        """Puts each file's share of ``models`` beside their weights, on ``device``; -> the modules. ``set_strengths`` acts."""
         return sum(file.put_beside(models, device, self.patterns) for file in self._own_files)
 
     def set_strengths(self, strengths: Sequence[float]) -> None:

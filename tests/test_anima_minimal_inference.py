@@ -96,48 +96,6 @@ def lora_file(tiny_anima, tmp_path):
     return write
 
 
-# ---------------------------------------------------------------- as in training
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("sampler", ["euler", "er_sde"])
-def test_latents_are_those_of_training_samples(maker, draw, sampler, precision):
-    flags = ["--prompt=a cat on a wall", "--negative_prompt=rain", f"--sampler={sampler}", f"--mixed_precision={precision}",
-             "--image_size", 96, 64, "--guidance_scale=4", "--flow_shift=3"]  # fmt: skip
-    drawn = latent(draw, *flags)
-    layouts = maker(*flags).run.layouts
-    trained = sample_of_training(layouts, precision, sampler)
-    assert trained.shape == (1, 16, 12, 8) and trained.isfinite().all()
-    assert torch.equal(drawn, trained[0])
-
-
-@torch.no_grad()
-def sample_of_training(layouts, precision: str, sampler: str) -> torch.Tensor:
-    """By the trainer's own hooks, in the way of library/training/sample_pictures.py. The sampler is named by the prompt in
-    float32, by the flag in bfloat16."""
-    from library.training.models.precision import WEIGHT_DTYPES
-
-    dtype, device = WEIGHT_DTYPES[precision], torch.device("cpu")
-    trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)
-    trainer.run, trainer.device = SimpleNamespace(layouts=layouts, architecture=ANIMA), device
-    trainer.options = SimpleNamespace(
-        samples=SimpleNamespace(sample_sampler=sampler if precision == "bf16" else None),
-        memory=SimpleNamespace(fp8_base=False, fp8_base_unet=False),
-        network=SimpleNamespace(network_module="networks.lora_anima"),
-    )
-    trainer.denoiser = trainer.build_denoiser()
-    trainer.load_denoiser(trainer.denoiser, device=device, dtype=dtype)
-    encoder = trainer.build_text_encoder()
-    trainer.load_text_encoder(encoder, device=device, dtype=dtype)
-    positive, negative = (trainer.encode_text(encoder, [text]) for text in ("a cat on a wall", "rain"))
-    named = None if precision == "bf16" else sampler
-    prompt = SamplePrompt(
-        prompt="", index=0, sample_sampler=named, width=64, height=96, sample_steps=4, scale=4.0, flow_shift=3.0
-    )
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        return trainer.draw_sample(trainer.plan_sample(prompt, 7), positive, negative)
-
-
 def test_a_sample_tells_all_that_was_not_given():
     trainer = AnimaNetworkTrainer.__new__(AnimaNetworkTrainer)
     trainer.options = SimpleNamespace(samples=SimpleNamespace(sample_sampler="euler_a"))
