@@ -10,6 +10,7 @@ from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
 from library.errors import CheckpointError, ProblemList
+from library.files.model_path import LUMINA, described, recognise_keys
 from library.files.weights_source import Part, WeightsSource
 from library.sd.architecture import hub_token, placed_vae
 from library.sd.clip_tokenizer import PIECE
@@ -213,7 +214,13 @@ def read_text(
 def read_vae(options: Any, checkpoint: WeightsSource | None) -> Part[VaeConfig]:
     """The VAE that --vae names, else the checkpoint's. Raises CheckpointError."""
     if options.model.vae:
-        return placed_vae(find_vae(options.model.vae, token=hub_token(options)), VAE_FLAG, channels=CHANNELS)
+        source = find_vae(options.model.vae, token=hub_token(options))
+        if recognise_keys(source.shapes) == LUMINA:
+            raise CheckpointError(
+                f"{VAE_FLAG} {source.path} is {described(LUMINA)}, whose VAE makes latents that SD3 does not know: give the VAE "
+                "of SD3"
+            )
+        return placed_vae(source, VAE_FLAG, channels=CHANNELS)
     if checkpoint is None:
         raise CheckpointError(f"{VAE_FLAG} is missing: give the file of SD3's VAE, or {MODEL_FLAG} a checkpoint with one")
     if find_vae_place(checkpoint.shapes) is None:

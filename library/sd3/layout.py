@@ -123,7 +123,7 @@ def position_problem(config: MmditConfig, rows: int, columns: int) -> str | None
     pixels = PIXELS_PER_LATENT * config.patch
     return (
         f"{columns * pixels}x{rows * pixels} pixels are more than {side * pixels} on a side, for which the model has positions; "
-        "give a smaller resolution (--resolution, --max_bucket_reso), or --enable_scaled_pos_embed"
+        "give a smaller resolution (--resolution, --max_bucket_reso; --w and --h of a prompt), or --enable_scaled_pos_embed"
     )
 
 

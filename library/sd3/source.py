@@ -138,15 +138,24 @@ def encoder_problems(text: Sd3TextParts) -> Iterator[str]:
             f"{low.config.width} and {high.config.width}: exchange them"
         )
     elif low.config.width == high.config.width:
-        name = PUBLISHED_WIDTHS.get(low.config.width)
-        flag, part = ("--clip_g", high) if name == "CLIP-L" else ("--clip_l", low)
-        what = f"a {name}" if name else f"as wide as the other CLIP ({low.config.width})"
-        yield f"{flag} {part.source.path} is {what}, not a {'CLIP-G' if flag == '--clip_g' else 'CLIP-L'}; give {flag} that one"
+        yield _same_width_problem(low, high)
     elif high.config.projection is None:
         yield (
             f"--clip_g {high.source.path} has no text_projection.weight, which SD3 needs; give the clip_g file that was "
             "published for SD3"
         )
+
+
+def _same_width_problem(low: Part[ClipConfig], high: Part[ClipConfig]) -> str:
+    """Of two CLIPs that are one and the same model, or as wide as each other."""
+    width = low.config.width
+    if (name := PUBLISHED_WIDTHS.get(width)) is None:
+        return (
+            f"--clip_l {low.source.path} and --clip_g {high.source.path} are both {width} wide, and CLIP-L is the narrower one: "
+            "give each its own file"
+        )
+    flag, part, wanted = ("--clip_g", high, "CLIP-G") if name == "CLIP-L" else ("--clip_l", low, "CLIP-L")
+    return f"{flag} {part.source.path} is a {name}, not a {wanted}; give {flag} that one"
 
 
 def width_problems(denoiser: Part[MmditConfig], text: Sd3TextParts) -> Iterator[str]:

@@ -202,8 +202,8 @@ def test_another_model_than_sd3(kind, tiny_sd, tiny_sd3):
         ("t5xxl", "clip_g", "is a CLIP text encoder, not a T5-XXL text encoder"),
         ("t5xxl", "sd3", "is an SD3 or SD3.5 checkpoint (sd3_train_network.py trains those), not a T5-XXL"),
         ("clip_l", "vae", "is a Stable Diffusion VAE, not a CLIP-L"),
-        ("clip_l", "clip_g", "--clip_l {clip_g} is as wide as the other CLIP (24), not a CLIP-L"),
-        ("clip_g", "clip_l", "--clip_l {clip_l} is as wide as the other CLIP (16), not a CLIP-L"),
+        ("clip_l", "clip_g", "--clip_l {clip_g} and --clip_g {clip_g} are both 24 wide"),
+        ("clip_g", "clip_l", "--clip_l {clip_l} and --clip_g {clip_l} are both 16 wide"),
     ],
 )
 def test_another_model_in_an_encoders_flag(flag, file, told, tiny_sd3):
