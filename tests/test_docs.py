@@ -71,6 +71,14 @@ def flags_in_source(path: Path) -> set[str]:
     return {match[1] for text in texts if (match := FLAG.fullmatch(text))}
 
 
+def options_on(page: Path):
+    """The same of the script that a page is about alone, where it is about one: its choices may be others."""
+    if f"{page.stem}.py" not in OPTION_SETS:
+        return script_options()
+    groups = groups_of(option_set_of(f"{page.stem}.py")).values()
+    return {option.name: option for group in (ConfigFileOptions, *groups) for option in options_of(group)}
+
+
 @cache
 def other_flags() -> set[str]:
     """Flags of our other scripts and tools, of accelerate's launcher, of prompt lines, and the few of other programs."""
@@ -201,7 +209,7 @@ def test_toml_in_the_docs_is_read(page, tmp_path, monkeypatch):
         elif "[prompt]" in text:
             assert read_prompts(path)
         else:
-            assert not read_config(path, script_options()).problems
+            assert not read_config(path, options_on(page)).problems
 
 
 def test_json_in_the_docs_is_read(tmp_path, monkeypatch):

@@ -19,19 +19,23 @@ from library.nn.fp8 import use_fp8
 from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.command_line import read_options
+from library.options.lumina import LuminaTrainOptions
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.training.models.memory_estimate import estimate_memory
 from tests.test_docs import PAGES, ROOT, fences, table_rows
 
 COMMAND = re.compile(
-    r"^(?:accelerate launch (?:.* )?|python )((?:anima|sd|sdxl)_minimal_inference\.py|(?:anima_|sdxl_)?train_network\.py) (.*)$",
+    r"^(?:accelerate launch (?:.* )?|python )((?:anima|sd|sdxl)_minimal_inference\.py|(?:anima_|lumina_|sd3_|sdxl_)?train_network\.py) (.*)$",
     re.MULTILINE,
 )
 OPTION_SETS = {
     "anima_train_network.py": AnimaTrainOptions,
     "train_network.py": StableDiffusionTrainOptions,
     "sdxl_train_network.py": SdxlTrainOptions,
+    "sd3_train_network.py": Sd3TrainOptions,
+    "lumina_train_network.py": LuminaTrainOptions,
     "anima_minimal_inference.py": AnimaInferenceOptions,
     "sd_minimal_inference.py": SdInferenceOptions,
     "sdxl_minimal_inference.py": SdxlInferenceOptions,
