@@ -29,7 +29,7 @@ from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.options.train import TrainOptions
 from library.sampling.prompts import FLAGS, read_prompts
-from tools.make_reference_tables import END, START, TABLES, key_row, with_tables
+from tools.make_reference_tables import END, FLOW_SCRIPTS, START, TABLES, key_row, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,7 +87,7 @@ def other_flags() -> set[str]:
     tools = [*(ROOT / "tools").glob("*.py"), *(ROOT / "networks").glob("convert_*.py"), ROOT / "quickstart.py"]
     sources = [*tools, Path(accelerate.origin).parent / "commands" / "launch.py"]
     found = set().union(*(flags_in_source(path) for path in sources if path.is_file()))
-    sets = (AnimaInferenceOptions, SdInferenceOptions, SdxlInferenceOptions)
+    sets = (AnimaInferenceOptions, SdInferenceOptions, SdxlInferenceOptions, *FLOW_SCRIPTS.values())
     drawing = {option.name for kind in sets for group in groups_of(kind).values() for option in options_of(group)}
     return {*found, *drawing, *FLAGS, *FOREIGN_FLAGS, "help"}
 

@@ -20,14 +20,16 @@ from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.command_line import read_options
 from library.options.lumina import LuminaTrainOptions
+from library.options.lumina_inference import LuminaInferenceOptions
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.options.sd3 import Sd3TrainOptions
+from library.options.sd3_inference import Sd3InferenceOptions
 from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.training.models.memory_estimate import estimate_memory
 from tests.test_docs import PAGES, ROOT, fences, table_rows
 
 COMMAND = re.compile(
-    r"^(?:accelerate launch (?:.* )?|python )((?:anima|sd|sdxl)_minimal_inference\.py|(?:anima_|lumina_|sd3_|sdxl_)?train_network\.py) (.*)$",
+    r"^(?:accelerate launch (?:.* )?|python )((?:anima|lumina|sd|sd3|sdxl)_minimal_inference\.py|(?:anima_|lumina_|sd3_|sdxl_)?train_network\.py) (.*)$",
     re.MULTILINE,
 )
 OPTION_SETS = {
@@ -39,6 +41,8 @@ OPTION_SETS = {
     "anima_minimal_inference.py": AnimaInferenceOptions,
     "sd_minimal_inference.py": SdInferenceOptions,
     "sdxl_minimal_inference.py": SdxlInferenceOptions,
+    "sd3_minimal_inference.py": Sd3InferenceOptions,
+    "lumina_minimal_inference.py": LuminaInferenceOptions,
 }
 SHORTEST_CONFIG = """
 pretrained_model_name_or_path = "anima.safetensors"

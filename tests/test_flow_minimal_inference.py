@@ -445,7 +445,7 @@ def problems(maker, kind: str, *flags: object, **changes: Any) -> str:
         (["--lora_weights", "gone.safetensors;1"], "--lora_weights gone.safetensors: there is no such file"),
         (["--from_file=gone.txt"], "--from_file gone.txt"),
         (["--from_file={prompts}"], "prompt 1: --ss ddim is no sampler here"),
-        (["--from_file={prompts}"], "prompt 2: --m 1,2 (lora_multipliers) has 2 numbers for 0 LoRA files"),
+        (["--from_file={prompts}"], "prompt 2: --m 1,2 (lora_multipliers): there are more numbers than LoRA files (0)"),
         (["--latent_path", "{latent}"], "this model's are (16, height / 8, width / 8)"),
     ],
 )
@@ -506,8 +506,8 @@ def test_odd_sizes_are_rounded_and_told_once(maker, draw, kind):
 def test_pictures_larger_than_sd3_has_positions_for(maker, monkeypatch, capsys, tmp_path):
     assert "1024x64 pixels are more than 768 on a side" in problems(maker, "sd3", "--width=1024")
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat --w 1024\n"))
-    maker("sd3", "--interactive").make()
-    assert "1024x64 pixels are more than 768 on a side" in capsys.readouterr().err and not list((tmp_path / "out").glob("*"))
+    maker("sd3", "--interactive", "--height=1024").make()
+    assert "1024x1024 pixels are more than 768 on a side" in capsys.readouterr().err and not list((tmp_path / "out").glob("*"))
 
 
 @both
@@ -529,7 +529,7 @@ def test_interactive_lines(draw, latents, lora_file, monkeypatch, capsys, kind):
     found = draw(kind, "--interactive", "--negative_prompt=rain", "--output_type=latent", *loras)
     shown = capsys.readouterr()
     assert "--m X,X       strengths of the LoRA files, in their order [0.75]" in shown.out
-    assert "--q is not a flag" in shown.err and "has 2 numbers for 1 LoRA files" in shown.err
+    assert "--q is not a flag" in shown.err and "more numbers than LoRA files (1)" in shown.err
     by_strength = {re.search(r"\(([\d.]+)\)", read_header(path).metadata["parameters"])[1]: path for path in found}
     for strength, negative in (("0.5", ""), ("1", "rain")):
         alone = latents(kind, "--prompt=a cat", f"--negative_prompt={negative}", "--lora_weights", f"{file};{strength}")

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_network", "anima_train_network", "anima_minimal_inference", "sd_minimal_inference", "sdxl_minimal_inference")
+SCRIPTS = (
+    "train_network",
+    *(f"{name}_train_network" for name in ("anima", "sdxl", "sd3", "lumina")),
+    *(f"{name}_minimal_inference" for name in ("anima", "sd", "sdxl", "sd3", "lumina")),
+)
 FORBIDDEN = {
     "library/**/*.py": (*SCRIPTS, "networks"),
     "networks/*.py": SCRIPTS,

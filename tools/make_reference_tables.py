@@ -22,9 +22,11 @@ from library.options.anima import AnimaTrainOptions
 from library.options.anima_inference import AnimaInferenceOptions
 from library.options.config_file import ConfigFileOptions
 from library.options.lumina import LuminaTrainOptions
+from library.options.lumina_inference import LuminaInferenceOptions
 from library.options.reference_table import markdown
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
 from library.options.sd3 import Sd3TrainOptions
+from library.options.sd3_inference import Sd3InferenceOptions
 from library.options.sd_inference import SdxlInferenceOptions
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -46,6 +48,11 @@ def option_tables(option_set: type) -> str:
     return f"{markdown(ConfigFile)}\n{markdown(option_set)}"
 
 
+def script_tables(scripts: Mapping[str, type]) -> str:
+    """``option_tables`` of several scripts on one page."""
+    return "\n".join(f"## All options of {name}\n\n{option_tables(options)}" for name, options in scripts.items())
+
+
 def key_tables() -> str:
     """A section for each kind of table in a dataset file. A key is described at the innermost level that it belongs to."""
     lines = [
@@ -62,6 +69,7 @@ def key_tables() -> str:
     return "\n".join(lines) + "\n"
 
 
+FLOW_SCRIPTS = {"sd3_minimal_inference.py": Sd3InferenceOptions, "lumina_minimal_inference.py": LuminaInferenceOptions}
 TABLES: Mapping[str, Callable[[], str]] = {
     "train_network.md": partial(option_tables, StableDiffusionTrainOptions),
     "sdxl_train_network.md": partial(option_tables, SdxlTrainOptions),
@@ -70,6 +78,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "anima_train_network.md": partial(option_tables, AnimaTrainOptions),
     "making_pictures.md": partial(option_tables, AnimaInferenceOptions),
     "making_pictures_sd.md": partial(option_tables, SdxlInferenceOptions),
+    "making_pictures_flow.md": partial(script_tables, FLOW_SCRIPTS),
     "dataset_config.md": key_tables,
 }
 

@@ -81,7 +81,7 @@ def check_pictures(options: Any, checks: InferenceChecks) -> CheckedPictures:
     for path in latents:
         with problems.collect():
             check_latents(path, checks.latent_channels(layouts) if layouts is not None else None)
-    if layouts is not None and not latents:
+    if layouts is not None and not latents and not options.prompts.interactive:
         problems.add(*checks.size_problems(layouts, drawn_sizes(prompts, options, checks.side_step)))
     problems.raise_if_any()
     warnings = (*checks.model_warnings(layouts, options), *_warnings(options, prompts, checks))

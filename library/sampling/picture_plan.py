@@ -212,7 +212,7 @@ def strength_problems(given: Sequence[float], loras: GivenLoras) -> Iterator[str
     if loras.merged and loras.files:
         yield f"{written}: LoRA files that are merged into the weights have one strength for all pictures: give it with each file"
     elif len(given) > len(loras.files):
-        yield f"{written} has {len(given)} numbers for {len(loras.files)} LoRA files: give at most one for each"
+        yield f"{written}: there are more numbers than LoRA files ({len(loras.files)}): give at most one for each"
 
 
 def pictures_of(prompt: SamplePrompt, options: PromptDefaults, *, side_step: int) -> list[Picture]:

@@ -1,4 +1,5 @@
-"""sd_minimal_inference.py and sdxl_minimal_inference.py as real processes: mistakes at once, pictures, prompts from the console."""
+"""sd_minimal_inference.py and sdxl_minimal_inference.py as real processes: pictures, prompts from the console; and of all scripts
+with the same flags for LoRA files: help and mistakes at once."""
 
 from __future__ import annotations
 
@@ -16,18 +17,26 @@ from tests.e2e.sd_runs import SCRIPTS, VERSION_FLAGS, model_flags, run_flags, wr
 SMALL = ["--image_size", "64", "64", "--infer_steps=2", "--device=cpu"]
 
 
-@pytest.mark.parametrize("script", ["sd_minimal_inference.py", "sdxl_minimal_inference.py"])
-def test_help_and_mistakes_end_at_once(run_script, tmp_path, script):
+@pytest.mark.parametrize(
+    ("script", "flag", "sampler"),
+    [
+        ("sd_minimal_inference.py", "--ckpt_path", "dpmsolver++"),
+        ("sdxl_minimal_inference.py", "--ckpt_path", "dpmsolver++"),
+        ("sd3_minimal_inference.py", "--ckpt_path", "er_sde"),
+        ("lumina_minimal_inference.py", "--pretrained_model_name_or_path", "er_sde"),
+    ],
+)
+def test_help_and_mistakes_end_at_once(run_script, tmp_path, script, flag, sampler):
     done = run_script(script, "--help")
-    assert done.returncode == 0 and "--lora_weights" in done.stdout and "dpmsolver++" in done.stdout
-    done = run_script(
-        script, "--ckpt_path=missing.safetensors", "--lora_weights", "gone.safetensors;2", f"--output_dir={tmp_path}"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "--ckpt_path missing.safetensors does not exist" in done.stderr and "gone.safetensors" in done.stderr
+    assert done.returncode == 0 and "--lora_weights" in done.stdout and sampler in done.stdout
+    done = run_script(script, f"{flag}=missing.safetensors", "--lora_weights", "gone.safetensors;2", f"--output_dir={tmp_path}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    assert f"{flag} missing.safetensors does not exist" in done.stderr and "gone.safetensors" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["sd_minimal_inference", "sdxl_minimal_inference"])
+@pytest.mark.parametrize(
+    "script", ["sd_minimal_inference", "sdxl_minimal_inference", "sd3_minimal_inference", "lumina_minimal_inference"]
+)
 def test_checks_need_no_torch(script):
     """What the script imports before it has checked its command line."""
     source = (REPOSITORY / f"{script}.py").read_text(encoding="utf-8")

@@ -51,7 +51,9 @@ def test_the_usual_prompt_stands_in_for_all_others(kind):
 def test_files_and_their_strengths(kind):
     options = read(kind, "--lora_weights", "a.safetensors;0.8", "b.safetensors", "--merge_lora_weights")
     assert options.loras.files == [("a.safetensors", 0.8), ("b.safetensors", 1.0)] and not options.loras.lycoris
-    assert list(warnings_of(options)) == []
+    assert list(warnings_of(options)) == [] and options.loras.merged and not read(kind).loras.merged
+    (warning,) = warnings_of(read(kind, "--merge_lora_weights"))
+    assert warning == "--merge_lora_weights does nothing without --lora_weights"
 
 
 @pytest.mark.parametrize("kind", BOTH)

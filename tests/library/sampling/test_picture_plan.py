@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 
@@ -30,6 +31,17 @@ from library.sampling.picture_plan import (
 )
 from library.sampling.pictures import picture_parameters
 from library.sampling.prompts import SamplePrompt
+
+
+class GivenLoras(NamedTuple):
+    """So many LoRA files."""
+
+    count: int
+    merged: bool = False
+
+    @property
+    def files(self) -> list[tuple[str, float]]:
+        return [("a.safetensors", 1.0)] * self.count
 
 
 def plan(prompt: SamplePrompt, **options: object) -> list[Picture]:
@@ -239,6 +251,40 @@ def test_a_second_prompt_comes_from_the_line_or_the_options():
     text = line_help(options, ["ddim"], two_prompts=True)
     assert "--p2 TEXT" in text and "[fog]" in text and "--fs" not in text
     assert "--p2" not in line_help(PromptOptions(), SAMPLERS) and "--fs" in line_help(PromptOptions(), SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("line", "loras", "words"),
+    [
+        (
+            "a --m 1,2",
+            GivenLoras(1),
+            "--m 1,2 (lora_multipliers): there are more numbers than LoRA files (1): give at most one for each",
+        ),
+        ("a --m 1", GivenLoras(0), "--m 1 (lora_multipliers): there are more numbers than LoRA files (0)"),
+        ("a --m 0.5", GivenLoras(1, merged=True), "--m 0.5 (lora_multipliers): LoRA files that are merged into the weights"),
+    ],
+)
+def test_strengths_that_lora_files_cannot_have(line, loras, words):
+    with pytest.raises(OptionError) as caught:
+        asked_prompt(line, SAMPLERS, loras)
+    assert words in caught.value.problems[0]
+
+
+def test_strengths_of_lora_files_come_from_the_line():
+    (picture,) = pictures_of(asked_prompt("a --m 0,2", SAMPLERS, GivenLoras(3)), PromptOptions(), side_step=16)
+    assert picture.lora_multipliers == (0.0, 2.0)
+    assert plan(SamplePrompt(prompt="a", index=0))[0].lora_multipliers == ()
+    assert "--m X,X" in line_help(PromptOptions(), SAMPLERS, strengths=[1, 0.5]) and "--m" not in line_help(
+        PromptOptions(), SAMPLERS
+    )
+
+
+def test_a_line_as_it_is_typed_for_sd_scripts():
+    typed = asked_prompt("a --w832 --h1216 --s30 --d42 --c5.5 --m1,.5 --n -", SAMPLERS, GivenLoras(2))
+    assert typed == asked_prompt("a --w 832 --h 1216 --s 30 --d 42 --l 5.5 --m 1,0.5 --n", SAMPLERS)
+    assert typed.negative_prompt == "" and asked_prompt("a --c 4 --n --", SAMPLERS).scale == 4
+    assert asked_prompt("a --n text --d1", SAMPLERS).negative_prompt == "text"
 
 
 def test_settings_that_a_model_does_not_draw_by_are_told():

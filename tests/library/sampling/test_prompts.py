@@ -45,6 +45,16 @@ def test_every_flag_of_a_line(read):
     ]  # fmt: skip
 
 
+def test_strengths_of_lora_files(read, refusal):
+    (from_text,) = read("a --m 1, 0.5,-2")
+    (from_json,) = read(json.dumps([{"prompt": "a", "lora_multipliers": [1, 0.5, -2]}]), "p.json")
+    assert from_text.lora_multipliers == from_json.lora_multipliers == (1.0, 0.5, -2.0)
+    assert read('[prompt]\nprompt = "a"\nlora_multipliers = 0.5\n', "p.toml")[0].lora_multipliers == (0.5,)
+    for line in ("a --m", "a --m 1,,2", "a --m high"):
+        (problem,) = refusal(line)
+        assert "--m (lora_multipliers)" in problem and "must be numbers with commas between them, such as 1,0.5" in problem
+
+
 def test_a_prompt_without_flags_leaves_everything_to_the_architecture(read):
     (prompt,) = read("dog in the rain\n")
     assert prompt.settings() == {}
