@@ -24,8 +24,10 @@ from library.options.command_line import read_options
 from library.options.config_file import ConfigFileOptions, read_config
 from library.options.dataset import DatasetOptions
 from library.options.declare import groups_of, options_of
+from library.options.lumina import LuminaTrainOptions
 from library.options.scripts import OPTION_SETS, option_set_of
 from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+from library.options.sd3 import Sd3TrainOptions
 from library.options.sd_inference import SdInferenceOptions, SdxlInferenceOptions
 from library.options.train import TrainOptions
 from library.sampling.prompts import FLAGS, read_prompts
@@ -173,7 +175,13 @@ def test_one_example_has_every_key():
     assert {key.name for key in schema.KEYS} == {name for table in tables for name in table} - {"subsets"}
 
 
-TRAINED: dict[str, Any] = {"anima": AnimaTrainOptions, "sd": StableDiffusionTrainOptions, "sdxl": SdxlTrainOptions}
+TRAINED: dict[str, Any] = {
+    "anima": AnimaTrainOptions,
+    "lumina": LuminaTrainOptions,
+    "sd": StableDiffusionTrainOptions,
+    "sd3": Sd3TrainOptions,
+    "sdxl": SdxlTrainOptions,
+}
 
 
 def test_training_examples_are_valid_options():

@@ -248,7 +248,7 @@ def trainer_of(kind: str, arguments: Sequence[str], side: int) -> Any:
         (LuminaTrainOptions, LuminaNetworkTrainer) if kind == "lumina" else (Sd3TrainOptions, Sd3NetworkTrainer)
     )
     options = read_options(options_type, arguments)
-    trainer = trainer_type.__new__(trainer_type)
+    trainer: Any = trainer_type.__new__(trainer_type)
     trainer.options = options
     item = SimpleNamespace(bucket_wh=(side, side))
     trainer.run = SimpleNamespace(

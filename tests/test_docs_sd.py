@@ -213,7 +213,7 @@ PROMPTS = ROOT / "docs" / "sample_prompts.md"
 
 def test_all_samplers_are_named():
     named = {row[0]: set(re.findall(r"`([\w+]+)`", row[1])) - {"k_"} for row in table_rows(PROMPTS, "Model")}
-    assert named == {"Stable Diffusion, SDXL": set(SAMPLERS), "Anima": {"euler", "er_sde"}}
+    assert named == {"Stable Diffusion, SDXL": set(SAMPLERS), "Anima, SD 3, 3.5, Lumina": {"euler", "er_sde"}}
     assert all(SAMPLERS[name] == SAMPLERS[name.removeprefix("k_")] for name in SAMPLERS)
 
 
