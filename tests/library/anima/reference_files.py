@@ -9,10 +9,13 @@ import numpy as np
 ROWS = 512
 
 
-def write_latents(image: Path, size_wh: tuple[int, int], latents: np.ndarray, *, flipped: np.ndarray | None = None,
-                  original_wh: tuple[int, int] | None = None) -> Path:  # fmt: skip
-    """``size_wh``: of the image, for the file's name. ``latents`` [16, h, w], or [16, 1, h, w] as older versions wrote them."""
-    path = image.with_name(f"{image.stem}_{size_wh[0]:04d}x{size_wh[1]:04d}_anima.npz")
+def write_latents(  # noqa: PLR0913  # what the file says
+    image: Path, size_wh: tuple[int, int], latents: np.ndarray, *, flipped: np.ndarray | None = None,
+    original_wh: tuple[int, int] | None = None, model: str = "anima",
+) -> Path:  # fmt: skip
+    """``size_wh``: of the image, for the file's name. ``latents`` [16, h, w], or [16, 1, h, w] as older versions wrote them.
+    Those of other flow models lie in files of the same form."""
+    path = image.with_name(f"{image.stem}_{size_wh[0]:04d}x{size_wh[1]:04d}_{model}.npz")
     key = f"_{latents.shape[-2]}x{latents.shape[-1]}"
     arrays = dict(np.load(path)) if path.is_file() else {}  # sizes share a file
     arrays |= {
