@@ -79,6 +79,7 @@ CHECKS = InferenceChecks(
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
     RUN = checked_pictures(lambda: read_options(Sd3InferenceOptions), CHECKS)
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -96,6 +97,9 @@ from library.sd3.sampling import SCHEDULE, TextInputs, text_inputs, velocity_of
 from library.sd3.text import Sd3Conditioning, Sd3TextEncoder, build_text_encoder, load_text_encoder, text_models
 from networks import lora_sd3
 from networks.merge_files import FileMerges, merges_of
+from networks.network import T5_NAMES
+
+logger = logging.getLogger("library.sampling")  # by name: as a script this module is __main__
 
 
 class Sd3PictureMaker(FlowPictureMaker):
@@ -122,7 +126,12 @@ class Sd3PictureMaker(FlowPictureMaker):
         return text_models(self.text_encoder)
 
     def planned_loras(self, text_models: Sequence[nn.Module], denoiser: nn.Module) -> FileMerges:
-        return merges_of(self.options.loras, lora_sd3, text_encoders=text_models, denoiser=denoiser)
+        planned = merges_of(self.options.loras, lora_sd3, text_encoders=text_models, denoiser=denoiser)
+        if self.run.layouts.text.t5 is None:
+            for (file, _), keys in zip(self.options.loras.files, planned.names(), strict=True):
+                if any(key.startswith(T5_NAMES) for key in keys):
+                    logger.warning("warning: %s changes T5 too, which is left out: there is no T5 (--t5xxl)", file)
+        return planned
 
     def load_text_weights(self) -> None:
         load_text_encoder(self.text_encoder, self.run.layouts.text, device=self.text_device, dtype=self.text_dtype)

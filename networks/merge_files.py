@@ -88,6 +88,10 @@ class FileMerges:
         """Puts each file's share of ``models`` beside their weights, on ``device``; -> the modules. ``set_strengths`` acts."""
         return sum(file.put_beside(models, device, self.patterns) for file in self._own_files)
 
+    def names(self) -> list[list[str]]:
+        """Of each file those of its tensors, under our names, also where the models lack the modules."""
+        return [list(file.weights) for file in self._own_files]
+
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """One for each file, of what is beside the weights."""
         for file, strength in zip(self._own_files, strengths, strict=True):

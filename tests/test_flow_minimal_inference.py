@@ -389,7 +389,9 @@ def test_files_act_beside_the_weights_or_merged_into_them(latents, lora_file, ca
 
 @both
 @pytest.mark.parametrize("layout", [COMFY, DIFFUSERS])
-@pytest.mark.parametrize("arguments", [{}, {"split_qkv": "true"}], ids=["one", "split"])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param({}, id="one"), pytest.param({"split_qkv": "true"}, id="split", marks=pytest.mark.slow)]
+)
 def test_layouts_of_other_programs(latents, lora_file, kind, layout, arguments):
     ours, other = (
         lora_file(kind, f"{name}.safetensors", layout=name, text=kind == "sd3", t5=False, **arguments) for name in (OURS, layout)
@@ -409,6 +411,14 @@ def test_patterns_choose_the_text_encoders_and_the_denoiser(latents, lora_file, 
         assert differ(part, whole) and not torch.equal(part, plain), names[place]
     with pytest.raises(NetworkError, match="--include_patterns nowhere fits no module"):
         latents(kind, "--lora_weights", file, "--include_patterns", "nowhere")
+
+
+def test_what_a_file_has_for_t5_is_told_where_there_is_none(maker, models, lora_file, caplog):
+    files = {"--ckpt_path": models("sd3")["sd3_clips"], "--clip_l": None, "--clip_g": None, "--t5xxl": None}
+    with_t5, without = lora_file("sd3", "with.safetensors"), lora_file("sd3", "without.safetensors", t5=False)
+    maker("sd3", "--lora_weights", with_t5, without, files=files).build()
+    (line,) = [message for message in caplog.messages if "changes T5 too" in message]
+    assert line == f"warning: {with_t5} changes T5 too, which is left out: there is no T5 (--t5xxl)"
 
 
 @both

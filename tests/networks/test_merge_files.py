@@ -60,6 +60,27 @@ def test_each_model_gets_its_share(models, file):
         assert torch.equal(value, found[name]), name
 
 
+def test_files_beside_the_weights_act_as_merged_ones(models, file):
+    after, _ = merged(models, file, ModulePatterns.of(["mlp"], None))
+    (encoders, unet), rest = copy.deepcopy(models), copy.deepcopy(models)
+    plan = planned_merges(
+        lora, [(file, 2.0), (file, 0.25)], text_encoders=encoders, denoiser=unet, patterns=ModulePatterns.of(["mlp"], None)
+    )
+    before = weights((encoders, unet))
+    count = plan.beside(encoders, CPU)
+    assert count == 2 * sum(".mlp.fc" in path for encoder in encoders for path, _ in encoder.named_modules())
+    layers = [encoder.get_submodule("text_model.encoder.layers.0.mlp.fc1") if hasattr(encoder, "text_model")
+              else encoder.get_submodule("encoder.layers.0.mlp.fc1") for encoder in (encoders[0], after[0][0], rest[0][0])]  # fmt: skip
+    x = torch.randn(2, layers[0].in_features)
+    plan.set_strengths([0.25, 0.25])
+    beside, wanted, plain = (layer(x) for layer in layers)
+    torch.testing.assert_close(beside, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+    plan.set_strengths([0, 0])
+    assert torch.equal(layers[0](x), plain)
+    assert all(torch.equal(value, before[name]) for name, value in weights((encoders, unet)).items())
+
+
 def test_patterns_know_the_names_of_the_file_and_of_the_model(models, file):
     by_file = ModulePatterns.of(["input_blocks_4_1_proj_in"], None)
     by_path = ModulePatterns.of([r"down_blocks\.1\.attentions\.0\.proj_in"], None)
