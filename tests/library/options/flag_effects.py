@@ -61,6 +61,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "test_what_changes_the_training_of_every_model": "network_dropout masked_loss",
         "test_fused_updates_change_nothing": "fused_backward_pass",
     },
+    "e2e/test_masks.py": {"test_half_a_mask_trains_otherwise_and_caches_hold_it": "masked_loss"},
     "test_train_network.py": {
         "test_workers_and_saves_change_nothing": "max_data_loader_n_workers",
         "test_network_weights_are_the_start": "network_weights unet_lr",

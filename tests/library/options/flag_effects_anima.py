@@ -9,7 +9,6 @@ SHOWN: dict[str, dict[str, str]] = {
     "e2e/test_anima_training.py": {
         "test_folders_named_with_repeats": "train_data_dir train_batch_size max_train_epochs network_module",
     },
-    "e2e/test_anima_masks.py": {"test_half_a_mask_trains_otherwise_and_caches_hold_it": "masked_loss"},
     "networks/test_lora_anima.py": {
         "test_dropouts_reach_the_modules": "network_dropout",
         "test_parts_have_groups_of_their_own": "self_attn_lr cross_attn_lr mlp_lr",

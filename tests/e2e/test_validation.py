@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.files.safetensors_file import read_header
-from tests.e2e.anima_runs import CACHED, SCRIPT, model_flags, run_flags, same_lora, write_dataset
+from tests.e2e.kinds import CACHED, KINDS, model_flags, over, run_flags, same_lora, write_dataset
 from tools.read_scalars import read_scalars
 
 PREFIX = "loss/validation/"
@@ -21,19 +21,21 @@ def curve(logs: Path, name: str) -> dict[int, float]:
 
 
 @pytest.fixture
-def flags(tiny_anima, picture_folder, tmp_path):
+def flags(kind, request, picture_folder, tmp_path):
     images = picture_folder(8)
+    models = model_flags(kind, request.getfixturevalue(KINDS[kind].fixture))
 
     def make(output: str) -> list[str]:
-        dataset = write_dataset(tmp_path / f"{output}.toml", images, batch_size=2, shuffle_caption=True, flip_aug=True)
+        dataset = write_dataset(tmp_path / f"{output}.toml", images, kind, batch_size=2, shuffle_caption=True, flip_aug=True)
         logs = f"--logging_dir={tmp_path / output / 'logs'}"
-        return [*model_flags(tiny_anima), *run_flags(tmp_path / output, dataset), *FLAGS, *CACHED, logs]
+        return [*models, *run_flags(kind, tmp_path / output, dataset), *FLAGS, *CACHED, logs]
 
     return make
 
 
-def test_the_curves_the_best_file_and_what_is_printed(run_script, flags, tmp_path):
-    done = run_script(SCRIPT, *flags("out"), "--save_every_n_steps=1", launcher=1)
+@over("anima", slow=("sd3", "lumina"))
+def test_the_curves_the_best_file_and_what_is_printed(run_script, kind, flags, tmp_path):
+    done = run_script(KINDS[kind].script, *flags("out"), "--save_every_n_steps=1", launcher=1)
     assert done.returncode == 0, done.stdout + done.stderr
     out, logs = tmp_path / "out", tmp_path / "out" / "logs"
     steps = int(re.search(r"(\d+) steps in all", done.stdout)[1])
@@ -54,17 +56,18 @@ def test_the_curves_the_best_file_and_what_is_printed(run_script, flags, tmp_pat
     assert re.search(r"validation after step 2: \d\.\d{4} \(base model \d\.\d{4}, ", done.stdout)
 
 
-def test_what_was_measured_does_not_change_what_is_trained_and_survives_a_stop(run_script, flags, tmp_path):
+@over("anima", slow=("sd3", "lumina"))
+def test_what_was_measured_does_not_change_what_is_trained_and_survives_a_stop(run_script, kind, flags, tmp_path):
     dropout = "--network_dropout=0.1"
-    whole = run_script(SCRIPT, *flags("whole"), dropout)
+    whole = run_script(KINDS[kind].script, *flags("whole"), dropout)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     other = run_script(
-        SCRIPT, *flags("other"), dropout, "--validate_every_n_steps=1000", "--save_state", "--save_every_n_steps=3"
+        KINDS[kind].script, *flags("other"), dropout, "--validate_every_n_steps=1000", "--save_state", "--save_every_n_steps=3"
     )
     assert other.returncode == 0, other.stdout + other.stderr
     assert same_lora(tmp_path / "whole" / "tiny.safetensors", tmp_path / "other" / "tiny.safetensors")
     state = tmp_path / "other" / "tiny-step00000003-state"
-    rest = run_script(SCRIPT, *flags("rest"), dropout, f"--resume={state}")
+    rest = run_script(KINDS[kind].script, *flags("rest"), dropout, f"--resume={state}")
     assert rest.returncode == 0, rest.stdout + rest.stderr
     assert "validation of the base model" not in rest.stdout
     assert same_lora(tmp_path / "whole" / "tiny.safetensors", tmp_path / "rest" / "tiny.safetensors")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.e2e.anima_runs import CACHED, SCRIPT, lora, model_flags, run_flags, same_lora, write_dataset
+from tests.e2e.kinds import CACHED, KINDS, lora, model_flags, over, run_flags, same_lora, write_dataset
 
-STEPS = "--max_train_steps=4"
+STEPS, ALONE = "--max_train_steps=4", "--network_train_unet_only"
 
 
 def write_masks(images: Path, folder: Path) -> Path:
@@ -37,14 +37,16 @@ def images(picture_folder) -> Path:
 
 
 @pytest.fixture
-def masked(run_script, tiny_anima, images, tmp_path):
+def masked(run_script, kind, request, images, tmp_path):
     """``masked("name", "--flag", masks=folder, key=value)`` trains and returns the LoRA's path."""
+
+    models = model_flags(kind, request.getfixturevalue(KINDS[kind].fixture))
 
     def run(name: str, *flags: str, masks: Path | None = None, **subset: object) -> Path:
         keys = {**subset, **({"conditioning_data_dir": masks.as_posix()} if masks else {})}
-        dataset = write_dataset(tmp_path / f"{name}.toml", images, flip_aug=True, **keys)
-        arguments = [*model_flags(tiny_anima), *run_flags(tmp_path / name, dataset), STEPS, "--learning_rate=1e-2", *flags]
-        done = run_script(SCRIPT, *arguments, *(["--masked_loss"] if masks else []))
+        dataset = write_dataset(tmp_path / f"{name}.toml", images, kind, flip_aug=True, **keys)
+        arguments = [*models, *run_flags(kind, tmp_path / name, dataset), STEPS, ALONE, "--learning_rate=1e-2", *flags]
+        done = run_script(KINDS[kind].script, *arguments, *(["--masked_loss"] if masks else []))
         assert done.returncode == 0, done.stdout + done.stderr
         if masks:
             assert "5 masked" in done.stdout
@@ -53,15 +55,17 @@ def masked(run_script, tiny_anima, images, tmp_path):
     return run
 
 
+@over("anima", slow=("sd3", "lumina"))
 def test_half_a_mask_trains_otherwise_and_caches_hold_it(masked, images, tmp_path):
     masks = write_masks(images, tmp_path / "half")
     plain = masked("plain", *CACHED)
-    cached, live = masked("cached", *CACHED, masks=masks), masked("live", "--network_train_unet_only", masks=masks)
+    cached, live = masked("cached", *CACHED, masks=masks), masked("live", masks=masks)
     assert not same_lora(plain, cached)
     a, b = lora(cached), lora(live)
     assert all((a[key] - b[key]).abs().max() <= 1e-5 + 1e-3 * a[key].abs().max() for key in a)
 
 
+@over("anima", slow=("sd3", "lumina"))
 def test_the_alpha_channel_is_a_mask_as_well(masked, images, tmp_path):
     by_image = masked("images", *CACHED, masks=write_masks(images, tmp_path / "half"))
     for path in images.glob("*.png"):

@@ -10,17 +10,24 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.e2e.anima_runs import SCRIPT, write_dataset
+from tests.e2e.kinds import KINDS, model_flags, over
 
 
-def test_page_and_captions_of_a_folder(run_script, picture_folder, tmp_path):
+@over("anima", "sd3", slow=("lumina",))
+def test_page_and_captions_of_a_folder(run_script, kind, request, picture_folder, tmp_path):
     pictures = picture_folder(6)
     (pictures / "picture_02.txt").write_text("word " * 600, encoding="utf-8")
     dataset = write_dataset(tmp_path / "my.toml", pictures, shuffle_caption=True, flip_aug=True, caption_dropout_rate=0.5)
-    done = run_script(SCRIPT, "--dataset_config", dataset, "--debug_dataset", "--show_captions=2", "--output_dir=out", "--seed=5")
+    models = (
+        model_flags(kind, request.getfixturevalue(KINDS[kind].fixture)) if kind == "lumina" else []
+    )  # whose tokenizer is in them
+    flags = [*models, "--dataset_config", dataset, "--debug_dataset", "--show_captions=2", "--output_dir=out", "--seed=5"]
+    done = run_script(KINDS[kind].script, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 6 captions" in done.stdout
     assert "does not see the last" in done.stdout
-    assert "Qwen3: at most" in done.stdout
+    for encoder in {"anima": ["Qwen3"], "sd3": ["CLIP-L", "T5"], "lumina": ["Gemma 2"]}[kind]:
+        assert f"{encoder}: at most" in done.stdout, done.stdout
     html = (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")
     assert html.count("<article") == 6
     assert done.stdout.rstrip().splitlines()[-1].startswith("page: out")
