@@ -26,7 +26,6 @@ SHOWN: dict[str, dict[str, str]] = {
     "e2e/test_anima_lora_layouts.py": {"test_diffusers_files_are_saved_and_gone_on_from_in_comfyui_s": "save_format"},
     "e2e/test_interruption.py": {"test_a_signal_saves_and_the_run_goes_on": "resume"},
     "e2e/test_anima_inference.py": {"test_samples_of_a_training_come_out_again": "sample_sampler sample_at_first"},
-    "test_anima_minimal_inference.py": {"test_latents_are_those_of_training_samples": "sample_sampler"},
     "library/anima/test_architecture.py": {
         "test_only_the_parts_that_are_asked_for_are_read": "pretrained_model_name_or_path qwen3 vae",
         "test_tokens_are_counted_without_any_model_file": "qwen3_max_token_length t5_max_token_length",
