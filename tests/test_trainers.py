@@ -107,6 +107,24 @@ def test_resumed_equals_uninterrupted(runs):
     assert same_tensors(runs.lora("whole"), runs.lora("parts")) and same_tensors(runs.lora("whole"), runs.lora("resumed"))
 
 
+CHANGED = {
+    "anima": ("--qwen3_max_token_length=99", "--discrete_flow_shift=3.0"),
+    "sd3": ("--t5_dropout_rate=0.5", "--t5xxl_max_token_length=99", "--training_shift=3.0", "--pos_emb_random_crop_rate=1.0"),
+    "lumina": ("--system_prompt=You draw.", "--gemma2_max_token_length=99", "--model_prediction_type=sigma_scaled"),
+}
+
+
+@over("sd3", "lumina", slow=("anima",))
+def test_options_that_changed_since_a_state_was_saved_are_told(runs, kind):
+    runs.train(*ONE_STEP, "--save_state")
+    state = f"--resume={runs.folder / 'out' / 'tiny-state'}"
+    warnings = runs.checked(*ONE_STEP, "--max_train_steps=2", state, *CHANGED[kind]).warnings
+    for flag in CHANGED[kind]:
+        name, _, value = flag.partition("=")
+        assert any(f"{name} was " in warning and f" and is {value} now" in warning for warning in warnings), flag
+    assert not any(" was " in warning for warning in runs.checked(*ONE_STEP, "--max_train_steps=2", state).warnings)
+
+
 @over("sd1", "sd3", "lumina", slow=("anima", "sdxl", "sd35m"))
 def test_cold_warm_and_live_train_on_the_same_values(runs):
     """Latents are drawn from what the image coder says of an image: by the image alone, cached or not."""

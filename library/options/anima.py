@@ -18,6 +18,8 @@ LONGEST_TEXT_TOKENS = 512  # = CONTEXT_ROWS of library/anima/layout.py, which op
 class AnimaOptions:
     """Anima: its text encoder, tokenizers and image coder."""
 
+    CHANGES_TRAINING: ClassVar[tuple[str, ...]] = ("qwen3_max_token_length", "t5_max_token_length")
+
     qwen3: str | None = opt(None, "Qwen3-0.6B text encoder: a .safetensors file or a folder", path=True)
     llm_adapter_path: str | None = opt(None, "file of the LLM adapter (not set = it is inside the model's checkpoint)", path=True)
     t5_tokenizer_path: str | None = opt(

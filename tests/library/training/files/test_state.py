@@ -289,7 +289,9 @@ def test_what_changes_a_training_of_stable_diffusion_is_in_the_history():
     assert "--clip_skip" not in state_settings(AnimaTrainOptions(), "anima", batches_per_epoch=3).history
 
 
-@pytest.mark.parametrize(("kind", "group"), [(Sd3TrainOptions, "sd3"), (LuminaTrainOptions, "lumina")])
+@pytest.mark.parametrize(
+    ("kind", "group"), [(AnimaTrainOptions, "anima"), (Sd3TrainOptions, "sd3"), (LuminaTrainOptions, "lumina")]
+)
 def test_what_changes_a_training_of_one_model_alone_is_in_the_history(kind, group):
     options = kind()
     history = state_settings(options, "x", batches_per_epoch=3).history
