@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from library.errors import NetworkError
@@ -41,9 +42,20 @@ def other_blocks(path: str, indices: Indices) -> tuple[str, ...]:
 
 def check_indices(name: str, indices: Indices, *, blocks: int) -> None:
     """Raises NetworkError for blocks that the model, which has ``blocks`` of them, has not."""
-    above = sorted(index for index in indices or () if index >= blocks)
-    if above:
+    past = [f"{first}-{last}" if first < last else str(first) for first, last in _ranges(indices or ()) if last >= blocks]
+    if past:
+        go = "goes" if len(past) == 1 else "go"
         raise NetworkError(
-            f"--network_args: {name} names block {above[0]}{' and others' if len(above) > 1 else ''}, and the model has "
-            f"{blocks}: give numbers from 0 to {blocks - 1}"
+            f"--network_args: {name}: {', '.join(past)} {go} past the last block, {blocks - 1}: give numbers from 0 to {blocks - 1}"
         )
+
+
+def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """The first and the last of each run of numbers without a gap."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

@@ -109,7 +109,7 @@ def create_network(  # noqa: PLR0913  # the protocol of network modules
     """
     arguments = parse_arguments(Sd3Arguments, kwargs)
     encoders = _listed(text_encoders)
-    if arguments.train_t5xxl and encoders and (len(encoders) <= T5 or encoders[T5] is None):
+    if arguments.train_t5xxl and 0 < len(encoders) <= T5:  # a T5 that is not trained has an empty place
         raise NetworkError("--network_args: train_t5xxl is to train T5, and there is none: give it with --t5xxl, or drop the "
                            "argument")  # fmt: skip
     return build_network(

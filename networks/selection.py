@@ -130,8 +130,9 @@ def select(candidates: Sequence[Candidate], arguments: NetworkArguments, *, rank
     problems = [*_idle_selections(candidates, admitted, arguments), *_idle_reg_lrs(admitted, arguments),
                 *_idle_components(targets, arguments, candidates)]  # fmt: skip
     if not targets and not problems:
-        problems.append("no module is left to train: exclude_patterns, ranks of 0 and learning rates of 0 leave out every "
-                        f"one of the {len(candidates)} that could get a LoRA; loosen them")  # fmt: skip
+        blocks = "train_block_indices, " if getattr(arguments, "train_block_indices", None) is not None else ""
+        problems.append(f"no module is left to train: {blocks}exclude_patterns, ranks of 0 and learning rates of 0 leave out "
+                        f"every one of the {len(candidates)} that could get a LoRA; loosen them")  # fmt: skip
     if problems:
         raise NetworkError(*problems)
     return targets

@@ -170,6 +170,10 @@ class Sd3TrainOptions(FlowTrainOptions):
                 f"--network_args {T5_SWITCH}=true does nothing with --network_train_unet_only, which leaves text encoders as "
                 "they are"
             )
+        if self.network.trains_text_encoder and self.wants_t5_trained and self.given_text_rates and not self.given_text_rates[2]:
+            yield (
+                f"--text_encoder_lr: the third rate is 0: the T5 gets no LoRA, and --network_args {T5_SWITCH}=true does nothing"
+            )
         listed = self.optimizer.text_encoder_lr or []
         if len(listed) >= self.TEXT_ENCODERS and listed[2] and not self.wants_t5_trained:
             yield (

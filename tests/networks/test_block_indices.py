@@ -44,9 +44,12 @@ def test_the_other_blocks():
     assert re.fullmatch(pattern, "layers.0.x") and not re.fullmatch(pattern, "noise_refiner.layers.0.x")
 
 
-def test_blocks_that_the_model_has_not():
+@pytest.mark.parametrize(
+    ("given", "blocks", "said"),
+    [("0-40", 3, "0-40 goes past the last block, 2: give numbers from 0 to 2"), ("1,24,30", 24, "24, 30 go past the last block, 23"),
+     ("0-3,22-24", 24, "train_block_indices: 22-24 goes past the last block, 23")],
+)  # fmt: skip
+def test_blocks_that_the_model_has_not(given, blocks, said):
     check_indices("train_block_indices", frozenset({0, 23}), blocks=24)
-    with pytest.raises(
-        NetworkError, match="train_block_indices names block 24 and others, and the model has 24: give numbers from 0 to 23"
-    ):
-        check_indices("train_block_indices", frozenset({1, 24, 30}), blocks=24)
+    with pytest.raises(NetworkError, match=said):
+        check_indices("train_block_indices", parse_block_indices(given), blocks=blocks)

@@ -72,7 +72,7 @@ def test_names_and_shapes_in_the_real_models(published):
     everything = {"embedder_dims": "[4,4,4]"}
     assert described(create(real, **everything).unet_loras) == described(create(published, **everything).unet_loras)
     assert parts(create(real, train_block_indices="0-25", dim=1)) == parts(create(published, dim=1))
-    with pytest.raises(NetworkError, match="names block 26, and the model has 26"):
+    with pytest.raises(NetworkError, match="26 goes past the last block, 25"):
         create(real, train_block_indices="26")
     encoder = LuminaTextEncoder(build_gemma(GemmaConfig()), tokenizer=None, width=2304)
     found = described(create(None, [encoder]).text_encoder_loras)
@@ -234,7 +234,7 @@ def test_training_goes_on_with_the_three_pairs(tiny, tmp_path):
         ({"embedder_dims": "4,-1,4"}, r"give whole numbers from 0 on"),
         ({"train_blocks": "transformers"}, r"give one of all, transformer, .*did you mean transformer\?"),
         ({"train_blocks": "0-5"}, r"train_block_indices takes numbers of layers"),
-        ({"train_block_indices": "0-2"}, r"train_block_indices names block 2, and the model has 2: give numbers from 0 to 1"),
+        ({"train_block_indices": "0-2"}, r"train_block_indices: 0-2 goes past the last block, 1: give numbers from 0 to 1"),
         ({"train_block_indices": "3-1"}, r"the range 3-1 ends before it begins: write 1-3"),
         ({"train_block_indices": "a"}, r"'a' is no block: give all, none, or numbers and ranges"),
         ({"attn_dim": "-1"}, r"attn_dim=-1 cannot be used: give a rank"),

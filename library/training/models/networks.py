@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -124,10 +125,13 @@ def before_weights(network_module: str | None) -> Iterator[None]:
 
 def with_gaps(module_name: str, encoders: Sequence[nn.Module], rates: Sequence[float]) -> list[nn.Module | None]:
     """The text encoders for create_network. Modules of this project get None for one that has the rate 0, so that it gets no
-    LoRA and the others keep their numbers; what others make of a gap is not known."""
+    LoRA and the others keep their numbers, and for one that does not run; what others make of a gap is not known.
+
+    ``rates``: one for each encoder of the model; the last ``encoders`` may be missing.
+    """
     if module_name.split(".")[0] != OWN_PACKAGE:
         return list(encoders)
-    return [encoder if rate else None for encoder, rate in zip(encoders, rates, strict=False)]
+    return [encoder if rate else None for encoder, rate in zip_longest(encoders, rates)]
 
 
 def create_network(

@@ -112,6 +112,7 @@ WARNED = [
     ("--save_t5xxl", "--save_t5xxl does nothing: training a LoRA leaves T5-XXL as"),
     (f"--network_train_unet_only {T5}", "--network_args train_t5xxl=true does nothing with --network_train_unet_only"),
     ("--text_encoder_lr 1e-5 1e-5 1e-5", "the third rate, 1e-05, does nothing without --network_args train_t5xxl=true"),
+    (f"--t5xxl_device=cpu --text_encoder_lr 1e-5 1e-5 0 {T5}", "--text_encoder_lr: the third rate is 0: the T5 gets no LoRA"),
     ("--text_encoder_lr 1e-5 1e-5 0 1e-5", "--text_encoder_lr: SD3 has 3 text encoders: only the first 3 rates count, 1e-05 1e-05 0"),
 ]  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_warned(arguments, expected):
     "arguments",
     ["--cache_text_encoder_outputs", "--cache_text_encoder_outputs --text_encoder_lr 1e-5", "--text_encoder_lr 1e-5 1e-5 0",
      "--network_train_unet_only --cache_text_encoder_outputs", "--t5xxl_device=cuda:1 --t5xxl_dtype=bf16",
-     "--pos_emb_random_crop_rate=1 --enable_scaled_pos_embed", f"--t5xxl_device=cpu --text_encoder_lr 1e-5 1e-5 0 {T5}"],
+     "--pos_emb_random_crop_rate=1 --enable_scaled_pos_embed"],
 )  # fmt: skip
 def test_allowed_without_a_warning(arguments):
     assert list(warnings_of(read(arguments))) == []
