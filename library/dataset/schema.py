@@ -160,7 +160,8 @@ SIZES = Topic("Size and batches", (
     Key(name="max_bucket_reso", kind=WHOLE, default=1024, minimum=1, levels=DATASET_LEVELS, flag="max_bucket_reso", example=2048,
         help="Longest side of a bucket, in pixels; rounded up to a multiple of the steps."),
     Key(name="bucket_reso_steps", kind=WHOLE, default=64, minimum=1, levels=DATASET_LEVELS, flag="bucket_reso_steps", example=32,
-        help="Sides of buckets are multiples of this many pixels. It must suit the model: Anima needs a multiple of 16."),
+        help="Sides of buckets are multiples of this many pixels, and it must be a multiple of what the model needs: 64 for "
+        "Stable Diffusion 1 and 2, 32 for SDXL, 16 for SD 3, Lumina and Anima."),
     Key(name="bucket_no_upscale", kind=SWITCH, default=False, levels=DATASET_LEVELS, flag="bucket_no_upscale", example=True,
         help="Never enlarge an image; its own size makes the bucket. Ignores `min_bucket_reso` and `max_bucket_reso`."),
 ))  # fmt: skip
