@@ -30,7 +30,7 @@ LATENT_CHANNELS, SCALE, SHIFT = 16, 0.3611, 0.1159  # of FLUX' VAE
 VOCABULARY = 512  # rows of the embedding; the tokenizer has somewhat fewer pieces
 DIT, GEMMA, VAE = "nextdit", "gemma2", "vae"  # parts, as a header names them
 OWN_PREFIXES = {DIT: "", GEMMA: "model.", VAE: ""}
-WHOLE_PREFIXES = {DIT: layout.PREFIXES[0], GEMMA: gemma_layout.PREFIXES[0], VAE: "vae."}
+WHOLE_PREFIXES = {DIT: layout.PREFIXES[0], GEMMA: gemma_layout.BUNDLED_PREFIX, VAE: "vae."}
 FILES = {"dit": (DIT,), "gemma2": (GEMMA,), "ae": (VAE,), "whole": (DIT, GEMMA, VAE)}  # file -> the parts in it
 STEMS = {"dit": "lumina", "whole": "lumina_all_in_one"}
 # Layers that write into the DiT's stream, and the size of what they write. It is normalised before it is added, so a small one

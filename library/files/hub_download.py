@@ -48,8 +48,8 @@ def fetch_model(  # noqa: PLR0913  # a repository, what of it, and for messages
 ) -> Path:
     """The folder in the cache with the chosen files of a repository. Raises CheckpointError, without the token in it.
 
-    ``parts``: folders of which files must be in the cache, where that is all there is to take them from. ``what``: is fetched,
-    for messages.
+    ``parts``: folders of which files must be in the cache, where that is all there is to take them from. For messages: ``flag``
+    that names the repository, "" where no one has named it; ``what`` is fetched.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -62,14 +62,19 @@ def fetch_model(  # noqa: PLR0913  # a repository, what of it, and for messages
         api.repo_info(repo_id, timeout=TIMEOUT_S)  # asks once, where listing and fetching would try again for long
         wanted = list(choose(api.list_repo_files(repo_id)))
         if not wanted:
-            raise CheckpointError(f"{flag} {repo_id}: this repository on the hub holds no {what}")
+            raise CheckpointError(f"{f'{flag} {repo_id}'.strip()}: this repository on the hub holds no {what}")
         return Path(snapshot_download(repo_id, allow_patterns=wanted, token=token))
     except CheckpointError:
         raise
     except Exception as error:  # of the library, its HTTP client or the system: which ones depends on versions
         kept = _from_cache(repo_id) if is_unreachable(error) else None
         if kept is None or not _is_complete(kept, choose, wanted, parts):
-            raise CheckpointError(f"{flag} {repo_id} is no file or folder here, and on the hub {reason(error, token)}") from error
+            where = (
+                f"{flag} {repo_id} is no file or folder here, and on the hub"
+                if flag
+                else f"{repo_id} on the hub does not give it:"
+            )
+            raise CheckpointError(f"{where} {reason(error, token)}") from error
         if os.environ.get("RANK", "0") == "0":
             logger.info("the hub is not asked: %s is taken from %s", repo_id, kept)
         return kept

@@ -20,10 +20,12 @@ from library.files.model_path import GEMMA, described, recognise_keys
 from library.files.weights_source import Part, Piece, WeightsSource
 
 BUNDLE = "text_encoders.gemma2_2b."  # of all-in-one files
-# of an all-in-one file, of a Hugging Face folder and of ComfyUI's file, of the bare model; longest first
-PREFIXES = (f"{BUNDLE}transformer.model.", f"{BUNDLE}transformer.", "model.", "")
+BUNDLED_PREFIX = f"{BUNDLE}transformer.model."
+MARK = re.compile(r"((?:.+\.)?)layers\.\d+\.pre_feedforward_layernorm\.weight")  # the name of Gemma 2 and 3 alone
 SPIECE = "spiece_model"  # the tokenizer's file as a tensor of bytes
-BESIDES = re.compile(r"lm_head\.weight|logit_scale|spiece_model|.*rotary_emb\.inv_freq")  # what files hold besides the encoder
+# what files hold besides the encoder
+BESIDES = re.compile(r"lm_head\.weight|logit_scale|(.+\.)?spiece_model|.*rotary_emb\.inv_freq")
+LAYERS = "layers."
 SETTINGS = "gemma2"  # the encoder's object inside the ``config`` entry of a header
 WANTED = "give Gemma 2 2B (gemma-2-2b), a file or its folder"
 
@@ -35,7 +37,7 @@ class GemmaConfig:
     """Sizes of the encoder; the defaults are those of Gemma 2 2B."""
 
     width: int = 2304
-    blocks: int = 26  # in the file; the last one is not loaded
+    blocks: int = 26  # of the whole model; the last one is not loaded
     heads: int = 8
     key_heads: int = 4
     head_dim: int = 256
@@ -55,12 +57,9 @@ PUBLISHED = GemmaConfig()
 
 
 def find_gemma(names: Mapping[str, Any]) -> str | None:
-    """The prefix of the encoder's names in a file; None where it has none."""
-    return next((prefix for prefix in PREFIXES if any(_is_layer(name, prefix) for name in names)), None)
-
-
-def _is_layer(name: str, prefix: str) -> bool:
-    return name.startswith(f"{prefix}layers.") and name.endswith(".pre_feedforward_layernorm.weight")
+    """What stands before the encoder's names in a file, whatever that is; None where it has none."""
+    prefixes = {match.group(1) for name in names if (match := MARK.fullmatch(name))}
+    return min(prefixes, key=lambda prefix: (len(prefix), prefix), default=None)
 
 
 def gemma_part(source: WeightsSource) -> Part[GemmaConfig]:
@@ -78,8 +77,9 @@ def gemma_part(source: WeightsSource) -> Part[GemmaConfig]:
     own = {name: shape for name, shape in own.items() if not BESIDES.fullmatch(name)}
     if "layers.0.self_attn.q_norm.weight" in own:
         raise CheckpointError(f"{source.path} is a Gemma 3 text encoder, another generation: {WANTED}")
-    config = config_from_shapes(own, _settings(source, prefix))
-    if problem := next(_problems(config, own), ""):
+    settings = _settings(source, prefix)
+    config = config_from_shapes(own, settings)
+    if problem := next(_problems(config, own, _told_blocks(own, settings)), ""):
         raise CheckpointError(f"{source.path} is not a complete {GEMMA}: {problem}")
     pieces = {name: Piece(prefix + name) for name in expected_shapes(config) if _is_used(name, config)}
     return Part(source=source, config=config, pieces=pieces)
@@ -89,15 +89,20 @@ def _is_used(name: str, config: GemmaConfig) -> bool:
     return name != "norm.weight" and not name.startswith(f"layers.{config.used_blocks}.")
 
 
-def _problems(config: GemmaConfig, shapes: Shapes) -> Iterator[str]:
+def _problems(config: GemmaConfig, shapes: Shapes, told_blocks: int | None) -> Iterator[str]:
     """The names first: sizes read from a file with wrong names may be guesses."""
+    expected = expected_shapes(config)
+    if block_count(shapes, LAYERS) < config.blocks:  # without the layer that is not used: the norm behind it may lack as well
+        expected = {name: shape for name, shape in expected.items() if name in shapes or _is_used(name, config)}
     sizes = f"(read as {config.blocks} layers of width {config.width}, {config.heads} heads of {config.head_dim})"
     if text := scaled_float8_problem(shapes):
         yield text
-    elif text := compare_keys(shapes, expected_shapes(config)):
+    elif text := compare_keys(shapes, expected):
         yield f"{text} {sizes}"
     elif config.heads % config.key_heads or config.head_dim % 2:
         yield f"heads of keys must divide those of queries, and an even width must be theirs {sizes}: its config needs head_dim"
+    elif told_blocks not in (None, config.blocks):
+        yield f"it has {config.blocks} layers, where {told_blocks} are wanted (the last one may be left out) {sizes}"
     elif config.blocks < 2:
         yield f"it has {config.blocks} layer, of which the last is not used {sizes}"
 
@@ -113,8 +118,8 @@ def config_from_shapes(shapes: Shapes, settings: Mapping[str, Any]) -> GemmaConf
     head_dim = _head_dim(settings, rows)
     rope = settings.get("rope_parameters")  # transformers 5 nests what was rope_theta
     return GemmaConfig(
-        width=usual_side(shapes, rf"({layer}\w+_layernorm|norm)\.weight", 0, PUBLISHED.width),
-        blocks=block_count(shapes, "layers."),
+        width=_width(shapes),
+        blocks=_blocks(shapes, settings),
         heads=max(rows // head_dim, 1),
         key_heads=max(key_rows // head_dim, 1),
         head_dim=head_dim,
@@ -125,6 +130,23 @@ def config_from_shapes(shapes: Shapes, settings: Mapping[str, Any]) -> GemmaConf
         rope_theta=positive({**settings, **(rope if isinstance(rope, dict) else {})}, "rope_theta", PUBLISHED.rope_theta),
         norm_eps=positive(settings, "rms_norm_eps", PUBLISHED.norm_eps),
     )
+
+
+def _blocks(shapes: Shapes, settings: Mapping[str, Any]) -> int:
+    """Of the whole model: a file may leave out the last layer, which is not used."""
+    found, told = block_count(shapes, LAYERS), _told_blocks(shapes, settings)
+    return told if told == found + 1 else found
+
+
+def _told_blocks(shapes: Shapes, settings: Mapping[str, Any]) -> int | None:
+    """How many layers the whole model has, by its config or because its width is that of the published one; None: not known."""
+    if "num_hidden_layers" in settings:
+        return max(int(positive(settings, "num_hidden_layers", PUBLISHED.blocks)), 1)
+    return PUBLISHED.blocks if _width(shapes) == PUBLISHED.width else None
+
+
+def _width(shapes: Shapes) -> int:
+    return usual_side(shapes, r"(layers\.\d+\.\w+_layernorm|norm)\.weight", 0, PUBLISHED.width)
 
 
 def _head_dim(settings: Mapping[str, Any], rows: int) -> int:

@@ -18,7 +18,7 @@ from library.files.hub_download import cached_file, fetch_model, is_repo_id
 from library.files.open_weights import SafetensorsWeights, ShardedWeights
 from library.files.safetensors_file import TensorFile
 from library.files.weights_source import WeightsSource
-from library.lumina.gemma_layout import BUNDLE, SPIECE
+from library.lumina.gemma_layout import SPIECE
 from library.text.tokenizer_files import TextLength, load_json_tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ HUB_ID = "google/gemma-2-2b"
 BOS, BOS_ID, PAD_ID = "<bos>", 2, 0
 MARKS_WITHIN = 1024  # SentencePiece puts marks before all that it has learnt
 NAMES = MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"  # the first that is there is taken: it loads faster
-SPIECE_KEYS = (SPIECE, f"{BUNDLE}{SPIECE}", f"{BUNDLE}transformer.{SPIECE}")
+BYTE_TYPES = ("U8", "I8")
 CURE = (
     f"give a Gemma 2 file that carries its tokenizer ({SPIECE}: the one for ComfyUI does), or {FLAG} a folder with "
     f"{MODEL_FILE} or {JSON_FILE}"
@@ -85,9 +85,16 @@ def find_gemma_tokenizer(
         return GemmaTokenizerFile(path=_given_file(given, token), max_tokens=max_tokens)
     if weights is not None and _spiece_key(weights) is not None:
         return GemmaTokenizerFile(source=weights, max_tokens=max_tokens)
-    folder = Path(weights.path) if weights is not None else None
-    beside = _file_in(folder) if folder is not None and folder.is_dir() else None
-    return GemmaTokenizerFile(path=beside or _hub_file(HUB_ID, token, whose="the tokenizer of Gemma 2,"), max_tokens=max_tokens)
+    beside = _file_beside(Path(weights.path)) if weights is not None else None
+    return GemmaTokenizerFile(path=beside or _hub_file(HUB_ID, token), max_tokens=max_tokens)
+
+
+def _file_beside(folder: Path) -> Path | None:
+    """In the folder of the weights, or in the one for tokenizers of a model in the layout of diffusers."""
+    if not folder.is_dir():
+        return None
+    whole = folder.resolve()
+    return _file_in(folder) or (_file_in(whole.parent / "tokenizer") if whole.name == "text_encoder" else None)
 
 
 def _given_file(value: str, token: str | None) -> Path:
@@ -100,24 +107,24 @@ def _given_file(value: str, token: str | None) -> Path:
         raise CheckpointError(f"{FLAG} {path} has neither {MODEL_FILE} nor {JSON_FILE}: give the folder that has")
     if not is_repo_id(value):
         raise CheckpointError(f"{FLAG} {path} does not exist: give a folder with {MODEL_FILE} or {JSON_FILE}, or leave it out")
-    return _hub_file(value, token, whose=FLAG)
+    return _hub_file(value, token, flag=FLAG)
 
 
 def _file_in(folder: Path) -> Path | None:
     return next((folder / name for name in NAMES if (folder / name).is_file()), None)
 
 
-def _hub_file(repo_id: str, token: str | None, *, whose: str) -> Path:
-    """From the hub's cache without asking, if it is there: a published tokenizer does not change."""
+def _hub_file(repo_id: str, token: str | None, *, flag: str = "") -> Path:
+    """From the hub's cache without asking, if it is there: a published tokenizer does not change. ``flag``: that names it."""
     for name in NAMES:
         if (kept := cached_file(repo_id, name)) is not None:
             return kept
     try:
-        folder = fetch_model(repo_id, _wanted, parts=(), flag=whose, token=token, what=f"{MODEL_FILE} or {JSON_FILE}")
+        folder = fetch_model(repo_id, _wanted, parts=(), flag=flag, token=token, what=f"{MODEL_FILE} or {JSON_FILE}")
     except CheckpointError as error:
-        raise CheckpointError(
-            *(f"{problem}. {LICENCE if repo_id == HUB_ID else ''}Or {CURE}" for problem in error.problems)
-        ) from error
+        why = "" if flag else "Gemma 2's tokenizer is not with its weights, and "
+        licence = LICENCE if repo_id == HUB_ID else ""
+        raise CheckpointError(*(f"{why}{problem}. {licence}Or {CURE}" for problem in error.problems)) from error
     found = _file_in(folder)
     assert found is not None  # fetch_model saw to it
     return found
@@ -131,7 +138,9 @@ def _wanted(names: Sequence[str]) -> Iterator[str]:
 
 
 def _spiece_key(source: WeightsSource) -> str | None:
-    return next((key for key in SPIECE_KEYS if key in source.shapes), None)
+    """Under any prefix; Gemma's, where another text encoder has one too."""
+    keys = [key for key in source.shapes if key == SPIECE or key.endswith(f".{SPIECE}")]
+    return min(keys, key=lambda key: ("gemma" not in key, len(key), key), default=None)
 
 
 def _tensor_bytes(source: WeightsSource) -> bytes:
@@ -142,8 +151,11 @@ def _tensor_bytes(source: WeightsSource) -> bytes:
     if isinstance(source, SafetensorsWeights):
         with TensorFile(source.path) as file:
             info = file.info(key)
-            if info.dtype != "U8":
-                raise CheckpointError(f"{source.path}: {key} is stored as {info.dtype}, where bytes (U8) are wanted; {CURE}")
+            if info.dtype not in BYTE_TYPES:
+                wanted = " or ".join(BYTE_TYPES)
+                raise CheckpointError(
+                    f"{source.path}: {key} is stored as {info.dtype}, where bytes ({wanted}) are wanted; {CURE}"
+                )
             return bytes(file.read([info])[0])
     ((_, tensor),) = source.tensors([key])
     return tensor.numpy().tobytes()

@@ -46,7 +46,7 @@ def test_every_file_gives_the_same_encoder(tiny_lumina, role):
     assert all(piece.key == prefix + name for name, piece in part.pieces.items())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", BUNDLE])
+@pytest.mark.parametrize("prefix", ["", "model.", BUNDLE, "cond_stage_model.gemma."])
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_the_order_of_names_does_not_matter(tiny_lumina, tmp_path, prefix, is_reversed):
     tensors = gemma_tensors(tiny_lumina["gemma2"])
@@ -60,15 +60,40 @@ def test_the_order_of_names_does_not_matter(tiny_lumina, tmp_path, prefix, is_re
     assert part.config == TINY and part.pieces["embed_tokens.weight"].key == f"{prefix}embed_tokens.weight"
 
 
-def test_published_file_fits():
+@pytest.fixture(scope="module")
+def published() -> dict[str, tuple[int, ...]]:
     path = Path(os.environ.get("SPECS_DIR", "specs")) / "checkpoints" / "gemma2_2b.json.gz"
     if not path.is_file():
         pytest.skip("the list of published names is not here")
-    shapes = {name: tuple(shape) for name, (_, shape) in json.loads(gzip.decompress(path.read_bytes()))["tensors"].items()}
+    return {name: tuple(shape) for name, (_, shape) in json.loads(gzip.decompress(path.read_bytes()))["tensors"].items()}
+
+
+def test_published_file_fits(published):
+    shapes = published
     part = gemma_part(ListedNames(shapes))
     assert part.config == GemmaConfig() and part.config.used_blocks == 25
     unused = {name for name in shapes if name.startswith("model.layers.25.")} | {"model.norm.weight", "spiece_model"}
     assert {piece.key for piece in part.pieces.values()} == set(shapes) - unused
+
+
+def test_what_is_not_used_may_be_left_out(published):
+    whole = gemma_part(ListedNames(published))
+    shapes = {name: shape for name, shape in published.items() if not name.startswith("model.layers.25.")}
+    for lacking in ([], ["model.norm.weight"]):
+        part = gemma_part(ListedNames({name: shape for name, shape in shapes.items() if name not in lacking}))
+        assert part.config == whole.config and part.pieces == whole.pieces
+    with pytest.raises(CheckpointError, match="1 missing: layers.3.mlp.up_proj.weight"):
+        gemma_part(ListedNames({name: shape for name, shape in shapes.items() if "layers.3.mlp.up_proj" not in name}))
+
+
+@pytest.mark.parametrize("layers", [24, 27])
+def test_another_number_of_layers_is_refused(published, layers):
+    """24: the last two are missing, so that one layer too few would be run."""
+    of_one = {name: shape for name, shape in published.items() if name.startswith("model.layers.0.")}
+    shapes = {name: shape for name, shape in published.items() if ".layers." not in name}
+    shapes |= {name.replace(".0.", f".{i}."): shape for i in range(layers) for name, shape in of_one.items()}
+    with pytest.raises(CheckpointError, match=f"not a complete Gemma 2 .*it has {layers} layers, where 26 are wanted"):
+        gemma_part(ListedNames(shapes))
 
 
 class ListedNames:
@@ -96,6 +121,10 @@ def test_a_folders_config_says_what_shapes_cannot(tiny_lumina, tmp_path):
     assert config_with(rope_theta=None, rope_parameters={"rope_theta": 7.0}).rope_theta == 7.0
     with pytest.raises(CheckpointError, match="attn_logit_softcapping = 0; give a positive number"):
         config_with(attn_logit_softcapping=0)
+    assert config_with(num_hidden_layers=4) == replace(TINY, blocks=4)  # the file lacks the layer that is not used
+    for blocks in (2, 5):
+        with pytest.raises(CheckpointError, match=f"it has 3 layers, where {blocks} are wanted"):
+            config_with(num_hidden_layers=blocks)
     with pytest.raises(CheckpointError, match="holds a 'gemma' model by its config.json, not a Gemma 2"):
         config_with(model_type="gemma")
 

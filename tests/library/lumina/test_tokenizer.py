@@ -124,10 +124,20 @@ def test_it_comes_with_the_weights(tiny_lumina, spiece, role):
     assert ("tokenizer.model" if role == "gemma2_folder" else "spiece_model in ") in found.name
 
 
-def test_a_pickle_carries_it_too(tiny_lumina, tmp_path, spiece):
-    torch.save(gemma_tensors(tiny_lumina["gemma2"]), tmp_path / "gemma.pt")
-    weights = open_weights(tmp_path / "gemma.pt", flag="--gemma2")
-    assert find_gemma_tokenizer(None, weights, max_tokens=9).content() == spiece
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("name", ["spiece_model", "encoders.gemma.spiece_model"])
+@pytest.mark.parametrize("is_pickle", [False, True])
+def test_its_bytes_may_have_any_prefix_and_either_type(tiny_lumina, tmp_path, spiece, name, dtype, is_pickle):
+    tensors = gemma_tensors(tiny_lumina["gemma2"])
+    tensors = {"a.spiece_model": torch.zeros(4), name: tensors.pop("spiece_model").view(dtype), **tensors}
+    if name == "spiece_model":
+        del tensors["a.spiece_model"]  # of another text encoder
+    path = tmp_path / f"weights.{'pt' if is_pickle else 'safetensors'}"
+    if is_pickle:
+        torch.save(tensors, path)
+    else:
+        written(path, tensors, like=tiny_lumina["gemma2"])
+    assert find_gemma_tokenizer(None, open_weights(path, flag="--gemma2"), max_tokens=9).content() == spiece
 
 
 def test_shards_carry_it_too(tiny_lumina, tmp_path, spiece):
@@ -139,6 +149,16 @@ def test_shards_carry_it_too(tiny_lumina, tmp_path, spiece):
         index.update(dict.fromkeys(own, shard))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     assert find_gemma_tokenizer(None, open_weights(tmp_path, flag="--gemma2"), max_tokens=9).content() == spiece
+
+
+def test_it_lies_beside_the_encoder_of_a_diffusers_folder(tiny_lumina, model_file, tmp_path, monkeypatch):
+    shutil.copytree(tiny_lumina["gemma2_folder"], tmp_path / "text_encoder", ignore=shutil.ignore_patterns("tokenizer.*"))
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(model_file, tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path / "text_encoder")
+    for folder in (tmp_path / "text_encoder", Path()):
+        found = find_gemma_tokenizer(None, open_weights(folder, flag="--gemma2"), max_tokens=9)
+        assert found.path == (tmp_path / "tokenizer" / "tokenizer.model").resolve()
 
 
 def test_what_is_named_wins(tiny_lumina, json_file, model_file, tmp_path):
@@ -179,7 +199,7 @@ def test_damaged_and_foreign_tokenizers(tiny_lumina, tmp_path):
         loaded(BUNDLED_T5 / "tokenizer.json")
     tensors = {**gemma_tensors(tiny_lumina["gemma2"]), "spiece_model": torch.zeros(4)}
     weights = written(tmp_path / "gemma.safetensors", tensors, like=tiny_lumina["gemma2"])
-    with pytest.raises(CheckpointError, match="spiece_model is stored as F32, where bytes .U8. are wanted"):
+    with pytest.raises(CheckpointError, match="spiece_model is stored as F32, where bytes .U8 or I8. are wanted"):
         find_gemma_tokenizer(None, weights, max_tokens=9).load()
 
 
@@ -252,8 +272,14 @@ def test_a_gated_hub_says_what_to_do(hub, model_file):
     assert "hf_reader" not in text and "\n" not in text
 
 
+WITHOUT_NETWORK = (
+    "^Gemma 2's tokenizer is not with its weights, and google/gemma-2-2b on the hub does not give it: .*HF_HUB_OFFLINE is set.* "
+    "Or give a Gemma 2 file that carries"
+)
+
+
 def test_without_the_network(hub, model_file, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="google/gemma-2-2b .* HF_HUB_OFFLINE is set.* Or give a Gemma 2 file that carries"):
+    with pytest.raises(CheckpointError, match=WITHOUT_NETWORK):
         find_gemma_tokenizer(None, None, max_tokens=9)
     assert not hub.requests
