@@ -35,17 +35,16 @@ def write_reference_caches(kind: str, run: CheckedRun, texts: type) -> None:
     assert run.latent_cache is not None and run.text_cache is not None
     run.text_cache.conditioning_type = texts
     for item in run.training_set.items:
-        sides = tuple(run.latent_cache.load(item, flipped=flip).numpy() for flip in (False, True))
-        write_latents(kind, item, sides)
+        plain, flipped = (run.latent_cache.load(item, flipped=flip).numpy() for flip in (False, True))
+        write_latents(kind, item, plain, flipped)
         text = {name: tensor.numpy() for name, tensor in run.text_cache.load(item).cache_tensors().items()}
         write_text(kind, item, text, run)
 
 
-def write_latents(kind: str, item: Item, sides: tuple[np.ndarray, np.ndarray]) -> None:
+def write_latents(kind: str, item: Item, plain: np.ndarray, flipped: np.ndarray) -> None:
     """As they are and mirrored; of Anima also as older versions wrote them. SD3's are kept as its VAE gives them."""
-    plain, flipped = sides
     if kind == "sd3":
-        plain, flipped = (side / np.float32(SD3_SCALE) + np.float32(SD3_SHIFT) for side in sides)
+        plain, flipped = (side / np.float32(SD3_SCALE) + np.float32(SD3_SHIFT) for side in (plain, flipped))
     elif kind == "anima" and item.index % 2:
         plain, flipped = plain[:, None], flipped[:, None]
     anima.write_latents(item.path, Image.open(item.path).size, plain, flipped=flipped, model=kind)
