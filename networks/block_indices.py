@@ -44,9 +44,9 @@ def check_indices(name: str, indices: Indices, *, blocks: int) -> None:
     """Raises NetworkError for blocks that the model, which has ``blocks`` of them, has not."""
     past = [f"{first}-{last}" if first < last else str(first) for first, last in _ranges(indices or ()) if last >= blocks]
     if past:
-        go = "goes" if len(past) == 1 else "go"
+        go, last = "goes" if len(past) == 1 else "go", blocks - 1
         raise NetworkError(
-            f"--network_args: {name}: {', '.join(past)} {go} past the last block, {blocks - 1}: give numbers from 0 to {blocks - 1}"
+            f"--network_args: {name}: {', '.join(past)} {go} past the last block, {last}: give numbers from 0 to {last}"
         )
 
 

@@ -8,6 +8,7 @@ An architecture's file (``lora_<arch>.py``) supplies data: ModelRules and an arg
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 T5_NAMES = "lora_te3_"
 DENOISER = "unet"  # the label of the denoiser's optimizer groups and list, whatever it is; the others are text encoders
+MODEL_OF_NAME = re.compile(r"lora_(unet|te\d*)_")
+# why a network has no place for a module of a file
+OTHERWISE = "the network arguments, the trained parts or the model are not those of the file"
+LEFT_OUT = "so its part is neither trained nor in the new file; merge it with --base_weights"
+TEXT_ENCODER_NOT_TRAINED = f"this text encoder is not trained (its outputs are cached, or it has no LoRA), {LEFT_OUT}"
+DENOISER_NOT_TRAINED = f"the denoiser is not trained, {LEFT_OUT}"
 
 Models = Sequence[tuple[nn.Module, ModelRules]]
 LearningRates = float | Sequence[float] | None
@@ -64,6 +71,7 @@ class LoRANetwork(nn.Module):
         self.unet_loras: list[LoRAModule] = []
         self._targets: dict[str, Target] = {}  # by lora_name
         self._backup: dict[str, Tensor] = {}
+        self.source: Path | None = None  # the file that decided the modules, where one did
         for target in targets:
             place = target.candidate
             lora = lora_of(target, multiplier=multiplier, dropouts=dropouts)
@@ -271,12 +279,23 @@ class LoRANetwork(nn.Module):
         fitting = [name for name in own if name in weights]
         if not fitting:
             raise no_module_fits(file, weights, own, architecture_of(self.arguments))
-        check_shapes(file, [(self._targets[name].candidate, own[name].rank_in(weights[name])) for name in fitting], weights)
+        places = [(self._targets[name].candidate, own[name].rank_in(weights[name])) for name in fitting]
+        check_shapes(file, places, weights, splits=self.arguments.splits_fused)
         for name in fitting:
             own[name].load_pair(weights[name])
-        warn_of_homeless(file, learned_beside(weights, own), cure="; --dim_from_weights takes its modules")
+        self._warn_of_homeless(file, learned_beside(weights, own))
         return LoadReport(loaded=len(fitting), missing=tuple(name for name in own if name not in weights),
                           unexpected=tuple(name for name in weights if name not in own))  # fmt: skip
+
+    def _warn_of_homeless(self, file: str | Path, names: Sequence[str]) -> None:
+        """Of modules of a file: those of models that have no LoRA here, and those that the arguments leave out."""
+        here = {model_of(lora.lora_name) for lora in self.loras}
+        absent = [name for name in names if model_of(name) not in (None, *here)]
+        for model in dict.fromkeys(map(model_of, absent)):
+            cause = DENOISER_NOT_TRAINED if model == DENOISER else TEXT_ENCODER_NOT_TRAINED
+            warn_of_homeless(file, [name for name in absent if model_of(name) == model], cause=cause)
+        if Path(file) != self.source:  # else it is told already
+            warn_of_homeless(file, [name for name in names if name not in absent], cure="; --dim_from_weights takes its modules")
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What a file holds: state_dict(), but with the pairs of a fused layer's parts as one."""
@@ -395,7 +414,9 @@ def build_network_from_weights(  # noqa: PLR0913  # what the protocol's function
     if idle := [name for name in arguments.SELECTING if getattr(arguments, name)]:
         logger.warning("%s: it decides the modules and ranks, so %s does nothing", file, ", ".join(idle))
     tell(arguments.warnings())
-    return _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout)), weights
+    network = _network(targets, arguments, multiplier, _dropouts(arguments, arguments.dropout))
+    network.source = Path(file)
+    return network, weights
 
 
 def lora_of(target: Target, *, multiplier: float, dropouts: Dropouts) -> LoRAModule:
@@ -449,13 +470,18 @@ def learned_beside(weights: Mapping[str, Mapping[str, Tensor]], known: Collectio
     return [name for name, parts in weights.items() if name not in known and bool(parts[UP].count_nonzero())]
 
 
-def warn_of_homeless(file: str | Path, names: Sequence[str], *, cure: str = "") -> None:
+def model_of(name: str) -> str | None:
+    """``"unet"``, ``"te2"``: whose module it is, by its name in a file; None where that does not show."""
+    match = MODEL_OF_NAME.match(name)
+    return None if match is None else match[1]
+
+
+def warn_of_homeless(file: str | Path, names: Sequence[str], *, cause: str = OTHERWISE, cure: str = "") -> None:
     """Of modules of a file that this network does not have. ``cure`` ends the line."""
     if names:
         has = "1 module has" if len(names) == 1 else f"{len(names)} modules have"
-        logger.warning("warning: %s: %s no place in this network and what the file learned there is left out (%s): the network "
-                       "arguments, the trained parts or the model are not those of the file%s%s", file, has, examples(names),
-                       trained_on(file), cure)  # fmt: skip
+        logger.warning("warning: %s: %s no place in this network and what the file learned there is left out (%s): %s%s%s", file,
+                       has, examples(names), cause, trained_on(file) if cause == OTHERWISE else "", cure)  # fmt: skip
 
 
 def warn_of_rank(rank: int, targets: Sequence[Target]) -> None:

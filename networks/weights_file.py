@@ -213,9 +213,20 @@ def trained_on(file: str | Path) -> str:
     return f" (its metadata names the base model {base})" if base else ""
 
 
-def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises one NetworkError for the modules of ``places`` (each with its rank here) whose shapes in the file differ."""
-    ranks, sizes = [], []
+def check_shapes(
+    file: str | Path,
+    places: Iterable[tuple[Candidate, int]],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    *,
+    splits: bool = False,
+) -> None:
+    """Raises one NetworkError for the modules of ``places`` (each with its rank here) whose shapes in the file differ.
+
+    ``splits``: parts of fused layers have LoRAs of their own here.
+    """
+    ranks: list[str] = []
+    of_parts: list[str] = []  # pairs of fused parts, for which one pair is here
+    sizes: list[str] = []
     for place, rank in places:
         parts = weights[place.name]
         file_rank = parts[DOWN].shape[0]
@@ -226,8 +237,10 @@ def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weig
             sizes.append(f"{place.name} ({shapes} in the file, the layer is {tuple(weight)})")
         elif file_rank != rank:
             split = is_split(parts[UP], place.parts)
-            hint = f", rank {file_rank // len(place.parts)} of each of its {len(place.parts)} parts: split_qkv" if split else ""
-            ranks.append(f"{place.name} (rank {file_rank} in the file{hint}, {rank} here)")
+            hint = f", rank {file_rank // len(place.parts)} of each of its {len(place.parts)} parts" if split else ""
+            (of_parts if split and not splits else ranks).append(
+                f"{place.name} (rank {file_rank} in the file{hint}, {rank} here)"
+            )
     problems = []
     if sizes:
         problems.append(
@@ -236,6 +249,11 @@ def check_shapes(file: str | Path, places: Iterable[tuple[Candidate, int]], weig
     if ranks:
         problems.append(
             f"{file} has other ranks: {examples(ranks)}; set --network_dim to the file's rank, or give --dim_from_weights"
+        )
+    if of_parts:
+        problems.append(
+            f"{file} has a LoRA for each of q, k and v: {examples(of_parts)}; add split_qkv=true to --network_args, with the "
+            "rank of a part as --network_dim, or give --dim_from_weights"
         )
     if problems:
         raise NetworkError(*problems)

@@ -244,6 +244,25 @@ def test_dim_from_weights_says_what_it_does_not_take(tmp_path, caplog):
     assert "it decides the modules and ranks, so x_attn_dim, train_block_indices does nothing" in caplog.text
 
 
+@pytest.mark.parametrize("from_weights", [True, False])
+def test_parts_of_encoders_that_have_no_lora_here(tmp_path, caplog, from_weights):
+    """--dim_from_weights does not help; and what the file decided is told once."""
+    file, unet, encoders = tmp_path / "a.safetensors", tiny_denoiser(), tiny_text_encoders()
+    network = created(unet, encoders, train_t5xxl="true", emb_dims=EMBEDDERS)
+    network.apply_to(encoders, unet)
+    randomize(network)
+    network.save_weights(file, None, {})
+    unet, clips = tiny_denoiser(), [*tiny_text_encoders()[:2], None]
+    make = lora_sd3.create_network_from_weights
+    network = make(1.0, file, None, clips, unet)[0] if from_weights else created(unet, clips)
+    network.apply_to(clips[:2], unet)
+    with caplog.at_level(logging.WARNING):
+        network.load_weights(file)
+    t5, *others = caplog.messages
+    assert "(lora_te3_" in t5 and "this text encoder is not trained" in t5 and t5.endswith("merge it with --base_weights")
+    assert [line.endswith("--dim_from_weights takes its modules") for line in others] == ([] if from_weights else [True])
+
+
 def test_a_file_of_sdxl_is_refused(tmp_path):
     from library.files.safetensors_file import save_safetensors
 

@@ -255,6 +255,8 @@ def test_one_part_of_two(tiny_denoiser, tiny_text_encoder, tmp_path, caplog, tex
     assert (
         f"{27 - count} modules have no place in this network and what the file learned there is left out ({other}" in caplog.text
     )
+    assert ("the denoiser" if text else "this text encoder") + " is not trained" in caplog.text
+    assert "merge it with --base_weights" in caplog.text and "--dim_from_weights" not in caplog.text
     network.save_weights(tmp_path / "one.safetensors", None, {})
     keys = list(read_header(tmp_path / "one.safetensors").tensors)
     assert len(keys) == 3 * count and all(key.startswith(prefix) for key in keys)

@@ -254,8 +254,12 @@ def test_a_pair_for_all_parts_of_another_rank_is_refused(tmp_path):
 
 def test_a_network_without_the_argument_says_what_the_file_has(tmp_path):
     applied(model(), rank=2).save_weights(tmp_path / "a.safetensors", None, {})
-    with pytest.raises(NetworkError, match="rank 6 in the file, rank 2 of each of its 3 parts: split_qkv, 2 here"):
+    with pytest.raises(
+        NetworkError, match="rank 6 in the file, rank 2 of each of its 3 parts, 2 here.*add split_qkv=true to --netw"
+    ):
         applied(model(), rank=2, split_qkv=False).load_weights(tmp_path / "a.safetensors")
+    with pytest.raises(NetworkError, match="has other ranks: .*set --network_dim to the file's rank"):
+        applied(model(), rank=4).load_weights(tmp_path / "a.safetensors")
 
 
 def parts_of(file) -> dict[str, torch.Tensor]:
