@@ -121,7 +121,7 @@ def test_vae_phase():
     assert difference.verdict == "ok"
 
 
-@pytest.mark.parametrize("kind", ["anima", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["anima", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "sd3", "lumina"))])
 def test_step_phase(kind):
     (figure,) = step.measure(1, cases=[step.Case(images=2, resolution=64, pairs=2, kind=kind)])
     assert figure.name == f"step: own work, {kind}, 2 x 64 px" and figure.value < 100

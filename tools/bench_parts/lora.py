@@ -25,12 +25,14 @@ def measure(repeats: int, *, config: DenoiserConfig = WIDE, side: int = 64, rank
     return [cost_of_lora(repeats, twins(config), make_inputs(config, side), rank=rank)]
 
 
-def cost_of_lora(repeats: int, models: tuple[nn.Module, nn.Module], inputs: Inputs, *, rank: int,
-                 network: ModuleType = lora_anima, name: str = "") -> Figure:  # fmt: skip
-    """``models``: two alike, of which the second gets the LoRA; ``name``: of the model, in the figure."""
-    step, backward_only = lora_step(models[1], inputs, rank, network), plain_step(models[0], inputs)
+def cost_of_lora(  # noqa: PLR0913  # two steps and how they are told apart
+                 repeats: int, models: tuple[nn.Module, nn.Module], inputs: Inputs, *, rank: int,
+                 network: ModuleType = lora_anima, name: str = "", of_all: bool = False) -> Figure:  # fmt: skip
+    """``models``: two alike, of which the second gets the LoRA; ``name``: of the model, in the figure. ``of_all``: the step
+    without makes the gradients of all inputs, not of the latents alone, as the one with LoRAs must go through all layers."""
+    step, backward_only = lora_step(models[1], inputs, rank, network), plain_step(models[0], inputs, of_all=of_all)
     pairs = alternate(stopwatch(step), stopwatch(backward_only), repeats=repeats)
-    how = pairs.described("LoRA step", "input gradient")
+    how = pairs.described("LoRA step", "gradients of all inputs" if of_all else "gradient of the latents")
     return Figure(name=f"{name}LoRA r{rank} step / no LoRA", value=pairs.ratio, unit="x", at_most=RATIO, how=how)
 
 
@@ -55,14 +57,18 @@ def make_inputs(config: DenoiserConfig, side: int) -> tuple[Tensor, Tensor, Tens
     return latents, torch.tensor([0.5]), torch.randn(1, CONTEXT_ROWS, config.context_dim, generator=generator)
 
 
-def plain_step(denoiser: nn.Module, inputs: Inputs) -> Callable[[], None]:
-    latents, *rest = inputs
-    latents = latents.clone().requires_grad_()
-    gradient = torch.randn_like(latents)
+def plain_step(denoiser: nn.Module, inputs: Inputs, *, of_all: bool = False) -> Callable[[], None]:
+    """Forward, and the gradient of the latents, or ``of_all`` tensors: the noise level and the text, too."""
+    given = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+    wanted = [value for value in given if isinstance(value, Tensor)][: None if of_all else 1]
+    for value in wanted:
+        value.requires_grad_()
+    gradient = torch.randn_like(given[0])
 
     def step() -> None:
-        latents.grad = None
-        denoiser(latents, *rest).backward(gradient)
+        for value in wanted:
+            value.grad = None
+        denoiser(*given).backward(gradient)
 
     return step
 

@@ -1,4 +1,8 @@
-"""What a LoRA on all default modules costs in the denoisers of Stable Diffusion 3 and Lumina Image 2.0; Anima's is in lora.py."""
+"""What a LoRA on all default modules costs in the denoisers of Stable Diffusion 3 and Lumina Image 2.0; Anima's is in lora.py.
+
+The LoRAs are on the layers of text, image and noise level alike. So the step without them makes the gradients of latents, noise
+level and text: those for which backward goes through all layers, modulations too.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ def measure(repeats: int, *, mmdit: MmditConfig = MMDIT, next_dit: NextDitConfig
             rank: int = 16) -> list[Figure]:  # fmt: skip
     """``side``: latent rows and columns; 64 are 1024 image tokens. Float32 on the CPU, batch of one."""
     sd3 = cost_of_lora(
-        repeats, twins_of(lambda: Mmdit(mmdit)), sd3_inputs(mmdit, side), rank=rank, network=lora_sd3, name="SD3: "
+        repeats, twins_of(lambda: Mmdit(mmdit)), sd3_inputs(mmdit, side), rank=rank, network=lora_sd3, name="SD3: ", of_all=True
     )
     lumina = cost_of_lora(repeats, twins_of(lambda: NextDit(next_dit)), lumina_inputs(next_dit, side), rank=rank,
-                          network=lora_lumina, name="Lumina: ")  # fmt: skip
+                          network=lora_lumina, name="Lumina: ", of_all=True)  # fmt: skip
     return [sd3, lumina]
 
 

@@ -41,6 +41,8 @@ CASES = (
     Case(images=1, resolution=512, pairs=6),
     Case(images=2, resolution=128, pairs=12, kind="sd1"),
     Case(images=2, resolution=128, pairs=12, kind="sdxl"),
+    Case(images=2, resolution=128, pairs=12, kind="sd3"),
+    Case(images=2, resolution=128, pairs=12, kind="lumina"),
 )
 
 
@@ -106,9 +108,17 @@ def training(kind: str, run: Any) -> Iterator[WatchedTrainer]:
 
 def watched_class(kind: str) -> type[WatchedTrainer]:
     from anima_train_network import AnimaNetworkTrainer
+    from lumina_train_network import LuminaNetworkTrainer
+    from sd3_train_network import Sd3NetworkTrainer
     from sdxl_train_network import SdxlNetworkTrainer
 
-    trainers = {"anima": AnimaNetworkTrainer, "sd1": StableDiffusionTrainer, "sdxl": SdxlNetworkTrainer}
+    trainers = {
+        "anima": AnimaNetworkTrainer,
+        "sd1": StableDiffusionTrainer,
+        "sdxl": SdxlNetworkTrainer,
+        "sd3": Sd3NetworkTrainer,
+        "lumina": LuminaNetworkTrainer,
+    }
     return type("Watched", (WatchedTrainer, trainers[kind]), {})
 
 

@@ -28,7 +28,8 @@ SD_KINDS = ("sd1", "sdxl")
 
 @dataclass(frozen=True, slots=True)
 class TinyRun:
-    """``flags``: a complete command line but for the number of steps and the caches. ``kind``: anima, sd1 or sdxl."""
+    """``flags``: a complete command line but for the number of steps and the caches. ``kind``: anima, sd1, sdxl, sd3 or
+    lumina."""
 
     folder: Path
     pictures: int
@@ -46,15 +47,21 @@ class TinyRun:
 
 def option_set_and_architecture(kind: str) -> tuple[Any, Any]:
     from library.anima.architecture import ANIMA
+    from library.lumina.architecture import LUMINA
     from library.options.anima import AnimaTrainOptions
+    from library.options.lumina import LuminaTrainOptions
     from library.options.sd import SdxlTrainOptions, StableDiffusionTrainOptions
+    from library.options.sd3 import Sd3TrainOptions
     from library.sd.architecture import STABLE_DIFFUSION
+    from library.sd3.architecture import SD3
     from library.sdxl.architecture import SDXL
 
     known = {
         "anima": (AnimaTrainOptions, ANIMA),
         "sd1": (StableDiffusionTrainOptions, STABLE_DIFFUSION),
         "sdxl": (SdxlTrainOptions, SDXL),
+        "sd3": (Sd3TrainOptions, SD3),
+        "lumina": (LuminaTrainOptions, LUMINA),
     }
     return known[kind]
 
@@ -85,8 +92,16 @@ def make_tiny_run(  # noqa: PLR0913  # what a dataset has
 def model_flags(folder: Path, kind: str) -> list[str]:
     """Those of a tiny model that is made in ``folder``, and of the network for it."""
     from tools.make_tiny_models import make_anima
+    from tools.tiny_lumina import make_lumina
     from tools.tiny_sd import make_sd
+    from tools.tiny_sd3 import make_sd3
 
+    if kind == "sd3":
+        whole = make_sd3(folder, files=["whole"])["whole"]
+        return [f"--pretrained_model_name_or_path={whole}", "--network_module=networks.lora_sd3"]
+    if kind == "lumina":
+        whole = make_lumina(folder, files=["whole"])["whole"]
+        return [f"--pretrained_model_name_or_path={whole}", "--network_module=networks.lora_lumina"]
     if kind in SD_KINDS:
         return [f"--pretrained_model_name_or_path={make_sd(folder, kind)['file']}", "--network_module=networks.lora"]
     models = make_anima(folder)
