@@ -21,7 +21,7 @@ from library.files.safetensors_file import SafetensorsHeader
 from library.lumina.architecture import LUMINA
 from library.lumina.layout import LuminaLayouts
 from library.lumina.source import LATENT_CHANNELS
-from library.lumina.system_prompt import with_system_prompt
+from library.lumina.system_prompt import about_system_prompt, with_system_prompt
 from library.options.anima_inference import SAMPLERS
 from library.options.command_line import read_options
 from library.options.lumina_inference import LuminaInferenceOptions
@@ -160,9 +160,7 @@ class LuminaPictureMaker(FlowPictureMaker):
         return f"image_{time.strftime('%Y%m%d%H%M%S')}_{picture.seed}"
 
     def about(self, picture: Picture) -> dict[str, str]:
-        prompts = self.options.prompts
-        before = {"System prompt": prompts.system_prompt} if prompts.system_prompt else {}
-        return {**before, **super().about(picture)}
+        return {**about_system_prompt(self.options.prompts.system_prompt), **super().about(picture)}
 
 
 def main(run: Any) -> None:

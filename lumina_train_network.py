@@ -34,6 +34,7 @@ from library.lumina.denoiser import NextDit
 from library.lumina.fp8_layers import DENOISER_FP8_LAYERS
 from library.lumina.memory_use import memory_use
 from library.lumina.sampling import SCHEDULE, velocity_of
+from library.lumina.system_prompt import about_system_prompt
 from library.lumina.text import LuminaConditioning, LuminaTextEncoder, build_text_encoder, load_text_encoder, text_models
 from library.nn.loading import Place
 from library.nn.memory_use import MemoryUse
@@ -103,9 +104,14 @@ class LuminaNetworkTrainer(FlowHooks, NetworkTrainer):
     def decode_images(self, vae: StableDiffusionVae, latents: Tensor) -> Tensor:
         return vae.decode(latents)
 
+    def about_samples(self) -> dict[str, str]:
+        return about_system_prompt(self.options.lumina.system_prompt)
+
     def describe_model(self) -> dict[str, str]:
         return {
             "ss_base_model_version": "lumina2",
+            "ss_system_prompt": self.options.lumina.system_prompt,
+            "ss_gemma2_max_token_length": str(self.options.lumina.tokens),
             **self.flow_metadata(),
             "modelspec.architecture": "lumina-2/lora",
             "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
@@ -114,7 +120,15 @@ class LuminaNetworkTrainer(FlowHooks, NetworkTrainer):
 
 def drops_ranks(network_args: Sequence[str] | None) -> bool:
     """Whether --network_args ask for rank dropout."""
-    return any(argument.strip().startswith("rank_dropout") for argument in network_args or ())
+    pairs = (argument.partition("=") for argument in network_args or ())
+    return any(name.strip() == "rank_dropout" and _is_above_zero(value) for name, _, value in pairs)
+
+
+def _is_above_zero(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False  # None, or a mistake that the network module tells
 
 
 if __name__ == "__main__":

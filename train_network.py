@@ -194,6 +194,7 @@ class NetworkTrainer(ModelPreparation):
             draw=self.draw_samples,
             decode=lambda latents: self.decode_images(self.vae, latents),
             encode=self.prompt_conditioning,
+            about=self.about_samples(),
             stop_wanted=lambda: bool(self.stop),
         )
 

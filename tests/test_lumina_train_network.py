@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lumina_train_network import LuminaNetworkTrainer
+from lumina_train_network import LuminaNetworkTrainer, drops_ranks
 from tests.tiny_runs import same_tensors
 from tests.trainer_runs import CACHED_IN_MEMORY, ONE_STEP, Runs, caption_all, trained
 
@@ -31,6 +31,15 @@ def test_its_own_network_module(runs):
     assert trained(lora) == {"lora_unet", "lora_te"} and runs.metadata()["ss_network_module"] == "networks.lora_lumina"
     parts = {"_".join(name.split("_")[2:4]) for name in lora if name.startswith("lora_unet")}
     assert parts == {"layers_1", "final_layer", "x_embedder.alpha", "x_embedder.lora", "cap_embedder"}
+
+
+@pytest.mark.parametrize(("arguments", "drops"), [
+    (None, False), (["dropout=0.1"], False), (["rank_dropout=0.1"], True), ([" rank_dropout = 1e-2 "], True),
+    (["rank_dropout=0"], False), (["rank_dropout=0.0", "rank_dropout_scale=True"], False), (["rank_dropout_scale=1"], False),
+    (["rank_dropout=None"], False),
+])  # fmt: skip
+def test_what_drops_ranks(arguments, drops):
+    assert drops_ranks(arguments) is drops
 
 
 def test_save_format_names_the_modules_as_diffusers_does(runs):
@@ -58,6 +67,8 @@ def test_the_system_prompt_stands_before_captions_that_are_not_empty(runs, flags
     second.write_text("")
     first.write_text("a cat")
     runs.train(*flags, f"--system_prompt={SYSTEM}", output="flag")
+    metadata = runs.metadata("flag")
+    assert (metadata["ss_system_prompt"], metadata["ss_gemma2_max_token_length"]) == (SYSTEM, "256")
     first.write_text(f"{SYSTEM} <Prompt Start> a cat")
     runs.train(*flags, output="written")
     assert same_tensors(runs.lora("flag"), runs.lora("written"))
@@ -71,6 +82,9 @@ def test_the_system_prompt_stands_before_prompts_but_not_before_negative_ones(ru
     lines = "{} --n bad " + PREVIEW + "\n{} " + PREVIEW + "\n"
     by_flag = runs.drawn(*flags, f"--system_prompt={SYSTEM}", prompt=lines.format("a cat", "a dog"))
     marked = [f"{SYSTEM} <Prompt Start> {text}" for text in ("a cat", "a dog")]
+    for path in (runs.folder / "drawn 0" / "sample").iterdir():
+        with Image.open(path) as picture:
+            assert picture.text["parameters"].endswith(f"System prompt: {SYSTEM}")
     assert by_flag == runs.drawn(*flags, prompt=lines.format(*marked))
     assert by_flag != runs.drawn(*flags, prompt=lines.format("a cat", "a dog"))
 

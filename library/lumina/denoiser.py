@@ -112,7 +112,10 @@ class Form:
         if self.caption_tokens.spans is not None:
             return torch.cat([rows[:length] for rows, length in zip(states, self.lengths, strict=True)]).unsqueeze(0)
         rows = self.caption_tokens.rope.shape[-2]
-        return F.pad(states, (0, 0, 0, rows - states.shape[1])) if rows > states.shape[1] else states[:, :rows]
+        found = F.pad(states, (0, 0, 0, rows - states.shape[1])) if rows > states.shape[1] else states[:, :rows]
+        if self.caption_tokens.key_mask is None:
+            return found
+        return found.masked_fill(~self.caption_tokens.key_mask.unsqueeze(-1), 0)  # masked keys of NaN would still be NaN
 
     def joined(self, captions: Tensor, image: Tensor) -> Tensor:
         """captions as the context refiner returns them, image (B, N, D) -> rows of both."""

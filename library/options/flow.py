@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from library.options.declare import opt
 from library.options.rules import above_zero
@@ -15,6 +15,7 @@ WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "un
 DRAWING_SCHEMES = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}  # scheme -> the options it reads
 LOSS_SCHEMES = ("sigma_sqrt", "cosmap")
 PREDICTION_TYPES = ("raw", "additive", "sigma_scaled")
+SHAPING = ("sigmoid_scale", "discrete_flow_shift", "logit_mean", "logit_std", "mode_scale")  # some draws read them, others not
 TIMESTEPS = 1000  # 0 = clean image, 1000 = pure noise
 
 
@@ -58,6 +59,24 @@ class FlowOptions:
         return ("weighting_scheme", *DRAWING_SCHEMES.get(self.weighting_scheme, ()), *self._given_bounds)
 
     @property
+    def scheme_draws(self) -> bool:
+        """Whether --weighting_scheme decides which noise levels are drawn."""
+        return self.weighting_scheme in DRAWING_SCHEMES
+
+    @property
+    def objective(self) -> str:
+        """What the loss compares, and at which noise levels: for the plan."""
+        told = ("min_timestep", "max_timestep", "model_prediction_type", *(() if self.scheme_draws else ("weighting_scheme",)))
+        names = [name for name in self.acting if name not in told]
+        drawn = [f"{name}={getattr(self, name)}" for name in names]
+        if not {"weighting_scheme", "timestep_sampling"}.intersection(names):
+            drawn.insert(0, "evenly")
+        compared = "guesses of the image" if self.judges_image else "velocities"
+        low, high = self.timestep_bounds
+        weighted = f"; weighted by {self.loss_weighting}" if self.loss_weighting in LOSS_SCHEMES else ""
+        return f"the loss compares {compared}; noise levels are drawn {', '.join(drawn)}, timesteps {low} to {high}{weighted}"
+
+    @property
     def _given_bounds(self) -> tuple[str, ...]:
         return tuple(name for name in ("min_timestep", "max_timestep") if getattr(self, name) is not None)
 
@@ -69,6 +88,22 @@ class FlowOptions:
                 yield f"--{name} is {value}: give a timestep from 0 to {TIMESTEPS}"
         if low >= high:
             yield f"--min_timestep is {low}, not below --max_timestep, which is {high}: lower the first or raise the second"
+
+    def warnings(self) -> Iterator[str]:
+        if idle := list(self._idle):
+            named = ", ".join(f"--{name}={getattr(self, name):g}" for name in idle)
+            draws = [name for name in ("timestep_sampling", "weighting_scheme") if hasattr(self, name)]
+            by = " and ".join(f"--{name}={getattr(self, name)}" for name in draws)
+            words = ("do", "them") if len(idle) > 1 else ("does", "it")
+            yield f"{named} {words[0]} nothing with {by}: noise levels are drawn without {words[1]}"
+
+    @property
+    def _idle(self) -> Iterator[str]:
+        """The options that are changed and do not act. Those of the weighting scheme do where it does."""
+        acting = (*self.acting, *DRAWING_SCHEMES.get(self.weighting_scheme, ()))
+        for option in fields(self):
+            if option.name in SHAPING and option.name not in acting and getattr(self, option.name) != option.default:
+                yield option.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +121,10 @@ class SampledFlowOptions(FlowOptions):
     @property
     def depends_on_sizes(self) -> bool:
         return self.timestep_sampling in SIZED_SAMPLINGS
+
+    @property
+    def scheme_draws(self) -> bool:
+        return self.timestep_sampling == "sigma" and self.weighting_scheme in DRAWING_SCHEMES
 
     @property
     def acting(self) -> tuple[str, ...]:
@@ -108,6 +147,7 @@ class SampledFlowOptions(FlowOptions):
                 f"--weighting_scheme={self.weighting_scheme} does nothing with --timestep_sampling={self.timestep_sampling}: "
                 "it belongs to --timestep_sampling=sigma"
             )
+        yield from FlowOptions.warnings(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

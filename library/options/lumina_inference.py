@@ -11,7 +11,7 @@ from library.options.declare import opt
 from library.options.flow_inference import FlowMergeOptions, StepPromptOptions
 from library.options.inference import InferenceRules, PlaceOptions
 from library.options.lumina import GEMMA_TOKENS, LONGEST_GEMMA_TOKENS, LuminaAttentionOptions
-from library.options.rules import above_zero, at_least, share
+from library.options.rules import above_zero, at_least
 from library.options.sd_inference import SdOutputOptions
 
 USUAL_PROMPT = "A beautiful sunset over the mountains"  # the reference draws it where nothing else is asked for
@@ -72,7 +72,7 @@ class LuminaPromptOptions(StepPromptOptions):
     image_height: int = opt(1024, "height in pixels, rounded down to a multiple of 16")
     discrete_flow_shift: float = opt(6.0, "above 1 = more of the steps at high noise; Lumina is made for 6")
     cfg_trunc_ratio: float = opt(
-        0.25, "share of the way from noise to picture, 0 to 1, on which there is guidance (1 = all of it)"
+        0.25, "share of the way from noise to picture, 0 to 1, on which there is guidance (1 or more = all of it)"
     )
     renorm_cfg: float = opt(1.0, "longest that guidance makes a step, in lengths of one without (0 = any)")
 
@@ -83,8 +83,7 @@ class LuminaPromptOptions(StepPromptOptions):
     def problems(self) -> Iterator[str]:
         yield from StepPromptOptions.problems(self)
         yield from above_zero(self, "discrete_flow_shift")
-        yield from share(self, "cfg_trunc_ratio")
-        yield from at_least(self, 0, "renorm_cfg")
+        yield from at_least(self, 0, "cfg_trunc_ratio", "renorm_cfg")
 
     def warnings(self) -> Iterator[str]:
         if self.add_system_prompt_to_negative_prompt and not self.system_prompt:

@@ -188,7 +188,7 @@ def line_help(
 def _guidance_help(options: PromptDefaults) -> dict[str, str]:
     ratio, longest = options.cfg_trunc_ratio, options.renorm_cfg
     return {
-        **({} if ratio is None else {"--ctr X": f"part of the way with guidance, 1 = all of it [{ratio:g}]"}),
+        **({} if ratio is None else {"--ctr X": f"part of the way with guidance, 1 or more = all of it [{ratio:g}]"}),
         **({} if longest is None else {"--rcfg X": f"longest guided step, in lengths of an unguided one, 0 = any [{longest:g}]"}),
     }
 
@@ -335,10 +335,11 @@ def large_size_warnings(sizes_wh: Sequence[tuple[int, int]]) -> Iterator[str]:
 
 def idle_negative_warnings(prompts: Sequence[SamplePrompt], options: PromptDefaults) -> Iterator[str]:
     first = [pictures_of(prompt, options, side_step=1)[0] for prompt in prompts]
-    idle = sum(bool(picture.negative_prompt) and picture.scale == 1 for picture in first)
+    idle = [picture for picture in first if picture.negative_prompt and not picture.is_guided]
     if idle:
-        which = f"of {idle} of {len(first)} prompts " if len(first) > 1 else ""
-        yield f"the negative prompt {which}does nothing with a guidance scale of 1: set another scale, or drop it"
+        which = f"of {len(idle)} of {len(first)} prompts " if len(first) > 1 else ""
+        causes = {picture.scale == 1: "scale of 1" if picture.scale == 1 else "trunc ratio of 0" for picture in idle}
+        yield f"the negative prompt {which}does nothing with a guidance {' or '.join(causes.values())}: set another, or drop it"
 
 
 def unused_warnings(prompts: Sequence[SamplePrompt], settings: Collection[str] = FLOW_SETTINGS) -> Iterator[str]:
@@ -364,5 +365,7 @@ def sample_warnings(prompts: Sequence[SamplePrompt], supported: Collection[str],
     yield from rounded_size_warnings(sizes, defaults.side_step)
     yield from large_size_warnings(sizes)
     for prompt in prompts:
-        if prompt.negative_prompt and prompt.scale is not None and prompt.scale <= 1:
-            yield f"prompt {prompt.index + 1}: --n does nothing with --l {prompt.scale:g}, which draws without guidance"
+        picture = sample_picture(prompt, 0, sampler="", defaults=defaults)
+        if prompt.negative_prompt and not picture.is_guided:
+            cause = f"--l {prompt.scale:g}" if picture.scale == 1 else f"--ctr {prompt.cfg_trunc_ratio:g}"
+            yield f"prompt {prompt.index + 1}: --n does nothing with {cause}, which draws without guidance"

@@ -135,6 +135,10 @@ class ArchitectureHooks(ABC):
     def decode_images(self, vae: Any, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [-1, 1]. Called outside autocast: the VAE's dtype counts."""
 
+    def about_samples(self) -> dict[str, str]:
+        """What is written into sample pictures besides the settings of their prompts, as label -> text."""
+        return {}
+
     @abstractmethod
     def describe_model(self) -> dict[str, str]:
         """Metadata that only the architecture knows: ss_base_model_version, modelspec.architecture and the like."""

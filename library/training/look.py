@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PAGE, TIMESTEPS = "dataset.html", "timesteps.png"  # behind --output_name
 VAE_SCALE = 8  # pixels per latent side
 MIB = 2**20
+ANY_CAPTION = "a"
 NOTABLE = 20  # of each kind of image worth a look: these are on the page whatever else is
 
 
@@ -86,12 +87,19 @@ def look_at_dataset(options: Any, architecture: Architecture) -> None:
     warnings = (*option_warnings(options), *training_set.warnings)
     with reader_may_leave():
         if options.look.show_captions is not None:
+            _say(f"before every caption: {visible(text)}\n" for text in before_captions(options, architecture))
             _say(caption_lines(training_set, showings, count_tokens, images=options.look.show_captions))
         if options.look.debug_dataset:
             content = _page_content(options, architecture, training_set, showings, count_tokens)
             _write_page(output_path(options, PAGE), replace(content, warnings=warnings))
         else:
             _say(_warning_lines(warnings))
+
+
+def before_captions(options: Any, architecture: Architecture) -> Iterator[str]:
+    """What the text encoder gets before every caption that is not empty, where it gets anything."""
+    if before := architecture.positive_prompt(ANY_CAPTION, options).removesuffix(ANY_CAPTION).rstrip():
+        yield before
 
 
 def output_path(options: Any, ending: str) -> Path:
@@ -137,7 +145,10 @@ def _page_content(
         count_tokens=count_tokens,
         pictures=_pictures(training_set, showings, facts, workers=max(worker_count(options), 1)),
         warnings=(),
-        notes=tuple(_notes(options, training_set, showings)),
+        notes=(
+            *(f"Before every caption: {text}" for text in before_captions(options, architecture)),
+            *_notes(options, training_set, showings),
+        ),
     )
 
 

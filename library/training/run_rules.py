@@ -93,9 +93,10 @@ def attention_problems(options: AttentionOptions) -> Iterator[str]:
             f"default, takes as little memory), or pip install {package.name}"
         )
         return
+    cure = "give --attn_mode=torch, which" if options.attn_mode else "drop it: PyTorch's own attention, the default,"
     yield (
         f"{options.flag} needs the package {package.top_module}, which is not installed: pip install {package.name}, "
-        "or give --attn_mode=torch, which needs nothing"
+        f"or {cure} needs nothing"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,9 +36,9 @@ class SamplePictures:
     """Draws the prompts of a run; each process its share.
 
     ``plan`` decides every setting of a prompt's picture, ``draw`` gives latents, ``decode`` makes those of one pixels
-    (1, 3, H, W) in [-1, 1], ``encode`` gives the conditioning of a text; only ``draw`` runs under autocast. ``ready`` is
-    entered meanwhile (VAE on the device, dropout off). A prompt without a seed gets one of its own from the run's: fixed
-    pictures can be compared.
+    (1, 3, H, W) in [-1, 1], ``encode`` gives the conditioning of a text; only ``draw`` runs under autocast. ``about`` is
+    written into the pictures too, as label -> text. ``ready`` is entered meanwhile (VAE on the device, dropout off). A prompt
+    without a seed gets one of its own from the run's: fixed pictures can be compared.
     """
 
     run: CheckedRun
@@ -49,6 +49,7 @@ class SamplePictures:
     draw: Draw
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[str], Conditioning]
+    about: Mapping[str, str]
     stop_wanted: Callable[[], bool]  # asked between pictures: a signal does not wait for all of them
 
     def draw_if_due(self, *, step: int, epoch: int | None, ready: Callable[[], AbstractContextManager[None]]) -> None:
@@ -104,4 +105,4 @@ class SamplePictures:
             seed=prompt.seed,
             now=time.localtime(),
         )
-        save_picture(pixels, self.run.names.folder / "sample" / name, picture_parameters(picture, {}))
+        save_picture(pixels, self.run.names.folder / "sample" / name, picture_parameters(picture, self.about))

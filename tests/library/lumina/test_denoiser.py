@@ -59,13 +59,14 @@ def test_a_sample_sees_nothing_of_its_batch(packs):
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_rows_behind_a_caption_do_not_count(packs):
+@pytest.mark.parametrize("behind", [100.0, float("nan")])
+def test_rows_behind_a_caption_do_not_count(packs, behind):
     denoiser = tiny_denoiser()
     denoiser.packs = packs
     latents, times, states, lengths = batch(UNLIKE)
     dirty = states.clone()
     for rows, length in zip(dirty, lengths, strict=True):
-        rows[length:] = 100.0
+        rows[length:] = behind
     with torch.no_grad():
         assert torch.equal(denoiser(latents, times, states, lengths), denoiser(latents, times, dirty, lengths))
 

@@ -55,11 +55,36 @@ def test_lumina_warns_of_nothing_that_acts(values):
     ({"model_prediction_type": "additive"}, "additive trains as raw does"),
     ({"weighting_scheme": "cosmap"}, "cosmap does nothing with --model_prediction_type=raw: it belongs to"),
     ({"weighting_scheme": "logit_normal"}, "logit_normal does nothing with --timestep_sampling=shift"),
+    ({"weighting_scheme": "logit_normal", "logit_mean": 0.5}, "logit_normal does nothing with --timestep_sampling=shift"),
     ({"weighting_scheme": "sigma_sqrt", "timestep_sampling": "sigma"}, "sigma_sqrt does nothing with --model_prediction_type"),
 ])  # fmt: skip
 def test_lumina_warns_of_what_does_nothing(values, expected):
     (warning,) = LuminaFlowOptions(**values).warnings()
     assert expected in warning
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (Sd3FlowOptions(logit_mean=0.5, mode_scale=1.0), "--logit_mean=0.5, --mode_scale=1 do nothing with --weighting_scheme=uniform: "
+     "noise levels are drawn without them"),
+    (Sd3FlowOptions(logit_mean=0.5, mode_scale=1.0, weighting_scheme="logit_normal"),
+     "--mode_scale=1 does nothing with --weighting_scheme=logit_normal: noise levels are drawn without it"),
+    (AnimaFlowOptions(discrete_flow_shift=3.0), "--discrete_flow_shift=3 does nothing with --timestep_sampling=sigmoid and "),
+    (AnimaFlowOptions(timestep_sampling="sigma", sigmoid_scale=2.0, discrete_flow_shift=3.0), "--sigmoid_scale=2 does nothing "),
+    (LuminaFlowOptions(timestep_sampling="nextdit_shift", discrete_flow_shift=1.0, logit_std=2.0),
+     "--logit_std=2, --discrete_flow_shift=1 do nothing with --timestep_sampling=nextdit_shift and --weighting_scheme=uniform"),
+])  # fmt: skip
+def test_what_is_changed_and_does_not_act_is_told_in_one_line(options, expected):
+    (warning,) = options.warnings()
+    assert expected in warning
+
+
+@pytest.mark.parametrize("options", [
+    Sd3FlowOptions(logit_mean=0.5, logit_std=2.0, weighting_scheme="logit_normal"), Sd3FlowOptions(training_shift=3.0),
+    AnimaFlowOptions(sigmoid_scale=2.0), AnimaFlowOptions(timestep_sampling="shift", sigmoid_scale=2.0, discrete_flow_shift=3.0),
+    LuminaFlowOptions(timestep_sampling="sigma", weighting_scheme="mode", mode_scale=1.0, discrete_flow_shift=1.0),
+])  # fmt: skip
+def test_what_acts_is_not_warned_of(options):
+    assert list(options.warnings()) == []
 
 
 def test_samplings_that_need_the_sizes_of_the_pictures():

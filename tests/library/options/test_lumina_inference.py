@@ -48,7 +48,7 @@ def test_kernels_may_draw_that_cannot_train(flags, mode):
         (["--gemma2_dtype=fp8"], "--gemma2_dtype is 'fp8'"),
         (["--ae_dtype=x"], "--ae_dtype is 'x'"),
         (["--gemma2_max_token_length=5000"], "--gemma2_max_token_length is 5000: give 1 to 4096 tokens"),
-        (["--cfg_trunc_ratio=1.5"], "--cfg_trunc_ratio is 1.5: give a number from 0 to 1"),
+        (["--cfg_trunc_ratio=-0.5"], "--cfg_trunc_ratio is -0.5: give 0 or more"),
         (["--renorm_cfg=-1"], "--renorm_cfg is -1.0: give 0 or more"),
         (["--discrete_flow_shift=0"], "--discrete_flow_shift is 0.0: give a number above 0"),
         (["--image_width=16"], "--image_width is 16: give 64 to 16384 pixels"),

@@ -158,6 +158,16 @@ def test_a_negative_prompt_without_guidance_is_told():
     assert not list(idle_negative_warnings([guided], without)) and not list(idle_negative_warnings([plain], PromptOptions()))
 
 
+@pytest.mark.parametrize("values, cause", [
+    ({"scale": 0.5}, "--l 0.5"), ({"cfg_trunc_ratio": 0.0}, "--ctr 0"), ({"scale": 1.0, "cfg_trunc_ratio": 0.0}, "--l 1"),
+    ({"cfg_trunc_ratio": 0.1}, None), ({"cfg_trunc_ratio": 2.0}, None), ({}, None),
+])  # fmt: skip
+def test_a_negative_prompt_of_a_sample_without_guidance_is_told(values, cause):
+    prompt = SamplePrompt(prompt="a", index=0, negative_prompt="b", width=1024, height=1024, **values)
+    told = [f"prompt 1: --n does nothing with {cause}, which draws without guidance"] if cause else []
+    assert list(sample_warnings([prompt], LUMINA_SETTINGS, "lumina")) == told
+
+
 def test_what_samples_of_a_training_draw_otherwise_is_told():
     supported = {"negative_prompt", "width", "height", "sample_steps", "scale", "sample_sampler=euler", "sample_sampler=er_sde"}
     odd = SamplePrompt(prompt="a", index=2, sample_sampler="euler_a", sample_steps=5000, negative_prompt="b", scale=1.0,

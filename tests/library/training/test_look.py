@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[3]
 class WordArchitecture:
     name, bucket_step = "words", 16
 
+    def __init__(self, before=""):
+        self.before = before
+
+    def positive_prompt(self, prompt, options):
+        return self.before + prompt
+
     def token_counter(self, options):
         return lambda text: (TokenUse("words", len(text.split()), 6, None),)
 
@@ -98,6 +104,16 @@ def test_captions_alone_write_nothing(options_for, tmp_path, capsys):
     assert told.count("as read:") == 2
     assert "page:" not in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("before", ["", "You are <an> assistant. <Prompt Start> "])
+def test_what_stands_before_every_caption_is_told_once(options_for, tmp_path, capsys, before):
+    look(options_for(debug_dataset=True, show_captions=2), WordArchitecture(before))
+    told, html = capsys.readouterr().out, (tmp_path / "out" / "tiny-dataset.html").read_text(encoding="utf-8")
+    lines = told.splitlines()[:1] if before else []
+    assert lines == [line for line in told.splitlines() if "before every caption" in line]
+    assert lines == ["before every caption: You are <an> assistant. <Prompt Start>"] * bool(before)
+    assert html.count("Before every caption: You are &lt;an&gt; assistant. &lt;Prompt Start&gt;") == bool(before)
 
 
 def test_both_together(options_for, capsys):

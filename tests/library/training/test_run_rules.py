@@ -8,6 +8,7 @@ from library.nn import attention_kernels
 from library.options.anima import AnimaTrainOptions
 from library.options.attention import AttentionOptions
 from library.options.command_line import read_options
+from library.options.lumina import LuminaAttentionOptions
 from library.options.sd import SdxlTrainOptions
 from library.training import run_rules
 
@@ -49,6 +50,15 @@ def test_the_older_flag_is_named_as_it_was_typed(nothing_installed):
         "--xformers needs the package xformers, which is not installed: drop it (PyTorch's own attention, the default, takes as "
         "little memory), or pip install xformers"
     )
+
+
+@pytest.mark.parametrize(("flags", "cure"), [
+    ({"use_flash_attn": True}, "or drop it: PyTorch's own attention, the default, needs nothing"),
+    ({"attn_mode": "flash"}, "or give --attn_mode=torch, which needs nothing"),
+])  # fmt: skip
+def test_the_cure_does_not_contradict_the_flag(flags, cure, nothing_installed):
+    (problem,) = run_rules.attention_problems(LuminaAttentionOptions(**flags))
+    assert "needs the package flash_attn, which is not installed: pip install flash-attn, " in problem and problem.endswith(cure)
 
 
 def test_sageattention_is_named_as_pip_names_it(nothing_installed):
