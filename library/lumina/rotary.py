@@ -12,6 +12,7 @@ from torch import Tensor
 
 from library.lumina.layout import NextDitConfig
 from library.nn.rope import pair_table
+from library.nn.transfer import sent
 
 KEPT = 16  # tables, one per caption length and bucket in use; one of 4096 tokens takes 1.5 MiB
 
@@ -58,7 +59,7 @@ class RotaryTables:
         axes = self._axes.get(device)
         if axes is None or any(len(axis) < count for axis, count in zip(axes, needed, strict=True)):
             sizes = zip(needed, self._config.axes_lens, self._config.axes_dims, strict=True)
-            axes = [axis_table(max(count, known), side, self._config.rope_theta).to(device) for count, known, side in sizes]
+            axes = [sent(axis_table(max(count, known), side, self._config.rope_theta), device) for count, known, side in sizes]
             self._axes[device] = axes
         return axes
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.nn.transfer import sent
+
 MAX_PERIOD = 10000.0
 BASE_SIDE = 16  # the positions of a picture of any resolution run from 0 to this, with scaled tables
 MARGIN = 1.5  # side of a scaled table over that of the square picture it is made for, so that long buckets fit
@@ -58,9 +60,9 @@ def scaled_table(square_side: int, width: int, device: torch.device) -> Tensor:
     step = BASE_SIDE / square_side
     first = -step * (side - square_side) / 2  # of the places before the middle
     places = torch.arange(side, dtype=torch.float64) * step + first
-    waves = sinusoids(places, width // 2)  # (p, D/2)
+    waves = sent(sinusoids(places, width // 2).float(), device)  # (p, D/2)
     table = torch.cat((waves[None].expand(side, -1, -1), waves[:, None].expand(-1, side, -1)), dim=-1)  # columns, then rows
-    return table.flatten(0, 1).to(device, torch.float32)
+    return table.flatten(0, 1)
 
 
 def sinusoids(places: Tensor, width: int) -> Tensor:

@@ -98,7 +98,8 @@ def model_flags(folder: Path, kind: str) -> list[str]:
 
     if kind == "sd3":
         whole = make_sd3(folder, files=["whole"])["whole"]
-        return [f"--pretrained_model_name_or_path={whole}", "--network_module=networks.lora_sd3"]
+        denoiser_alone = "--network_train_unet_only"  # else the CLIPs are trained although what they give is cached
+        return [f"--pretrained_model_name_or_path={whole}", "--network_module=networks.lora_sd3", denoiser_alone]
     if kind == "lumina":
         whole = make_lumina(folder, files=["whole"])["whole"]
         return [f"--pretrained_model_name_or_path={whole}", "--network_module=networks.lora_lumina"]
