@@ -26,6 +26,9 @@ class TinyArchitecture:
 
     knows_all_samplers = prompts_apart = False
 
+    def model_lines(self, layouts, options):
+        return ["model: tiny"]
+
     def warnings_of(self, layouts, options):
         return ()
 

@@ -14,6 +14,7 @@ from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
 from library.errors import CheckpointError, OptionError, ProblemList
+from library.files.model_parts import model_line
 from library.files.safetensors_file import file_fingerprint
 from library.nn.blocks import swap_problem
 from library.randomness import derive_seed
@@ -67,6 +68,12 @@ class AnimaArchitecture:
         if misfits := list(fit_problems(layouts)):
             raise CheckpointError(*misfits)
         return layouts
+
+    def model_lines(self, layouts: AnimaLayouts, options: Any) -> Iterator[str]:
+        denoiser, text, vae = layouts.denoiser, layouts.text, layouts.vae
+        assert denoiser is not None and text is not None and vae is not None  # asked for
+        file, adapter = denoiser.files[0], denoiser.files[-1]
+        yield model_line("Anima", file, [("LLM adapter", adapter), ("Qwen3", text.path), ("VAE", vae.path)])
 
     def warnings_of(self, layouts: AnimaLayouts, options: Any) -> tuple[str, ...]:
         return ()

@@ -10,6 +10,7 @@ from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
 from library.errors import CheckpointError, ProblemList
+from library.files.model_parts import model_line
 from library.files.weights_source import WeightsSource
 from library.lumina.layout import LuminaLayouts
 from library.lumina.source import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 BYTES_PER_VALUE = 2
 ENCODER = "Gemma 2"
+SHOWN = 60  # characters of a system prompt in the plan
 
 
 class LuminaArchitecture:
@@ -78,6 +80,14 @@ class LuminaArchitecture:
         if misfits := list(fit_problems(layouts)):
             raise CheckpointError(*misfits)
         return layouts
+
+    def model_lines(self, layouts: LuminaLayouts, options: Any) -> Iterator[str]:
+        denoiser, text, vae = layouts.denoiser, layouts.text, layouts.vae
+        assert denoiser is not None and text is not None and vae is not None  # asked for
+        parts = [(ENCODER, text.source.path), ("VAE", vae.source.path)]
+        yield model_line("Lumina Image 2.0", denoiser.source.path, parts)
+        prompt = " ".join(options.lumina.system_prompt.split())
+        yield f"system prompt: {prompt[:SHOWN]}{'...' if len(prompt) > SHOWN else ''}" if prompt else "system prompt: none"
 
     def warnings_of(self, layouts: LuminaLayouts, options: Any) -> Iterator[str]:
         denoiser, limit = layouts.denoiser, token_limit(options)

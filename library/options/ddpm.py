@@ -67,6 +67,14 @@ class DdpmTrainingOptions(DdpmOptions):
         return range(low, high) if low < high else range(high, high + 1)
 
     @property
+    def objective(self) -> str:
+        weighing = ("zero_terminal_snr", "min_snr_gamma", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
+                    "debiased_estimation_loss")  # fmt: skip
+        given = [name if value is True else f"{name}={value:g}" for name in weighing if (value := getattr(self, name))]
+        drawn = f"; timesteps {self.drawn.start} to {self.drawn.stop - 1} are drawn evenly"
+        return f"{DdpmOptions.objective.fget(self)}{drawn}{', ' if given else ''}{', '.join(given)}"  # type: ignore[attr-defined]
+
+    @property
     def timestep_bounds(self) -> tuple[int, int]:
         """The lowest timestep that is drawn, and what all lie below."""
         return self.drawn.start, self.drawn.stop

@@ -71,10 +71,11 @@ class FlowOptions:
         drawn = [f"{name}={getattr(self, name)}" for name in names]
         if not {"weighting_scheme", "timestep_sampling"}.intersection(names):
             drawn.insert(0, "evenly")
+        by = "" if drawn[0] == "evenly" else "by "
         compared = "guesses of the image" if self.judges_image else "velocities"
         low, high = self.timestep_bounds
         weighted = f"; weighted by {self.loss_weighting}" if self.loss_weighting in LOSS_SCHEMES else ""
-        return f"the loss compares {compared}; noise levels are drawn {', '.join(drawn)}, timesteps {low} to {high}{weighted}"
+        return f"the loss compares {compared}; noise levels are drawn {by}{', '.join(drawn)}, timesteps {low} to {high}{weighted}"
 
     @property
     def _given_bounds(self) -> tuple[str, ...]:

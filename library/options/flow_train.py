@@ -71,7 +71,7 @@ class FlowTrainOptions(TrainOptions):
 
     @property
     def objective(self) -> str:
-        return "velocity of a rectified flow"
+        return self.flow.objective
 
     @property
     def needs_dataset(self) -> bool:

@@ -6,6 +6,7 @@ SDXL's answers are these but for a few (library/sdxl/architecture.py).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.dataset.caches.latent_cache import LatentRecipe
@@ -20,6 +21,7 @@ from library.dataset.token_use import (
     weight_warnings,
 )
 from library.errors import CheckpointError, OptionError, ProblemList
+from library.files.model_parts import model_line
 from library.files.model_path import SD1
 from library.files.weights_source import Part, WeightsSource
 from library.sd.clip_layout import ClipConfig, clip_part, clip_skip_problem
@@ -59,6 +61,7 @@ class StableDiffusionArchitecture:
     prompts_apart: ClassVar[bool] = True  # the weights in prompts always count
     wanted: ClassVar[str] = SD1  # 2.x too, with --v2
     text_folders: ClassVar[tuple[str, ...]] = TEXT_ENCODERS[:1]  # in a diffusers folder
+    encoder_names: ClassVar[tuple[str, ...]] = ("text encoder",)
     latent_scale: ClassVar[float] = SD_SCALE  # where the VAE's config says none
 
     def read_layouts(self, options: Any, parts: Collection[str] = ("denoiser", "text", "vae")) -> StableDiffusionLayouts:
@@ -125,6 +128,17 @@ class StableDiffusionArchitecture:
                 f"{MODEL_FLAG} {layouts.denoiser.source.path}: its U-Net takes text of width {wanted}, its text encoder gives "
                 f"{given}: they belong to different models"
             )
+
+    def model_lines(self, layouts: StableDiffusionLayouts, options: Any) -> Iterator[str]:
+        assert layouts.vae is not None  # asked for
+        model = Path(options.model.pretrained_model_name_or_path)
+        parts = [(name, model) for name in self.encoder_names]
+        parts.append(("VAE", layouts.vae.source.path if options.model.vae else model))
+        yield model_line(self.model_name(options), model, parts)
+
+    def model_name(self, options: Any) -> str:
+        """As people call what ``read_layouts`` let through."""
+        return f"Stable Diffusion {2 if options.clip.v2 else 1}.x"
 
     def warnings_of(self, layouts: StableDiffusionLayouts, options: Any) -> Iterator[str]:
         yield from self._scale_warning(layouts.vae)

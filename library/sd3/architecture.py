@@ -10,6 +10,7 @@ from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
 from library.errors import CheckpointError, ProblemList
+from library.files.model_parts import model_line
 from library.files.model_path import LUMINA, described, recognise_keys
 from library.files.weights_source import Part, WeightsSource
 from library.sd.architecture import hub_token, placed_vae
@@ -18,7 +19,7 @@ from library.sd.fingerprint import part_fingerprint
 from library.sd.source import MODEL_FLAG, VAE_FLAG, find_vae
 from library.sd.vae_layout import VaeConfig
 from library.sd.vae_layout import find_vae as find_vae_place
-from library.sd3.layout import MEDIUM_35, PIXELS_PER_LATENT, Sd3Layouts, Sd3TextParts, position_problem
+from library.sd3.layout import LARGE_35, MEDIUM, MEDIUM_35, PIXELS_PER_LATENT, Sd3Layouts, Sd3TextParts, position_problem
 from library.sd3.source import (
     CLIP_G,
     CLIP_L,
@@ -41,6 +42,7 @@ CHANNELS = 16  # of latents
 SCALE, SHIFT = 1.5305, 0.0609  # latents = (z - shift) * scale, as published
 MARKS = 2  # that T5 may add to a text; all other tokens are a byte at least
 BYTES_PER_VALUE = 2
+NAMES = {MEDIUM: "SD3 medium", MEDIUM_35: "SD 3.5 medium", LARGE_35: "SD 3.5 large"}
 
 
 class Sd3Architecture:
@@ -81,6 +83,14 @@ class Sd3Architecture:
         if misfits := list(fit_problems(layouts)):
             raise CheckpointError(*misfits)
         return layouts
+
+    def model_lines(self, layouts: Sd3Layouts, options: Any) -> Iterator[str]:
+        denoiser, text, vae = layouts.denoiser, layouts.text, layouts.vae
+        assert denoiser is not None and text is not None and vae is not None  # asked for
+        encoders: list[tuple[str, Part[Any] | None]] = [("CLIP-L", text.clip_l), ("CLIP-G", text.clip_g), ("T5-XXL", text.t5)]
+        parts = [(name, part.source.path) for name, part in (*encoders, ("VAE", vae)) if part is not None]
+        without = "" if text.t5 else "; no T5-XXL"
+        yield model_line(NAMES[denoiser.config.kind], denoiser.source.path, parts) + without
 
     def warnings_of(self, layouts: Sd3Layouts, options: Any) -> Iterator[str]:
         if layouts.text is not None and layouts.text.t5 is None:

@@ -25,6 +25,10 @@ class SdxlArchitecture(StableDiffusionArchitecture):
     wanted: ClassVar[str] = SDXL_KIND
     latent_scale: ClassVar[float] = SDXL_SCALE
     text_folders: ClassVar[tuple[str, ...]] = TEXT_ENCODERS
+    encoder_names: ClassVar[tuple[str, ...]] = ("CLIP-L", "CLIP-G")
+
+    def model_name(self, options: Any) -> str:
+        return "SDXL"
 
     def text_parts(self, model: ModelSource, options: Any) -> tuple[Part[ClipConfig], ...]:
         if model.file is None:

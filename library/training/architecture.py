@@ -29,6 +29,9 @@ class Architecture(Protocol):
         flags may be missing. Raises CheckpointError with the problems of all files together.
         """
 
+    def model_lines(self, layouts: Any, options: Any) -> Iterable[str]:
+        """For the plan: which model ``layouts`` shows, the file of each part, and what is read beside captions."""
+
     def warnings_of(self, layouts: Any, options: Any) -> Iterable[str]:
         """What is allowed but probably not meant, as the model files show."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.dataset.caches.size import memory_warning
 from library.dataset.captions import possible_variants
@@ -13,6 +13,8 @@ from library.dataset.items import DatasetSettings, Item, TrainingSet
 from library.dataset.page.facts import counted, dataset_facts
 from library.dataset.page.text import dataset_lines
 from library.training.loss.preservation import is_preserved
+from library.training.optimizing.optimizer_names import chosen_name, optimizer_kind
+from library.training.optimizing.schedule_names import schedule_name
 from library.training.preflight import CheckedRun
 from library.training.validating.validation_plan import ValidationSchedule, validation_batch_count, validation_timesteps
 
@@ -37,6 +39,7 @@ def plan_lines(run: CheckedRun, size: NetworkSize) -> list[str]:
     """The whole plan. One fact a line, with its numbers and units."""
     return [
         f"plan for {run.names.last_file()}",
+        *(f"  {line}" for line in run.architecture.model_lines(run.layouts, run.options)),
         *_dataset_lines(run),
         *_validation_lines(run),
         *_step_lines(run),
@@ -112,11 +115,12 @@ def _cache_lines(run: CheckedRun) -> Iterator[str]:
 def cache_lines(kind: str, cache: LatentCache | TextCache) -> Iterator[str]:
     """What is there of a cache, and why some of it must be made again."""
     state = cache.state()
+    contents = f" ({cache.contents})" if cache.contents else ""
     if not cache.on_disk:
-        yield f"  {kind}: {state.total} to be cached in memory, about {state.bytes_needed / MIB:,.1f} MiB"
+        yield f"  {kind}: {state.total} to be cached in memory{contents}, about {state.bytes_needed / MIB:,.1f} MiB"
         return
     stale = len(state.stale)
-    yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again"
+    yield f"  {kind}: {state.valid} of {state.total}{contents} cached on disk, {state.missing} missing, {stale} to be made again"
     reasons = Counter(reason for _, reason in state.stale)
     yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
 
@@ -158,10 +162,22 @@ def counted_times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
 
+def _optimizer_line(options: Any) -> str:
+    named = options.schedule.lr_scheduler_type or schedule_name(options.schedule)
+    schedule = named if optimizer_kind(options.optimizer) == "plain" else "the optimizer's own"
+    warmup = f", lr_warmup_steps={options.schedule.lr_warmup_steps}" if options.schedule.lr_warmup_steps else ""
+    trained = next((f", trained weights {name}" for name in ("bf16", "fp16") if getattr(options.run, f"full_{name}")), "")
+    return (
+        f"  optimizer: {chosen_name(options.optimizer)}; learning rate schedule: {schedule}{warmup}; "
+        f"precision: {options.run.weight_dtype}{trained}"
+    )
+
+
 def _output_lines(run: CheckedRun, size: NetworkSize) -> Iterator[str]:
     if size.trained:
         yield size.trained
     yield f"  objective: {run.options.objective}"
+    yield _optimizer_line(run.options)
     yield f"  LoRA: {size.modules} modules, {size.parameters:,} parameters, a file of about {size.file_bytes / MIB:.2f} MiB"
     epochs = [epoch for epoch in range(1, run.length.epochs + 1) if run.saves.saves_epoch(epoch)]
     steps = run.length.total_steps // run.saves.every_n_steps if run.saves.every_n_steps else 0

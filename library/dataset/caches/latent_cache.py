@@ -126,6 +126,11 @@ class LatentCache:
             self._notes.save()
         return self._state
 
+    @property
+    def contents(self) -> str:
+        """What ``state`` counts, where that needs words: these are images."""
+        return ""
+
     def adopt(
         self, read: ReadForeign, *, rank: int = 0, processes: int = 1, gather: Gather | None = None, progress: bool = True
     ) -> None:

@@ -115,6 +115,13 @@ class TextCache:
             self._save_notes()
         return self._state
 
+    @property
+    def contents(self) -> str:
+        """What ``state`` counts, in words: ``"6 captions, 2 texts of sample pictures and the empty one"``."""
+        captions, prompts = self.state().total - len(self._files.extra_texts), len(self._files.extra_texts) - 1
+        of_pictures = f", {prompts} text{'s' if prompts > 1 else ''} of sample pictures" if prompts else ""
+        return f"{captions} caption{'s' if captions != 1 else ''}{of_pictures} and the empty one"
+
     def adopt(
         self, read: ReadForeign, *, rank: int = 0, processes: int = 1, gather: Gather | None = None, progress: bool = True
     ) -> None:

@@ -29,7 +29,10 @@ def trained_line(network: Any, groups: tuple[Sequence[Mapping[str, Any]], Sequen
         return f"  trained: {'; '.join(told)}"
     rates = {id(weight): group.get("lr", default) for group in groups[0] for weight in group["params"]}
     parts = {"denoiser": list(network.unet_loras), **_text_parts(network.text_encoder_loras, options.TEXT_ENCODERS)}
-    return f"  trained: {'; '.join(f'{name}: {_told(name, loras, rates, options)}' for name, loras in parts.items())}"
+    told = {name: _told(name, loras, rates, options) for name, loras in parts.items()}
+    if options.network.network_train_unet_only and options.TEXT_ENCODERS > 1:
+        told = {"denoiser": told["denoiser"], "text encoders": f"none{_reason('text encoders', options)}"}
+    return f"  trained: {'; '.join(f'{name}: {words}' for name, words in told.items())}"
 
 
 def check_denoiser_is_there(network: Any, options: Any) -> None:

@@ -94,7 +94,7 @@ def optimizer_problems(options: OptimizerOptions) -> list[str]:
 
 def optimizer_source(options: OptimizerOptions) -> OptimizerSource:
     """The class that the options name. Raises OptionError for an unknown name."""
-    name = _chosen_name(options)
+    name = chosen_name(options)
     known = _BY_LOWER_CASE.get(name.lower())
     if known is not None:
         return known
@@ -116,6 +116,12 @@ def optimizer_source(options: OptimizerOptions) -> OptimizerSource:
             f"--optimizer_type {name} {UNUSABLE[name]}, which LoRA training does not give: use AdamW or another one"
         )
     return OptimizerSource("torch.optim", name)
+
+
+def chosen_name(options: OptimizerOptions) -> str:
+    """As the options name it."""
+    legacy = {"AdamW8bit": options.use_8bit_adam, "Lion": options.use_lion_optimizer}
+    return next((name for name, is_set in legacy.items() if is_set), options.optimizer_type or "AdamW")
 
 
 def optimizer_arguments(options: OptimizerOptions) -> dict[str, Any]:
@@ -196,11 +202,6 @@ def torch_optimizer_names() -> tuple[str, ...]:
 
 def pip_command(package: str) -> str:
     return f"pip install {PIP_NAMES.get(package, package)}"
-
-
-def _chosen_name(options: OptimizerOptions) -> str:
-    legacy = {"AdamW8bit": options.use_8bit_adam, "Lion": options.use_lion_optimizer}
-    return next((name for name, is_set in legacy.items() if is_set), options.optimizer_type or "AdamW")
 
 
 def _is_adafactor(source: OptimizerSource) -> bool:

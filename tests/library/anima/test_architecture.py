@@ -14,6 +14,7 @@ from library.anima.layout import CONTEXT_ROWS
 from library.anima.tokenizers import BUNDLED_QWEN
 from library.dataset.token_use import TokenUse
 from library.errors import CheckpointError, OptionError
+from library.files.model_parts import short_name
 from library.options.anima import LONGEST_TEXT_TOKENS, AnimaOptions, AnimaTrainOptions
 from library.options.memory import BlockMemoryOptions
 from library.options.models import ModelOptions
@@ -137,3 +138,9 @@ def test_tokens_are_counted_by_the_tokenizers_of_the_run(options, tiny_anima, tm
     assert read == found and found.qwen_dir == own
     with pytest.raises(CheckpointError, match="--t5_tokenizer_path"):
         ANIMA.token_counter(with_groups(options, anima={"t5_tokenizer_path": str(tmp_path / "gone")}))
+
+
+def test_the_plan_names_the_files(options, tiny_anima):
+    (line,) = ANIMA.model_lines(ANIMA.read_layouts(options), options)
+    names = {part: short_name(tiny_anima[part]) for part in ("dit", "qwen3", "vae")}
+    assert line == f"model: Anima, {names['dit']}; LLM adapter in it; Qwen3 {names['qwen3']}; VAE {names['vae']}"

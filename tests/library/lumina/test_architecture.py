@@ -216,3 +216,15 @@ def test_more_tokens_than_the_model_has_positions_are_told(options):
     assert not list(LUMINA.warnings_of(layouts, with_groups(options, lumina={"gemma2_max_token_length": known - 1})))
     (warning,) = LUMINA.warnings_of(layouts, with_groups(options, lumina={"gemma2_max_token_length": known}))
     assert f"fewer than {known} tokens" in warning
+
+
+def test_the_plan_names_model_files_and_system_prompt(options, whole, tiny_lumina):
+    names = {name: tiny_lumina[name].name for name in ("dit", "whole", "gemma2", "ae")}
+    assert list(LUMINA.model_lines(LUMINA.read_layouts(options), options)) == [
+        f"model: Lumina Image 2.0, {names['dit']}; Gemma 2 {names['gemma2']}; VAE {names['ae']}", "system prompt: none",
+    ]  # fmt: skip
+    prompted = with_groups(whole, lumina={"system_prompt": "You are\n" + "an assistant " * 9})
+    assert list(LUMINA.model_lines(LUMINA.read_layouts(prompted), prompted)) == [
+        f"model: Lumina Image 2.0, {names['whole']}; Gemma 2 and VAE in it",
+        "system prompt: You are an assistant an assistant an assistant an assistant ...",
+    ]

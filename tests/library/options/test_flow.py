@@ -103,3 +103,22 @@ def test_options_that_act_are_told():
     assert LuminaFlowOptions(weighting_scheme="mode").acting == (
         "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "model_prediction_type"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    (Sd3FlowOptions(), "the loss compares guesses of the image; noise levels are drawn evenly, training_shift=1.0, timesteps 0 to 1000"),
+    (Sd3FlowOptions(training_shift=3.0, weighting_scheme="logit_normal", min_timestep=100),
+     "the loss compares guesses of the image; noise levels are drawn by training_shift=3.0, weighting_scheme=logit_normal, "
+     "logit_mean=0.0, logit_std=1.0, timesteps 100 to 1000"),
+    (AnimaFlowOptions(weighting_scheme="sigma_sqrt"),
+     "the loss compares velocities; noise levels are drawn by timestep_sampling=sigmoid, sigmoid_scale=1.0, timesteps 0 to 1000; "
+     "weighted by sigma_sqrt"),
+    (LuminaFlowOptions(weighting_scheme="cosmap"),
+     "the loss compares velocities; noise levels are drawn by timestep_sampling=shift, sigmoid_scale=1.0, discrete_flow_shift=6.0, "
+     "timesteps 0 to 1000"),
+    (LuminaFlowOptions(weighting_scheme="mode", timestep_sampling="sigma", model_prediction_type="sigma_scaled"),
+     "the loss compares guesses of the image; noise levels are drawn by timestep_sampling=sigma, discrete_flow_shift=6.0, "
+     "weighting_scheme=mode, mode_scale=1.29, timesteps 0 to 1000"),
+])  # fmt: skip
+def test_the_objective_is_what_counts(options: FlowOptions, line):
+    assert options.objective == line

@@ -459,3 +459,18 @@ def test_velocity_that_no_mark_speaks_of(kind, warned, tiny_sd):
     assert len(warnings) == warned
     assert all("does not say that it predicts velocity (v), and models of its kind predict noise" in text for text in warnings)
     assert not list(architecture.warnings_of(architecture.read_layouts(options, {"vae"}), options))  # caching does not ask
+
+
+@pytest.mark.parametrize(("form", "line"), [
+    ("sd1", "Stable Diffusion 1.x, {}; text encoder and VAE in it"),
+    ("sd2_folder", "Stable Diffusion 2.x, {}; text encoder and VAE in it"),
+    ("sdxl", "SDXL, {}; CLIP-L, CLIP-G and VAE in it"),
+])  # fmt: skip
+def test_the_plan_names_model_and_files(form, line, tiny_sd):
+    architecture, options = ARCHITECTURES[form.partition("_")[0]], options_for(form, tiny_sd[form])
+    assert list(architecture.model_lines(architecture.read_layouts(options), options)) == [
+        f"model: {line.format(tiny_sd[form].name)}"
+    ]
+    options = options_for(form, tiny_sd[form], model={"vae": str(tiny_sd["sd1_ckpt"])})
+    (told,) = architecture.model_lines(architecture.read_layouts(options), options)
+    assert told.endswith(f" in it; VAE {tiny_sd['sd1_ckpt'].name}")

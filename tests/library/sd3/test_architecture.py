@@ -327,3 +327,12 @@ def test_what_no_encoder_sees_is_told(tiny_sd3):
 
 def test_prompts_are_encoded_as_they_are():
     assert SD3.positive_prompt("a cat", options_for()) == "a cat"
+
+
+def test_the_plan_names_model_and_files(tiny_sd3):
+    options = options_for(tiny_sd3["sd35_medium"], sd3=own_files(tiny_sd3, "clip_l", "clip_g"))
+    (line,) = SD3.model_lines(SD3.read_layouts(options), options)
+    files = {name: tiny_sd3[name].name for name in ("sd35_medium", "clip_l", "clip_g")}
+    assert line == (
+        f"model: SD 3.5 medium, {files['sd35_medium']}; VAE in it; CLIP-L {files['clip_l']}; CLIP-G {files['clip_g']}; no T5-XXL"
+    )

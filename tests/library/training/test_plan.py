@@ -53,7 +53,7 @@ def test_datasets_are_described_as_the_page_does(runs, picture_folder):
     run = runs.checked()
     (dataset,) = dataset_facts(run.training_set, processes=1)
     lines = [f"  {line}" for line in dataset_lines(dataset)]
-    assert plan_lines(run, NetworkSize(1, 2, 3))[1 : 1 + len(lines)] == lines
+    assert plan_lines(run, NetworkSize(1, 2, 3))[2 : 2 + len(lines)] == lines
     assert "4 images, 12 with repeats; 2 for regularisation, 12 with repeats" in lines[1]
 
 
@@ -77,3 +77,25 @@ def test_counts_of_one_are_told_as_one(runs):
 def test_the_plan_tells_what_is_trained(runs):
     size = NetworkSize(1, 2, 3, "  trained: denoiser: 1 module at 0.01")
     assert size.trained in plan_lines(runs.checked(CACHED), size)
+
+
+def test_the_plan_tells_model_optimizer_and_what_is_cached(runs):
+    lines = plan_lines(runs.checked(CACHED, "--lr_scheduler=cosine_with_restarts", "--lr_warmup_steps=2"), NetworkSize(1, 2, 3))
+    assert lines[1] == "  model: tiny"
+    assert "  optimizer: AdamW; learning rate schedule: cosine_with_restarts, lr_warmup_steps=2; precision: float32" in lines
+    (texts,) = [line for line in lines if line.startswith("  text outputs")]
+    assert "4 captions and the empty one" in texts and "5 to be cached" in texts
+    prompts = runs.folder / "prompts.txt"
+    prompts.write_text("a cat --n dark")
+    lines = plan_lines(runs.checked("--cache_text_encoder_outputs_to_disk", f"--sample_prompts={prompts}"), NetworkSize(1, 2, 3))
+    assert any("0 of 7 (4 captions, 2 texts of sample pictures and the empty one) cached on disk" in line for line in lines)
+
+
+def test_schedules_of_the_optimizer_and_of_others_are_named(runs, monkeypatch):
+    monkeypatch.setattr("library.training.optimizing.optimizer_names._package_problems", lambda source: ())
+    told = {
+        flags: [line for line in plan_lines(runs.checked(*flags.split()), NetworkSize(1, 2, 3)) if "optimizer:" in line]
+        for flags in ("--optimizer_type=AdamWScheduleFree", "--lr_scheduler_type=StepLR --lr_scheduler_args step_size=2")
+    }
+    schedules = [line.partition("schedule: ")[2].partition(";")[0] for (line,) in told.values()]
+    assert schedules == ["the optimizer's own", "StepLR"]

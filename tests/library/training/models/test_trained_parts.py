@@ -46,13 +46,11 @@ def told(*flags):
          "denoiser: none (--network_train_text_encoder_only); text encoder 1: 12 modules at 0.001; "
          "text encoder 2: 12 modules at 0.001"),
         ("--network_train_unet_only --network_args loraplus_lr_ratio=16",
-         "denoiser: 302 modules at 0.001 (lora_up at 0.016); text encoder 1: none (--network_train_unet_only); "
-         "text encoder 2: none (--network_train_unet_only)"),
+         "denoiser: 302 modules at 0.001 (lora_up at 0.016); text encoders: none (--network_train_unet_only)"),
         ("--network_train_unet_only --network_args network_reg_lrs=.*attn1.*=1e-4,.*attn2.*=0",
-         "denoiser: 302 modules (78 at 0.001, 112 at 0.0001, 112 not trained); text encoder 1: none (--network_train_unet_only); "
-         "text encoder 2: none (--network_train_unet_only)"),
+         "denoiser: 302 modules (78 at 0.001, 112 at 0.0001, 112 not trained); text encoders: none (--network_train_unet_only)"),
         ("--network_train_unet_only --network_args up_lr_weight=zeros+0.5 down_lr_weight=linear+0.25",
-         "at 6 rates from 0.0005 to 0.00125; text encoder 1"),
+         "at 6 rates from 0.0005 to 0.00125; text encoders: none"),
     ],
 )  # fmt: skip
 def test_what_is_trained_at_which_rate(flags, line):
