@@ -108,8 +108,11 @@ def test_load_phase():
         dit_sizes={"width": 32, "blocks": 1, "heads": 2, "head_dim": 16, "mlp_hidden": 64},
         qwen3_sizes={"width": 16, "blocks": 1},
         sdxl_size="tiny",
+        sd3_size="tiny",
+        lumina_size="tiny",
     )
-    assert [figure.name.split(",")[0] for figure in found] == ["load: dit", "load: qwen3", "load: sdxl"]
+    names = [figure.name.split(",")[0] for figure in found]
+    assert names == [f"load: {kind}" for kind in ("dit", "qwen3", "sd3", "lumina", "sdxl")]
     assert all(figure.value < 1000 for figure in found)
 
 

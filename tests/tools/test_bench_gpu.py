@@ -113,7 +113,12 @@ def test_the_real_models_step(label, tera):
 @pytest.mark.parametrize("phase", bench.ON_GPU)
 def test_only_a_phase_alone_sees_the_gpu(phase, monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr(bench, "run_phase", lambda *args, **how: seen.append(bench.os.environ.get("CUDA_VISIBLE_DEVICES")) or [])
+
+    def noted(name: str, **how: Any) -> list[Any]:
+        seen.append(bench.os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return []
+
+    monkeypatch.setattr(bench, "run_phase", noted)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -14,7 +14,9 @@ from typing import Any
 
 from tools.bench_parts.figures import Figure
 from tools.bench_parts.processes import checked, run_measured
+from tools.tiny_lumina import make_lumina
 from tools.tiny_sd import make_sd
+from tools.tiny_sd3 import make_sd3
 
 MIB = 2**20
 OVER_MIB = 300.0  # target
@@ -31,6 +33,8 @@ def measure(
     dit_sizes: Mapping[str, int] = DIT_SIZES,
     qwen3_sizes: Mapping[str, int] = QWEN3_SIZES,
     sdxl_size: str = "bench",
+    sd3_size: str = "bench",
+    lumina_size: str = "bench",
 ) -> list[Figure]:
     from library.anima import layout, text_layout
 
@@ -43,6 +47,8 @@ def measure(
         paths = {kind: Path(folder) / f"{kind}.safetensors" for kind in shapes}
         for kind, path in paths.items():
             write_bf16(path, shapes[kind])
+        paths["sd3"] = make_sd3(Path(folder), size=sd3_size, dtype="bf16", files=["whole"])["whole"]
+        paths["lumina"] = make_lumina(Path(folder), size=lumina_size, dtype="bf16", files=["whole"])["whole"]
         paths["sdxl"] = make_sd(Path(folder), "sdxl", size=sdxl_size, dtype="bf16")["file"]
         return [peak_of(kind, path, turns) for kind, path in paths.items()]
 
@@ -151,7 +157,58 @@ def sdxl_loader() -> Any:
     return load
 
 
-LOADERS = {"dit": dit_loader, "qwen3": qwen3_loader, "sdxl": sdxl_loader}
+def sd3_loader() -> Any:
+    """All of a single file: MMDiT, CLIP-L, CLIP-G, T5, VAE."""
+    import torch
+
+    import library.sd.vae  # with what is imported late
+    from library.options.sd3 import Sd3TrainOptions
+    from library.sd3.architecture import SD3
+    from library.sd3.checkpoint import build_denoiser, load_denoiser
+    from library.sd3.text import build_text_encoder, load_text_encoder
+
+    def load(path: Path) -> Any:
+        options = Sd3TrainOptions()
+        layouts = SD3.read_layouts(replace(options, model=replace(options.model, pretrained_model_name_or_path=str(path))))
+        assert layouts.denoiser is not None and layouts.text is not None and layouts.vae is not None
+        denoiser = build_denoiser(layouts.denoiser.config)
+        load_denoiser(denoiser, layouts.denoiser, device="cpu", dtype=torch.bfloat16)
+        text = build_text_encoder(layouts.text)
+        load_text_encoder(text, layouts.text, device="cpu", dtype=torch.bfloat16)
+        scale, shift = SD3.scale_and_shift(layouts)
+        vae = library.sd.vae.load_vae(layouts.vae, device="cpu", dtype=torch.bfloat16, scale=scale, shift=shift)
+        return denoiser, text, vae
+
+    return load
+
+
+def lumina_loader() -> Any:
+    """All of a single file: Next-DiT, Gemma 2, VAE."""
+    import torch
+
+    import library.sd.vae  # with what is imported late
+    from library.lumina.architecture import LUMINA
+    from library.lumina.checkpoint import build_denoiser, load_denoiser
+    from library.lumina.text import build_text_encoder, load_text_encoder
+    from library.options.lumina import LuminaTrainOptions
+
+    def load(path: Path) -> Any:
+        options = LuminaTrainOptions()
+        layouts = LUMINA.read_layouts(replace(options, model=replace(options.model, pretrained_model_name_or_path=str(path))))
+        assert layouts.denoiser is not None and layouts.text is not None and layouts.tokenizer is not None
+        assert layouts.vae is not None
+        denoiser = build_denoiser(layouts.denoiser.config)
+        load_denoiser(denoiser, layouts.denoiser, device="cpu", dtype=torch.bfloat16)
+        text = build_text_encoder(layouts.text, layouts.tokenizer)
+        load_text_encoder(text, layouts.text, device="cpu", dtype=torch.bfloat16)
+        scale, shift = LUMINA.scale_and_shift(layouts)
+        vae = library.sd.vae.load_vae(layouts.vae, device="cpu", dtype=torch.bfloat16, scale=scale, shift=shift)
+        return denoiser, text, vae
+
+    return load
+
+
+LOADERS = {"dit": dit_loader, "qwen3": qwen3_loader, "sdxl": sdxl_loader, "sd3": sd3_loader, "lumina": lumina_loader}
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))

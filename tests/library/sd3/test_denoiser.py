@@ -191,3 +191,15 @@ def test_on_the_gpu_nothing_waits(kind):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(velocity.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_scaled_table_is_made_without_a_wait():
+    expected = scaled_table(16, 64, torch.device("cpu"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        table = scaled_table(16, 64, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(table.cpu(), expected)
