@@ -57,6 +57,11 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
 
     SCHEDULE = SCHEDULE
 
+    def devices_apart(self) -> dict[str, str]:
+        layouts, place = self.run.layouts, self.options.sd3.t5xxl_device
+        has_t5 = layouts.text is not None and layouts.text.t5 is not None
+        return {"--t5xxl_device": place} if has_t5 and place is not None else {}
+
     def build_denoiser(self) -> Mmdit:
         sd3, config = self.options.sd3, self.run.layouts.denoiser.config
         if sd3.pos_emb_random_crop_rate and not sd3.enable_scaled_pos_embed:

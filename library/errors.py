@@ -47,6 +47,10 @@ class NetworkError(UserError):
     """A network module or one of its arguments."""
 
 
+class NoModuleFits(NetworkError):
+    """A LoRA file has nothing for the models that it is to change."""
+
+
 class OutputError(UserError):
     """Something could not be written."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.errors import CheckpointError, NetworkError
+from library.errors import CheckpointError, NetworkError, NoModuleFits
 from library.files.atomic import write_atomically
 from library.files.model_hash import OLD_HASH_BYTES, OLD_HASH_DIGITS, OLD_HASH_OFFSET
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors, serialize
@@ -199,10 +199,10 @@ def no_module_fits(file: str | Path, weights: Mapping[str, Any], known: Iterable
         return NetworkError(f"{file} holds no LoRA modules (no pairs of NAME.{DOWN} and NAME.{UP})")
     other = model_of_lora(weights)
     if other and other == architecture:
-        return NetworkError(f"{file} is a LoRA for {other}, but for other parts of it than the network has: it changes "
+        return NoModuleFits(f"{file} is a LoRA for {other}, but for other parts of it than the network has: it changes "
                             f"{examples(weights)}, and this network {examples(known)}; choose a file that has these, or train "
                             "what the file has")  # fmt: skip
-    return NetworkError(f"{file} is no LoRA for this model{f' but one for {other}' if other else ''}: none of its modules fits "
+    return NoModuleFits(f"{file} is no LoRA for this model{f' but one for {other}' if other else ''}: none of its modules fits "
                         f"({examples(weights)}); this network has {examples(known)}; choose a file made for this "
                         "architecture")  # fmt: skip
 

@@ -121,6 +121,18 @@ def test_t5_works_where_and_as_it_is_told(runs, monkeypatch):
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16] and places == ["cpu"]
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "cache"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(runs, train):
+    data = runs.checked(*LATENTS, "--dry_run", "--t5xxl_device=cuda:99")
+    trainer = Sd3NetworkTrainer(data)
+    with pytest.raises(
+        OptionError, match="--t5xxl_device cuda:99: (this PyTorch .* finds no such device|there is no such device)"
+    ):
+        trainer.train() if train else trainer.start_accelerator()
+    runs.left_out = ("--t5xxl",)
+    runs.train(*LATENTS, "--dry_run", "--t5xxl_device=cuda:99")  # there is nothing to put there
+
+
 def test_numbers_of_t5_count(runs):
     base = (*ALONE, "--mixed_precision=bf16")
     for dtype in ("bf16", "float32", "fp8"):
@@ -160,6 +172,26 @@ class TestT5CachedWhileTheClipsTrain:
         assert cached.text_encoder.t5 is None and live.text_encoder.t5 is not None
         assert trained(runs.lora("cached")) == {"lora_unet", "lora_te1", "lora_te2"}
         assert close(runs.lora("cached"), runs.lora("live"))
+
+    def test_t5_has_its_own_numbers_cached_or_not(self, runs):
+        """Autocast, which what is trained needs, is not for the T5."""
+        base = ("--cache_latents", "--max_train_steps=2", "--mixed_precision=bf16", "--t5xxl_dtype=float32")
+        runs.train(*base, "--cache_text_encoder_outputs", "--text_encoder_batch_size=1", output="cached")
+        runs.train(*base, output="live")
+        assert same_tensors(runs.lora("cached"), runs.lora("live"))
+
+    def test_base_weights_of_t5_alone(self, runs):
+        """They are in what is cached, and live encoders have no part in them."""
+        only_t5 = ("--network_train_text_encoder_only", "--text_encoder_lr", "0", "0", "0.1", *TestTrainT5.T5)
+        runs.train(*LATENTS, *only_t5, output="t5")
+        base = ("--max_train_steps=2", f"--base_weights={runs.folder / 't5' / 'tiny.safetensors'}")
+        for output, flags in {
+            "cached": (*CACHED_IN_MEMORY, *base),
+            "live": ("--cache_latents", *base),
+            "plain": self.CACHES,
+        }.items():
+            runs.train(*flags, output=output)
+        assert close(runs.lora("cached"), runs.lora("live")) and not close(runs.lora("cached"), runs.lora("plain"))
 
     def test_resumed_equals_uninterrupted(self, runs):
         flags = (*CACHED_IN_MEMORY, "--max_train_steps=4", "--network_dropout=0.2", "--clip_l_dropout_rate=0.3",
@@ -206,6 +238,11 @@ class TestTrainT5:
         rates = trainer.learner.rates()
         assert rates.pop("lr/unet") == 1e-3 and list(rates.values()) == [5e-4, 4e-4, 3e-4]
         assert runs.metadata()["ss_text_encoder_lr"] == "[0.0005, 0.0004, 0.0003]"
+
+    @pytest.mark.parametrize("flags", [LATENTS, (*CACHED_IN_MEMORY, "--max_train_steps=1")], ids=["live", "cached"])
+    def test_a_rate_of_0_leaves_it_out(self, runs, flags):
+        runs.train(*flags, *self.T5, "--text_encoder_lr", "1e-3", "1e-3", "0")
+        assert trained(runs.lora()) == {"lora_unet", "lora_te1", "lora_te2"}
 
     def test_alone(self, runs):
         runs.train(*LATENTS, *self.T5, "--network_train_text_encoder_only", "--text_encoder_lr", "0", "0", "1e-3")

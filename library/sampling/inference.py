@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from library.errors import EXIT_CTRL_C, OptionError, UserError, error_block, user_errors_end_the_script
 from library.files.safetensors_file import read_header, read_tensors, save_safetensors
+from library.nn.devices import best_device, existing_device
 from library.options.declare import groups_of, options_of
 from library.sampling.inference_checks import LATENT, CheckedPictures, picture_shape
 from library.sampling.picture_plan import FLOW_SETTINGS, Picture, asked_prompt, line_help, pictures_of, plan_warnings
@@ -44,7 +45,7 @@ class PictureMaker(ABC):
     def __init__(self, run: CheckedPictures):
         self.run, self.options = run, run.options
         compute = self.options.compute
-        self.device = chosen_device(compute.device)
+        self.device = best_device() if compute.device is None else existing_device(compute.device, flag="--device")
         self.dtype = WEIGHT_DTYPES[compute.precision or ("no" if self.device.type == "cpu" else "bf16")]
         self.text_dtype = self.dtype
         self.vae_dtype = torch.float32 if self.options.files.no_half_vae else self.dtype
@@ -338,32 +339,6 @@ class PictureMaker(ABC):
         what = "latents of " if not self.options.output.wants_pictures else ""
         parts = [f"{what}{self.drawn} picture{plural} in {seconds:.1f} s ({self.loading_s:.1f} s of it loading models)"]
         logger.info("%s", "; ".join([*parts, *peak_memory(self.device)]))
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """--device, or the best there is. Raises OptionError for one that is not there."""
-    if name is None:
-        found = next((kind for kind in ("cuda", "xpu", "mps") if _count(kind)), "cpu")
-        return torch.device(found)
-    device = torch.device(name)
-    if device.type == "cpu":
-        return device
-    count = _count(device.type)
-    if not count:
-        there = next((kind for kind in ("cuda", "xpu", "mps") if _count(kind)), None)
-        raise OptionError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; there is "
-                          f"{f'{there} and ' if there else ''}cpu")  # fmt: skip
-    if device.index is not None and device.index >= count:
-        raise OptionError(f"--device {name}: there are {count} such devices, {device.type}:0 to {device.type}:{count - 1}")
-    return device
-
-
-def _count(kind: str) -> int:
-    """How many devices of a kind there are."""
-    if kind == "mps":
-        return int(torch.backends.mps.is_available())
-    module = getattr(torch, kind, None)
-    return int(module.device_count()) if module is not None and module.is_available() else 0
 
 
 def peak_memory(device: torch.device) -> Iterator[str]:

@@ -15,13 +15,14 @@ from library.files.weights_source import Part, module_tensors
 from library.nn.checkpointing import LayerCheckpoints
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
+from library.nn.precision import OwnPrecision
 from library.sd.clip_layout import ClipConfig
 
 FP8_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"  # not the embeddings
 NORM_EPS = 1e-5
 
 
-class ClipTextModel(LayerCheckpoints, nn.Module):
+class ClipTextModel(LayerCheckpoints, OwnPrecision, nn.Module):
     """transformers' modules under one name whatever its version, so that layers are
     ``text_model.encoder.layers.0.self_attn.q_proj`` and so on; these names become the names in LoRA files.
 
@@ -38,25 +39,29 @@ class ClipTextModel(LayerCheckpoints, nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, N) int64 -> x (B, N, D)"""
-        return self._inner.embeddings(input_ids=ids)
+        with self.precision(ids):
+            return self._inner.embeddings(input_ids=ids)
 
     def run(self, x: Tensor, first: int, end: int, mask: Tensor | None = None) -> Tensor:
         """x (B, N, D), which layer number ``first`` takes, through the layers before ``end`` -> (B, N, D), not normed.
 
         ``mask``: of ``causal_mask``; None: each token sees all before it.
         """
-        for layer in self._inner.encoder.layers[first:end]:
-            x = self.checkpointed(run_layer, layer, x, mask)
-        return x
+        with self.precision(x):
+            for layer in self._inner.encoder.layers[first:end]:
+                x = self.checkpointed(run_layer, layer, x, mask)
+            return x
 
     def normed(self, x: Tensor) -> Tensor:
-        return self._inner.final_layer_norm(x)
+        with self.precision(x):
+            return self._inner.final_layer_norm(x)
 
     def pooled(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (B, N, D) of the last layer, ends (B,) int64 places of the end marks -> (B, P), projected if the model does that"""
         at_end = x[torch.arange(len(x), device=x.device), ends]  # (B, D)
-        found = self.normed(at_end)
-        return found if self.config.projection is None else self.text_projection(found)
+        with self.precision(x):
+            found = self.normed(at_end)
+            return found if self.config.projection is None else self.text_projection(found)
 
     @property
     def _inner(self) -> Any:

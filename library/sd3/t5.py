@@ -16,12 +16,13 @@ from library.nn.checkpointing import LayerCheckpoints
 from library.nn.fp8 import compute_dtype, use_fp8
 from library.nn.loading import load_into
 from library.nn.norms import at_least_fp32, rms_norm
+from library.nn.precision import OwnPrecision
 from library.sd3.t5_layout import T5Config
 
 FP8_LAYERS = r"encoder\.block\.\d+\.layer\.(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(wi_[01]|wo))"
 
 
-class T5Encoder(LayerCheckpoints, nn.Module):
+class T5Encoder(LayerCheckpoints, OwnPrecision, nn.Module):
     """transformers' modules with a forward of its own: layers are ``encoder.block.0.layer.0.SelfAttention.q`` and so on; these
     names become the names in LoRA files.
 
@@ -36,13 +37,14 @@ class T5Encoder(LayerCheckpoints, nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids (B, N) int64; mask (B, N) bool, False: no token looks there -> (B, N, D) in the dtype of the model."""
-        x = at_least_fp32(self.encoder.embed_tokens(ids))
-        bias = self.position_bias(ids.shape[1], ids.device)  # (1, H, N, N)
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, None], -torch.inf)  # (B, H, N, N)
-        for block in self.encoder.block:
-            x = self.checkpointed(run_block, block, x, bias)
-        return normed(self.encoder.final_layer_norm, x, self.config.norm_eps)
+        with self.precision(ids):
+            x = at_least_fp32(self.encoder.embed_tokens(ids))
+            bias = self.position_bias(ids.shape[1], ids.device)  # (1, H, N, N)
+            if mask is not None:
+                bias = bias.masked_fill(~mask[:, None, None], -torch.inf)  # (B, H, N, N)
+            for block in self.encoder.block:
+                x = self.checkpointed(run_block, block, x, bias)
+            return normed(self.encoder.final_layer_norm, x, self.config.norm_eps)
 
     def position_bias(self, tokens: int, device: torch.device) -> Tensor:
         """(1, H, N, N): what the distance of two tokens adds to the product of query and key, in all blocks the same."""

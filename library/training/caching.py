@@ -19,6 +19,7 @@ from library.dataset.caches.reference_caches import reference_latents, reference
 from library.dataset.caches.text_files import PROMPT_MARK
 from library.dataset.conditioning import Conditioning
 from library.errors import OptionError, OutputError, found_by_all
+from library.nn.devices import existing_device
 from library.training.hooks import ArchitectureHooks
 from library.training.models import networks
 from library.training.models.fp8_models import wait_for_merging
@@ -74,6 +75,8 @@ class CacheFilling(ArchitectureHooks):
                 "use: choose plain multi-GPU training in accelerate config"
             )
         self.device = self.accelerator.device
+        for flag, name in self.devices_apart().items():
+            existing_device(name, flag=flag)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes != process_count():
             raise found_by_all(

@@ -7,7 +7,7 @@ for what it gives, takes typed values and returns a named type.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class ArchitectureHooks(ABC):
     weight_dtype: torch.dtype
     denoiser: Any
     vae: Any
+
+    def devices_apart(self) -> Mapping[str, str]:
+        """{flag: name} of the devices that models of their own stand on. Asked first of all, so that they can be looked for."""
+        return {}
 
     @abstractmethod
     def build_denoiser(self) -> nn.Module:

@@ -81,7 +81,8 @@ class ModelPreparation(CacheFilling):
 
     def check_base_weights(self) -> None:
         encoders = self.text_models(self.text_encoder) if self.trained_encoders else []
-        if not encoders and text_base_weights(self.options.network):
+        all_are_here = encoders and self.run.text_cache is None
+        if not all_are_here and text_base_weights(self.options.network):  # into what is cached they are merged, too
             encoders = self.text_models(self.build_text_encoder())
         networks.check_base_weights(self.options.network, self.denoiser, encoders)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from library.memory.transfer import PlainTransfer, transfer_for
 from library.nn.blocks import BlockRunner
 from library.nn.checkpointing import run_checkpointed
 from library.nn.loading import Place
+from library.nn.precision import OwnPrecision
 
 
 def denoiser_place(options: Any, denoiser: nn.Module, device: torch.device) -> Place:
@@ -42,8 +43,11 @@ def arrange_denoiser(options: Any, denoiser: nn.Module, device: torch.device) ->
         denoiser.run_block = SwappingRunner(swap, denoiser.run_block)  # type: ignore[assignment,arg-type]
 
 
-def arrange_text_encoders(options: Any, encoders: Iterable[Any]) -> None:
-    """transformers' models that a LoRA is trained on. They checkpoint in training mode only; their own dropout is 0."""
+def arrange_text_encoders(options: Any, encoders: Sequence[Any]) -> None:
+    """Models that a LoRA is trained on. transformers' own checkpoint in training mode only; their dropout is 0."""
+    for encoder in encoders:
+        if isinstance(encoder, OwnPrecision):
+            encoder.takes_autocast = True
     if options.memory.checkpointing is not None:
         for encoder in encoders:
             name = "activation_checkpointing_enable"  # transformers 5.20 and later; before, gradient_...

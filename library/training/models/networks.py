@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from library.errors import CheckpointError, NetworkError, ProblemList, did_you_mean
+from library.errors import CheckpointError, NetworkError, NoModuleFits, ProblemList, did_you_mean
 from library.files.user_path import dead_link
 from library.options.reference_table import as_dict
 from library.training.models.base_weights import changes_denoiser, text_base_weights
@@ -195,7 +195,8 @@ def component_rates(module: ModuleType, rates: Any, arguments: Collection[str]) 
 def merge_base_weights(
     options: NetworkOptions, denoiser: nn.Module | None, text_encoders: Sequence[nn.Module], dtype: torch.dtype
 ) -> None:
-    """Merges each of --base_weights into the frozen models, in order, with its multiplier (1.0 where none is given).
+    """Merges each of --base_weights into the frozen models, in order, with its multiplier (1.0 where none is given). A file for
+    other parts of the model, whose outputs are cached, is left out.
 
     Without a denoiser, only the files that change text encoders. What is to be kept in 8 bits is rounded afterwards, once: until
     then it waits in ``dtype`` (see fp8_models.wait_for_merging).
@@ -210,7 +211,12 @@ def merge_base_weights(
             continue  # it is in the cached texts
         module = import_network_module(options.network_module or "")
         device = next(models[0].parameters()).device
-        network, weights = module.create_network_from_weights(multiplier, str(file), None, encoders, denoiser, for_inference=True)
+        try:
+            network, weights = module.create_network_from_weights(
+                multiplier, str(file), None, encoders, denoiser, for_inference=True
+            )
+        except NoModuleFits:
+            continue  # check_base_weights() has seen that it fits a model that is not here: one whose outputs are cached
         network.merge_to(encoders, denoiser, weights, dtype, device)
     for model in models:
         quantise(model)
