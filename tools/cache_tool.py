@@ -70,6 +70,8 @@ def chosen_architecture(arguments: Sequence[str]) -> ToolArchitecture:
     switches = {word[2:].removesuffix("=true") for word in arguments if word.startswith("--")}
     if absent := [name for name in NOT_HERE if name in switches]:
         raise OptionError(f"--{absent[0]}: there is no caching for {NOT_HERE[absent[0]]} here yet; there is: {_names()}")
+    if shortened := [name for name in ARCHITECTURES if any(word and word != name and name.startswith(word) for word in switches)]:
+        raise OptionError(f"--{shortened[0]} is to be written in full: it decides which other flags there are")
     given = [name for name in ARCHITECTURES if name in switches and name != DEFAULT]
     if len(given) > 1:
         raise OptionError(f"{' and '.join(f'--{name}' for name in given)} are given together: choose one")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from library.errors import DatasetError, did_you_mean
 from library.files.json_text import parse_json
-from library.files.text_file import read_utf8
+from library.files.text_file import line_of, quoted_line, read_utf8
 from library.files.user_path import dead_link, user_path
 
 FLAG = "--dataset_config"
@@ -99,7 +99,8 @@ def _parse_toml(text: str, path: Path) -> object:
     try:
         return toml.loads(text)
     except toml.TomlDecodeError as error:
-        raise DatasetError(f"{path}, line {error.lineno}: {error.msg}{_syntax_hint(error.msg)}") from error
+        quoted = quoted_line(line_of(text, error.lineno))
+        raise DatasetError(f"{path}, line {error.lineno}: {error.msg}{_syntax_hint(error.msg)}{quoted}") from error
     except Exception as error:  # the toml package lets other errors out on some broken files
         raise DatasetError(f"{path} is not a valid TOML file: {error or type(error).__name__}") from error
 

@@ -14,6 +14,7 @@ from library.errors import CheckpointError
 from library.files.safetensors_file import SafetensorsHeader
 from library.files.user_path import dead_link
 
+SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-(?P<count>\d{5})(\.\w+)?\.(?P<ending>safetensors|bin)")
 ANIMA_DIT = "Anima DiT"
 COSMOS_DIT = "Cosmos-Predict2 DiT without an LLM adapter"
 LLM_ADAPTER = "LLM adapter of Anima"
@@ -87,6 +88,8 @@ def find_model_file(flag: str, value: str | Path | None, kind: str, *, allow_fol
     if value is None or str(value) == "":
         raise CheckpointError(f"{flag} is missing: give the path of the {kind}")
     path = Path(value)
+    if path.is_file():
+        _refuse_shard(flag, path, allow_folder=allow_folder)
     if path.is_file() or (allow_folder and path.is_dir()):
         return path
     if path.is_dir():
@@ -94,6 +97,21 @@ def find_model_file(flag: str, value: str | Path | None, kind: str, *, allow_fol
     link = dead_link(path)
     hint = f" ({link})" if link else _near_names(path)
     raise CheckpointError(f"{flag} {path} does not exist: give the path of the {kind}{hint}")
+
+
+def _refuse_shard(flag: str, path: Path, *, allow_folder: bool) -> None:
+    """Raises CheckpointError for one file of a model that lies in several."""
+    match = SHARD.fullmatch(path.name)
+    if match is None or int(match["count"]) < 2:
+        return
+    count, index = int(match["count"]), f"{match['stem']}.{match['ending']}.index.json"
+    if not allow_folder:
+        cure = "give the model as one file"
+    elif (path.parent / index).is_file():
+        cure = f"give the folder {path.parent}, or {index} in it"
+    else:
+        cure = f"copy or download the others and {index} beside it, and give the folder"
+    raise CheckpointError(f"{flag} {path}: this is one of {count} shards of a model: {cure}")
 
 
 def recognise(header: SafetensorsHeader) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from library.errors import UserError
 
+LONGEST_QUOTE = 120  # characters
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -22,3 +23,15 @@ def read_utf8(path: Path, *, error: type[UserError], flag: str = "") -> str:
         raise error(f"{name}: byte {wrong.start} is not UTF-8{guess}: save the file as UTF-8") from wrong
     except OSError as wrong:
         raise error(f"{name} cannot be read: {wrong.strerror}") from wrong
+
+
+def line_of(text: str, number: int) -> str:
+    """The line of that number, from 1, without blanks around it; empty where there is none."""
+    lines = text.splitlines()
+    return lines[number - 1].strip() if 0 < number <= len(lines) else ""
+
+
+def quoted_line(line: str) -> str:
+    """What ends a message about a line: the line itself, cut to what one reads at a glance."""
+    cut = line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}..."
+    return f"; the line is: {cut}" if cut else ""

@@ -13,6 +13,7 @@ from library.options.left_out import LEFT_OUT
 FLAG = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?", re.DOTALL)  # what starts with -- and holds no blank before its =
 ALMOST_FLAG = re.compile(r"[-\u2013\u2014]+[A-Za-z_][\w.-]*(=.*)?", re.DOTALL)  # one dash, or a dash from a text program
 HELP = ("--help", "-h")
+SHOWN = 6  # options that are named
 SWITCH_TEXTS = {"true": True, "false": False}
 
 
@@ -21,7 +22,8 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def read_arguments(arguments: Sequence[str], known: Mapping[str, Option]) -> Given:
-    """Typed values of the flags. A flag given twice counts the last time; unknown ones and leftovers become problems."""
+    """Typed values of the flags, each of which may be shortened to what it alone begins with. A flag given twice counts the last
+    time; unknown ones and leftovers become problems."""
     given = Given()
     rest = deque(arguments)
     stray: list[str] = []
@@ -34,7 +36,7 @@ def read_arguments(arguments: Sequence[str], known: Mapping[str, Option]) -> Giv
                 stray.append(argument)
             continue
         name, equals, text = argument[2:].partition("=")
-        option = known.get(name)
+        option = known.get(name) or _abbreviated(given, name, known)
         if option is None:
             _refuse_unknown(given, argument, rest, known)
         elif option.is_switch:
@@ -43,6 +45,24 @@ def read_arguments(arguments: Sequence[str], known: Mapping[str, Option]) -> Giv
             _take_values(given, option, [text] if equals else [], rest)
     given.problems += [f"stray argument {argument!r}: it belongs to no flag; quote values that hold blanks" for argument in stray]
     return given
+
+
+def _abbreviated(given: Given, name: str, known: Mapping[str, Option]) -> Option | None:
+    """The only option whose name begins with ``name``: scripts that are made with argparse take such for the whole."""
+    longer = longer_names(name, known)
+    if len(longer) != 1:
+        return None
+    given.warnings.append(
+        f"--{name} is taken for --{longer[0]}: write flags in full, as another one may begin like this some day"
+    )
+    return known[longer[0]]
+
+
+def longer_names(name: str, known: Mapping[str, Option]) -> list[str]:
+    """The options whose names begin with ``name``; none for a name that means something elsewhere."""
+    if not name or name in LEFT_OUT or other_names(name, known) or belongs_to_scripts(name):
+        return []
+    return [longer for longer in known if longer.startswith(name)]
 
 
 def _take_switch(given: Given, option: Option, text: str, rest: deque[str]) -> None:
@@ -74,6 +94,13 @@ def _refuse_unknown(given: Given, argument: str, rest: deque[str], known: Mappin
     while rest and not equals and not _ends_values(rest[0]):
         rest.popleft()
     name = flag.removeprefix("--")
+    if flag.startswith("--") and len(longer := longer_names(name, known)) > 1:
+        more = f" and {len(longer) - SHOWN} more" if len(longer) > SHOWN else ""
+        given.problems.append(
+            f"{flag} may be short for {', '.join(f'--{each}' for each in longer[:SHOWN])}{more}: write it in full"
+        )
+        given.doubtful.update(longer)
+        return
     belongs = "" if other_names(name, known) else belongs_to_scripts(name)
     belongs = belongs or (f": {LEFT_OUT[name]}" if name in LEFT_OUT else "")
     near = [] if belongs else near_names(flag, known)

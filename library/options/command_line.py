@@ -38,7 +38,7 @@ def read_options(option_set: type[OptionSet], argv: Sequence[str] | None = None)
         _write_config(groups, line)
     file = _read_config_file(line, known)
     if os.environ.get("RANK", "0") == "0":
-        for warning in file.warnings:
+        for warning in (*line.warnings, *file.warnings):
             print(f"warning: {warning}", file=sys.stderr)
     options = _build(option_set, groups, {**file.values, **line.values})
     _raise_problems(options, line, file)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import OptionError, os_error_text
+from library.files.text_file import line_of, quoted_line
 from library.options.declare import Option, opt
 from library.options.given import Given, belongs_to_scripts, near_names, questioned
 from library.options.kinds import STEPS_OR_SHARE, TEXT
@@ -54,10 +55,10 @@ def config_path(text: str, *, must_exist: bool) -> Path:
 
 
 def read_config(path: Path, known: Mapping[str, Option]) -> Given:
-    """Typed values of all keys. Raises OptionError when the file cannot be read as TOML."""
+    """Typed values of all keys. Raises OptionError when the file cannot be read as TOML, with the line if no secret."""
     given = Given()
     left_out: list[str] = []
-    for key, value in _load_toml(path).items():
+    for key, value in _load_toml(path, known).items():
         place, table, pairs = (f"{path}, [{key}]", key, value) if isinstance(value, dict) else (str(path), "", {key: value})
         for inner_key, inner_value in pairs.items():
             if inner_key in LEFT_OUT and inner_key not in known:
@@ -132,7 +133,7 @@ def _is_table_array(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(element, dict) for element in value)
 
 
-def _load_toml(path: Path) -> dict[str, Any]:
+def _load_toml(path: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     import toml
 
     try:
@@ -145,14 +146,15 @@ def _load_toml(path: Path) -> dict[str, Any]:
     try:
         return toml.loads(text)
     except toml.TomlDecodeError as error:
-        raise OptionError(_syntax_problem(path, text, error.lineno, error.msg)) from error
+        wrong = line_of(text, error.lineno)
+        key = wrong.partition("=")[0].strip()
+        quoted = quoted_line(wrong) if wrong.startswith("[") or (key in known and not known[key].secret) else ""
+        raise OptionError(_syntax_problem(path, wrong, error.lineno, error.msg) + quoted) from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # the parser stumbles over some broken files
         raise OptionError(f"--config_file {path} is not valid TOML: {error}") from error
 
 
-def _syntax_problem(path: Path, text: str, line_number: int, reason: str) -> str:
-    lines = text.splitlines()
-    line = lines[line_number - 1].strip() if 0 < line_number <= len(lines) else ""
+def _syntax_problem(path: Path, line: str, line_number: int, reason: str) -> str:
     value = line.partition("=")[2].strip()
     hint = ""
     if "\\" in line:

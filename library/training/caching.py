@@ -79,10 +79,12 @@ class CacheFilling(ArchitectureHooks):
             existing_device(name, flag=flag)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.processes != process_count():
+            why = "no GPU was found for them; " if self.device.type == "cpu" else ""
             raise found_by_all(
                 OptionError(
-                    f"{process_count()} processes were started together, but accelerate works with {self.processes}: start them "
-                    "with accelerate launch, or set ACCELERATE_USE_CPU=true where another launcher starts them on the CPU"
+                    f"{process_count()} processes were started together, but accelerate works with {self.processes}: {why}start "
+                    "them with accelerate launch, with --cpu where they are to run on the CPU (another launcher: set "
+                    "ACCELERATE_USE_CPU=true)"
                 )
             )
         self.weight_dtype = WEIGHT_DTYPES[self.options.run.mixed_precision]

@@ -273,7 +273,9 @@ def check_writable(folder: Path, what: str, cure: str = "") -> None:
     except OSError as error:
         if folder.is_file():
             raise OutputError(f"{what} {folder} is a file, not a folder: name a folder{cure}") from error
-        raise OutputError(f"{what} {folder}: {dead_link(folder) or os_error_text(error)}{cure}") from error
+        why = dead_link(folder) or os_error_text(error)
+        cure = cure or "; name a folder on a disk that can be written to"
+        raise OutputError(f"{what} {folder}: the folder cannot be made or written to: {why}{cure}") from error
     finally:
         with suppress(OSError):  # where the folder is no folder, the error above says so
             probe.unlink(missing_ok=True)

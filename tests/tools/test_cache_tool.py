@@ -36,6 +36,7 @@ def test_the_switch_chooses():
 @pytest.mark.parametrize("arguments, message", [
     (["--flux", "--anima"], "--flux: there is no caching for FLUX here yet; there is: --sdxl, --sd3, --lumina or --anima, and without"),
     (["--sd3", "--lumina"], "--sd3 and --lumina are given together: choose one"),
+    (["--lumi"], "--lumina is to be written in full"),
     (["--sdxl", "--anima"], "--sdxl and --anima are given together: choose one"),
 ])  # fmt: skip
 def test_architectures_that_are_not_here(arguments, message):

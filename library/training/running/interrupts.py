@@ -82,11 +82,16 @@ def _without(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     for word in words:
         if skip:
             skip = False
-        elif word.split("=", 1)[0] in flags:
+        elif _means_one_of(word.split("=", 1)[0], flags):
             skip = "=" not in word  # its value follows
         else:
             kept.append(word)
     return kept
+
+
+def _means_one_of(word: str, flags: Sequence[str]) -> bool:
+    """Whether it is one of ``flags``, in full or shortened."""
+    return len(word) > len("--") and word.startswith("--") and any(flag.startswith(word) for flag in flags)
 
 
 def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
@@ -95,7 +100,7 @@ def resume_command(folder: Path, *, windows: bool = os.name == "nt") -> str:
     Secrets are left out, and so is what said where this run began: it would count again.
     """
     words = _without(sys.argv, (*SECRET_FLAGS, *START_FLAGS))
-    kept = [word for word in words if word.split("=", 1)[0] not in START_SWITCHES]
+    kept = [word for word in words if not _means_one_of(word.split("=", 1)[0], START_SWITCHES)]
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = [Path(sys.executable).name]
     if processes != "1":

@@ -45,7 +45,8 @@ def test_json_syntax_error(tmp_path: Path):
 def test_a_key_that_stands_twice(tmp_path: Path):
     text = problem(tmp_path / "bad.json", '{"general": {"resolution": 512, "flip_aug": true, "flip_aug": false}}')
     assert text.endswith("bad.json: flip_aug stands twice in one object: take one of the two out")
-    assert "bad.toml, line 3" in problem(tmp_path / "bad.toml", "[general]\nresolution = 512\nresolution = 768\n")
+    twice = problem(tmp_path / "bad.toml", "[general]\nresolution = 512\nresolution = 768\n")
+    assert "bad.toml, line 3" in twice and twice.endswith("; the line is: resolution = 768")
 
 
 @pytest.mark.parametrize("content", ['{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 100_000], ids=["digits", "brackets"])

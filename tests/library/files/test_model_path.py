@@ -135,3 +135,19 @@ def test_a_link_that_leads_nowhere(tmp_path):
         CheckpointError, match=r"does not exist: .* \(.*vae.safetensors is a link that leads nowhere \(to gone\)\)"
     ):
         find_model_file("--vae", tmp_path / "vae.safetensors", QWEN_IMAGE_VAE)
+
+
+def test_one_of_several_shards_is_told_as_such(tmp_path):
+    shard, alone = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00001-of-00001.safetensors"
+    for path in (shard, alone):
+        path.write_bytes(b"x")
+    assert find_model_file("--qwen3", alone, QWEN3) == alone
+    with pytest.raises(CheckpointError, match=r"one of 2 shards of a model: copy or download the others and model\.safetensors"):
+        find_model_file("--qwen3", shard, QWEN3, allow_folder=True)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"--qwen3 .*: this is one of 2 shards .*: give the folder .*, or model\.safetensors\.index"
+    ):
+        find_model_file("--qwen3", shard, QWEN3, allow_folder=True)
+    with pytest.raises(CheckpointError, match="shards of a model: give the model as one file"):
+        find_model_file("--pretrained_model_name_or_path", shard, ANIMA_DIT)

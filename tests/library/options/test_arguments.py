@@ -50,8 +50,10 @@ def test_read(arguments, expected):
         (["--network-dim", "4"], ["unknown flag --network-dim (did you mean --network_dim?)"]),
         (["-network_dim", "4"], ["unknown flag -network_dim (did you mean --network_dim?)"]),
         (["\u2014network_dim=4"], ["unknown flag \u2014network_dim (did you mean --network_dim?)"]),
-        (["--pretrained=x"], ["unknown flag --pretrained (did you mean --pretrained_model_name_or_path?)"]),
-        (["--sample_every", "5"], ["unknown flag --sample_every (did you mean --sample_every_n_steps or --sample_every_n_epochs?)"]),
+        (["-pretrained=x"], ["unknown flag -pretrained (did you mean --pretrained_model_name_or_path?)"]),
+        (["--sample_every", "5", "6"],
+         ["--sample_every may be short for --sample_every_n_steps, --sample_every_n_epochs: write it in full"]),
+        (["--train_batch=x"], ["--train_batch_size is 'x', but must be a whole number"]),
         (["--zzzz"], ["unknown flag --zzzz: --help lists all flags"]),
         (["--zzzz", "1", "2", "--qqqq=3"], ["unknown flag --zzzz: --help lists all flags", "unknown flag --qqqq: --help lists all flags"]),
         (["x", "--seed=1", "y"], ["stray argument 'x': it belongs to no flag; quote values that hold blanks",
@@ -72,6 +74,26 @@ def test_read(arguments, expected):
 )  # fmt: skip
 def test_refused(arguments, expected):
     assert read(*arguments).problems == expected
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--max_train_epoch", "2"], {"max_train_epochs": 2}), (["--save_every_n_epoch=1"], {"save_every_n_epochs": 1}),
+    (["--prior_loss", "0.5"], {"prior_loss_weight": 0.5}), (["--cache_latents_to"], {"cache_latents_to_disk": True}),
+    (["--text_encoder_l", "1e-4", "2e-5"], {"text_encoder_lr": [1e-4, 2e-5]}),
+])  # fmt: skip
+def test_flags_may_be_shortened(arguments, expected):
+    given, ((name, value),) = read(*arguments), expected.items()
+    assert given.problems == [] and given.values == {name: value}
+    short = arguments[0].partition("=")[0]
+    assert given.warnings == [f"{short} is taken for --{name}: write flags in full, as another one may begin like this some day"]
+
+
+def test_exact_names_and_those_of_other_scripts_are_not_short_for_others():
+    assert read("--cache_latents").warnings == [] and read("--resume=x").values == {"resume": "x"}
+    (problem,) = read("--clip_l=x").problems
+    assert "it belongs to sd3_train_network.py" in problem
+    many = read("--save").problems[0]
+    assert many.startswith("--save may be short for --save") and " more: write it in full" in many
 
 
 def test_help_is_asked_for():

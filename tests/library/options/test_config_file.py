@@ -110,7 +110,8 @@ def test_refused(tmp_path, text, expected):
         ('seed = 1\nvae = "C:\\models\\x"\n', "; write paths with / or in 'single quotes'"),
         ("text_encoder_lr = [1e-4, 0]\n", "; write the numbers of a list alike, such as [1e-4, 0.0]"),
         ("seed = 1\nseed = 2\n", "line 2 (seed): Duplicate keys!"),
-        ("seed = 1\n[network\n", "line 2"),
+        ("seed = 1\n[network\n", "; the line is: [network"),
+        ("seed = 1\nvae = yes\n", "; the line is: vae = yes"),
         ("[a]\nseed = 1\n[a]\nhuber_c = 1\n", "line 3 ([a]): the table [a] stands here twice"),
     ],
 )

@@ -12,7 +12,14 @@ import pytest
 
 from library.options.anima import AnimaTrainOptions
 from library.options.declare import groups_of, options_of
-from library.training.running.interrupts import LAUNCHER_MARK, SECRET_FLAGS, StopRequest, resume_command
+from library.training.running.interrupts import (
+    LAUNCHER_MARK,
+    SECRET_FLAGS,
+    START_FLAGS,
+    START_SWITCHES,
+    StopRequest,
+    resume_command,
+)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -49,12 +56,19 @@ def started_with(monkeypatch):
         ("--initial_step", "10", "--initial_epoch", "2", "--skip_until_initial_step=true", "--resume", "out/old state"),
         ("--resume_from_huggingface", "--resume=me/lora/a-state:main"),
         ("--initial_epoch=2", "--wandb_api_key", "hush", "--huggingface_token=hush"),
+        ("--initial_e=2", "--wandb_api", "hush", "--huggingface_t=hush", "--resume_f", "--skip_u=true"),
     ],
 )
 def test_the_command_to_go_on_says_once_where_to_begin(started_with, flags):
     started_with(*flags)
     words = shlex.split(resume_command(Path("out/my state"), windows=False))
     assert words[1:] == ["train.py", "--seed=1", "--vae", "my vae.safetensors", "--resume", str(Path("out/my state"))]
+
+
+def test_no_other_flag_is_the_beginning_of_one_that_is_left_out():
+    flags = [option.flag for group in groups_of(AnimaTrainOptions).values() for option in options_of(group)]
+    left_out = (*SECRET_FLAGS, *START_FLAGS, *START_SWITCHES)
+    assert [flag for flag in flags if flag not in left_out and any(other.startswith(flag) for other in left_out)] == []
 
 
 def test_every_secret_flag_is_known_here():
