@@ -51,16 +51,22 @@ from library.training.loss.noise import Draws
 from library.training.loss.objective import NoisyLatents
 from train_network import NetworkTrainer, run_training
 
+T5_NUMBER = 3  # among the text encoders, from 1
+
 
 class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
     """Stable Diffusion 3 and 3.5: an MMDiT, text states of CLIP-L, CLIP-G and T5, a 16-channel VAE, rectified flow."""
 
     SCHEDULE = SCHEDULE
 
+    @property
+    def has_t5(self) -> bool:
+        text = self.run.layouts.text
+        return text is not None and text.t5 is not None
+
     def devices_apart(self) -> dict[str, str]:
-        layouts, place = self.run.layouts, self.options.sd3.t5xxl_device
-        has_t5 = layouts.text is not None and layouts.text.t5 is not None
-        return {"--t5xxl_device": place} if has_t5 and place is not None else {}
+        place = self.options.sd3.t5xxl_device
+        return {"--t5xxl_device": place} if self.has_t5 and place is not None else {}
 
     def build_denoiser(self) -> Mmdit:
         sd3, config = self.options.sd3, self.run.layouts.denoiser.config
@@ -79,12 +85,11 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
             denoiser.use_scaled_positions(latent_sides(self.run.training_set))
 
     def memory_use(self, size_wh: tuple[int, int], images: int) -> MemoryUse:
-        sd3, text = self.options.sd3, self.run.layouts.text
-        has_t5 = text is not None and text.t5 is not None
+        sd3 = self.options.sd3
         t5 = T5Use(
-            runs=has_t5 and self.run.text_cache is None and sd3.t5xxl_device is None,
+            runs=self.has_t5 and self.run.text_cache is None and sd3.t5xxl_device is None,
             is_trained=self.options.trains_t5,
-            tokens=sd3.t5xxl_max_token_length if has_t5 else ROWS_WITHOUT_T5,
+            tokens=sd3.t5xxl_max_token_length if self.has_t5 else ROWS_WITHOUT_T5,
         )
         return memory_use(self.run.layouts, size_wh, images, self.live_encoders, t5)
 
@@ -120,6 +125,9 @@ class Sd3NetworkTrainer(FlowHooks, NetworkTrainer):
 
     def text_models(self, text_encoder: Sd3TextEncoder) -> list[nn.Module]:
         return text_models(text_encoder)
+
+    def absent_text_encoders(self) -> dict[int, str]:
+        return {} if self.has_t5 else {T5_NUMBER: "there is no T5"}
 
     def load_text_encoder(self, text_encoder: Sd3TextEncoder, *, device: torch.device, dtype: torch.dtype) -> None:
         sd3 = self.options.sd3

@@ -147,6 +147,7 @@ def test_without_t5_zeros_take_its_place(runs, caplog):
     for output, flags in {"live": LATENTS, "cached": (*CACHED_IN_MEMORY, "--max_train_steps=1")}.items():
         trainer = runs.train(*flags, output=output)
         assert trainer.text_encoder.t5 is None and trained(runs.lora(output)) == {"lora_unet", "lora_te1", "lora_te2"}
+    assert caplog.text.count("text encoder 3: none (there is no T5)") == 2
     assert "there is no T5-XXL" in caplog.text and close(runs.lora("live"), runs.lora("cached"))
     with pytest.raises(CheckpointError, match="train_t5xxl=true needs a T5, and there is none: give --t5xxl"):
         runs.checked(*LATENTS, "--network_args", "train_t5xxl=true")

@@ -72,6 +72,10 @@ class ArchitectureHooks(ABC):
     def text_models(self, text_encoder: Any) -> Sequence[nn.Module]:
         """The text encoders as the modules that a network may be made for, in the order of --text_encoder_lr."""
 
+    def absent_text_encoders(self) -> Mapping[int, str]:
+        """{number from 1: why} of text encoders that the model may have and this one lacks, for the plan."""
+        return {}
+
     @abstractmethod
     def load_text_encoder(self, text_encoder: Any, *, device: torch.device, dtype: torch.dtype) -> None:
         """Streams the weights of the text encoders in, frozen. Called once for each that was built."""

@@ -100,7 +100,8 @@ class ModelPreparation(CacheFilling):
         dtype = save_dtype(self.options.saving.save_precision) or self.trained_dtype
         modules = len(getattr(self.network, "unet_loras", [])) + len(getattr(self.network, "text_encoder_loras", []))
         in_file = values_in_file(self.network) or parameters
-        size = NetworkSize(modules, parameters, in_file * dtype.itemsize, trained_line(self.network, groups, self.options))
+        trained = trained_line(self.network, groups, self.options, self.absent_text_encoders())
+        size = NetworkSize(modules, parameters, in_file * dtype.itemsize, trained)
         self.say(*plan_lines(self.run, size), *self.memory_lines(parameters))
         for warning in (*self.run.warnings, *memory_warnings(self.run), *self.room_warnings(size)):
             logger.warning("warning: %s", warning)

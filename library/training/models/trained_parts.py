@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from library.errors import NetworkError
@@ -14,11 +15,17 @@ SHOWN = 3  # rates that are listed one by one
 Rates = tuple[float, ...]  # of one module's weights, without repetition; empty: none of them is trained
 
 
-def trained_line(network: Any, groups: tuple[Sequence[Mapping[str, Any]], Sequence[str]], options: Any) -> str:
+def trained_line(
+    network: Any,
+    groups: tuple[Sequence[Mapping[str, Any]], Sequence[str]],
+    options: Any,
+    absent: Mapping[int, str] = MappingProxyType({}),
+) -> str:
     """What is trained, module by module counted, at which learning rates; why a part has none.
 
     ``groups``: networks.optimizer_groups(); ``options``: an architecture's option groups. Of a network that does not list its
-    modules as the protocol's usual ones do, the groups are told.
+    modules as the protocol's usual ones do, the groups are told. ``absent``: why text encoders of these numbers, from 1, are not
+    there at all.
     """
     default = options.optimizer.learning_rate
     if not hasattr(network, "unet_loras") or not hasattr(network, "text_encoder_loras"):
@@ -29,10 +36,11 @@ def trained_line(network: Any, groups: tuple[Sequence[Mapping[str, Any]], Sequen
         return f"  trained: {'; '.join(told)}"
     rates = {id(weight): group.get("lr", default) for group in groups[0] for weight in group["params"]}
     parts = {"denoiser": list(network.unet_loras), **_text_parts(network.text_encoder_loras, options.TEXT_ENCODERS)}
-    told = {name: _told(name, loras, rates, options) for name, loras in parts.items()}
+    missing = {f"text encoder {number}": f" ({why})" for number, why in absent.items()}
+    words = {name: _told(loras, rates, missing.get(name) or _reason(name, options)) for name, loras in parts.items()}
     if options.network.network_train_unet_only and options.TEXT_ENCODERS > 1:
-        told = {"denoiser": told["denoiser"], "text encoders": f"none{_reason('text encoders', options)}"}
-    return f"  trained: {'; '.join(f'{name}: {words}' for name, words in told.items())}"
+        words = {"denoiser": words["denoiser"], "text encoders": f"none{_reason('text encoders', options)}"}
+    return f"  trained: {'; '.join(f'{name}: {said}' for name, said in words.items())}"
 
 
 def check_denoiser_is_there(network: Any, options: Any) -> None:
@@ -62,10 +70,10 @@ def _text_parts(loras: Iterable[Any], count: int) -> dict[str, list[Any]]:
     return parts
 
 
-def _told(part: str, loras: Sequence[Any], rates: Mapping[int, float], options: Any) -> str:
-    """``"192 modules at 0.0001"``, ``"none (its outputs are cached)"``."""
+def _told(loras: Sequence[Any], rates: Mapping[int, float], reason: str) -> str:
+    """``"192 modules at 0.0001"``, ``"none (its outputs are cached)"``; ``reason``: why there is none, where there is."""
     if not loras:
-        return "none" + _reason(part, options)
+        return f"none{reason}"
     found = Counter(_rates_of(lora, rates) for lora in loras)
     if len(found) == 1:
         return f"{_modules(len(loras))} {_at(next(iter(found)))}"

@@ -105,6 +105,15 @@ def test_t5_may_be_missing(tiny_sd3):
     assert layouts.text.t5 is None
     (warning,) = SD3.warnings_of(layouts, options)
     assert "there is no T5-XXL" in warning
+    given = {"t5xxl_dtype": "bf16", "t5xxl_device": "cpu", "t5xxl_max_token_length": 77, "apply_t5_attn_mask": True,
+             "t5_dropout_rate": 0.1}  # fmt: skip
+    for flags in (["t5_dropout_rate"], list(given)):
+        changed = options_for(tiny_sd3["sd3_clips"], sd3={name: given[name] for name in flags})
+        _, idle = SD3.warnings_of(layouts, changed)
+        named, _, said = idle.partition(" does nothing" if len(flags) == 1 else " do nothing")
+        assert {f"--{name}" for name in flags} == set(named.split(", ")) and said == ": there is no T5"
+    with_t5 = options_for(tiny_sd3["sd3_whole"], sd3=given)
+    assert not list(SD3.warnings_of(SD3.read_layouts(with_t5), with_t5))
     trains = options_for(tiny_sd3["sd3_clips"], network={"network_args": ["train_t5xxl=true"]})
     with pytest.raises(CheckpointError, match="train_t5xxl=true needs a T5.*--t5xxl"):
         SD3.read_layouts(trains)
