@@ -44,7 +44,11 @@ def as_in_training(options: Sd3InferenceOptions) -> SimpleNamespace:
     return SimpleNamespace(
         model=SimpleNamespace(pretrained_model_name_or_path=files.ckpt_path, vae=files.vae),
         sd3=SimpleNamespace(
-            clip_l=files.clip_l, clip_g=files.clip_g, t5xxl=files.t5xxl, t5xxl_max_token_length=files.t5xxl_token_length
+            clip_l=files.clip_l,
+            clip_g=files.clip_g,
+            t5xxl=files.t5xxl,
+            t5xxl_max_token_length=files.t5xxl_token_length,
+            apply_t5_attn_mask=files.apply_t5_attn_mask,
         ),
     )
 

@@ -338,6 +338,8 @@ def test_sd3_draws_without_t5_and_says_so(maker, latents, models):
     clips = {**whole, "--ckpt_path": models("sd3")["sd3_clips"]}
     (warning,) = maker("sd3", files=clips).run.warnings
     assert "no T5-XXL, neither with --t5xxl" in warning
+    _, idle = maker("sd3", "--t5xxl_token_length=128", "--apply_t5_attn_mask", files=clips).run.warnings
+    assert idle == "--t5xxl_token_length, --apply_t5_attn_mask do nothing: there is no T5"
     assert differ(latents("sd3", files=clips), latents("sd3"))
 
 

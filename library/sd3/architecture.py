@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.anima.architecture import check_block_swap
@@ -32,7 +31,7 @@ from library.sd3.source import (
     t5_encoder,
     width_problems,
 )
-from library.sd3.tokenizers import T5Tokenizer, load_sd3_tokenizers
+from library.sd3.tokenizers import T5_TOKENS, T5Tokenizer, load_sd3_tokenizers
 from library.text.tokenizer_files import load_t5
 
 if TYPE_CHECKING:
@@ -43,9 +42,11 @@ CHANNELS = 16  # of latents
 SCALE, SHIFT = 1.5305, 0.0609  # latents = (z - shift) * scale, as published
 MARKS = 2  # that T5 may add to a text; all other tokens are a byte at least
 BYTES_PER_VALUE = 2
-T5_FLAGS = (
-    "t5xxl_device", "t5xxl_dtype", "t5xxl_max_token_length", "apply_t5_attn_mask", "t5_dropout_rate",
-)  # fmt: skip
+# what says how a T5 works, and the value that says nothing
+T5_SETTINGS = {
+    "t5xxl_device": None, "t5xxl_dtype": None, "t5xxl_max_token_length": T5_TOKENS, "apply_t5_attn_mask": False,
+    "t5_dropout_rate": 0.0,
+}  # fmt: skip
 NAMES = {MEDIUM: "SD3 medium", MEDIUM_35: "SD 3.5 medium", LARGE_35: "SD 3.5 large"}
 
 
@@ -99,7 +100,8 @@ class Sd3Architecture:
     def warnings_of(self, layouts: Sd3Layouts, options: Any) -> Iterator[str]:
         if layouts.text is not None and layouts.text.t5 is None:
             yield "there is no T5-XXL, neither with --t5xxl nor in the checkpoint: zeros take its place, as SD3 allows"
-            if idle := list(given_t5_flags(options.sd3)):
+            idle = [f"--{name}" for name, usual in T5_SETTINGS.items() if getattr(options.sd3, name, usual) != usual]
+            if idle:
                 yield f"{', '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing: there is no T5"
         denoiser, sd3 = layouts.denoiser, options.sd3
         if denoiser is None or denoiser.config.kind == MEDIUM_35:
@@ -261,13 +263,6 @@ def fit_problems(layouts: Sd3Layouts) -> Iterator[str]:
 
 def uses_t5(options: Any) -> bool:
     return has_t5(options.sd3.t5xxl, options.model.pretrained_model_name_or_path)
-
-
-def given_t5_flags(sd3: Any) -> Iterator[str]:
-    """Those that say how a T5 works, of a group of options."""
-    for option in fields(sd3):
-        if option.name in T5_FLAGS and getattr(sd3, option.name) != option.default:
-            yield f"--{option.name}"
 
 
 def t5_alone(tokens: int) -> TokenCounter:
