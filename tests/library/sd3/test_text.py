@@ -73,6 +73,17 @@ def test_an_encoder_as_it_is_built(encoder):
     assert build_text_encoder(text_parts()).tokenizers.t5.tokens == 256
 
 
+def test_autocast_is_for_what_is_trained():
+    """A frozen encoder gives what it gives by itself, whatever is trained beside it."""
+    encoder = loaded()
+    alone = encoder.encode(CAPTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(encoder.encode(CAPTIONS), alone)
+        encoder.clip_g.takes_autocast = True  # as where a network is trained on it
+        mixed = encoder.encode(CAPTIONS)
+    assert [name for name in FIELDS if not torch.equal(getattr(mixed, name), getattr(alone, name))] == ["g_states", "g_pooled"]
+
+
 def test_files_of_either_kind(tiny_sd3):
     """Bundled encoders and separate files, among them one with another prefix, are the same models."""
     whole, separate = open_weights(tiny_sd3["sd3_whole"], flag="--x"), []
