@@ -2,7 +2,8 @@
 
     accelerate launch --num_cpu_threads_per_process 1 anima_train_network.py \\
       --pretrained_model_name_or_path anima.safetensors --qwen3 qwen3_06b.safetensors --vae qwen_image_vae.safetensors \\
-      --train_data_dir pictures --resolution 1024 --output_dir out --output_name my_lora --network_module networks.lora_anima
+      --train_data_dir pictures --caption_extension .txt --resolution 1024 --output_dir out --output_name my_lora \\
+      --network_module networks.lora_anima --learning_rate 1e-4
 
 See docs/anima_train_network.md.
 """

@@ -2,7 +2,8 @@
 
     accelerate launch --num_cpu_threads_per_process 1 lumina_train_network.py \\
       --pretrained_model_name_or_path lumina_2.safetensors --gemma2 gemma_2_2b.safetensors --ae ae.safetensors \\
-      --train_data_dir pictures --resolution 1024 --output_dir out --output_name my_lora --network_module networks.lora_lumina
+      --train_data_dir pictures --caption_extension .txt --resolution 1024 --output_dir out --output_name my_lora \\
+      --network_module networks.lora_lumina --learning_rate 1e-4
 
 See docs/lumina_train_network.md.
 """

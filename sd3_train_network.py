@@ -2,8 +2,8 @@
 
     accelerate launch --num_cpu_threads_per_process 1 sd3_train_network.py \\
       --pretrained_model_name_or_path sd3.5_medium.safetensors --clip_l clip_l.safetensors --clip_g clip_g.safetensors \\
-      --t5xxl t5xxl_fp16.safetensors --train_data_dir pictures --resolution 1024 --output_dir out --output_name my_lora \\
-      --network_module networks.lora_sd3
+      --t5xxl t5xxl_fp16.safetensors --train_data_dir pictures --caption_extension .txt --resolution 1024 \\
+      --output_dir out --output_name my_lora --network_module networks.lora_sd3 --learning_rate 1e-4
 
 See docs/sd3_train_network.md.
 """

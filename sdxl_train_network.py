@@ -1,8 +1,8 @@
 """Trains a LoRA for SDXL. The smallest command that works:
 
     accelerate launch --num_cpu_threads_per_process 1 sdxl_train_network.py \\
-      --pretrained_model_name_or_path sdxl.safetensors --train_data_dir pictures --resolution 1024 \\
-      --output_dir out --output_name my_lora --network_module networks.lora
+      --pretrained_model_name_or_path sdxl.safetensors --train_data_dir pictures --caption_extension .txt --resolution 1024 \\
+      --output_dir out --output_name my_lora --network_module networks.lora --learning_rate 1e-4
 
 See docs/sdxl_train_network.md.
 """

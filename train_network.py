@@ -2,8 +2,8 @@
 script. The smallest command that works:
 
     accelerate launch --num_cpu_threads_per_process 1 train_network.py \\
-      --pretrained_model_name_or_path sd15.safetensors --train_data_dir pictures --resolution 512 \\
-      --output_dir out --output_name my_lora --network_module networks.lora
+      --pretrained_model_name_or_path sd15.safetensors --train_data_dir pictures --caption_extension .txt --resolution 512 \\
+      --output_dir out --output_name my_lora --network_module networks.lora --learning_rate 1e-4
 
 Read ``NetworkTrainer.train()`` first, then ``update()`` and ``compute_loss()``. An architecture subclasses it and answers
 library/training/hooks.py, as ``StableDiffusionTrainer`` does at the end; see docs/architecture.md and docs/train_network.md.

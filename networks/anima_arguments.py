@@ -12,6 +12,7 @@ from networks.layout_names import NameTable
 
 @dataclass(frozen=True, kw_only=True)
 class AnimaArguments(NetworkArguments):
+    PAGE: ClassVar[str] = "docs/anima_train_network.md"
     NAMES: ClassVar[NameTable | None] = ANIMA_NAMES
 
     train_llm_adapter: bool = argument(parse_bool, "also the Linears of the LLM adapter's blocks", default=False)

@@ -14,7 +14,7 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -151,10 +151,22 @@ def component_flags(kind: type[NetworkArguments]) -> tuple[str, ...]:
     return tuple(item.name for item in fields(kind) if "component" in item.metadata)
 
 
+def _instead(name: str, listed: list[str], kind: type[NetworkArguments]) -> str:
+    """Of an unknown argument: the network that has it, else the one that is probably meant, else all that there are."""
+    from networks.first_checks import modules_with
+
+    if modules := modules_with(name):
+        return f": it belongs to {', '.join(modules[:-1])}{' and ' if modules[1:] else ''}{modules[-1]}; drop it"
+    if near := did_you_mean(name, listed):
+        return f"{near}; see {kind.PAGE}"
+    return f"; it knows {', '.join(listed)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkArguments:
     """The arguments that every network of this project understands."""
 
+    PAGE: ClassVar[str] = "docs/train_network.md"  # where they are described
     NAMES: ClassVar[NameTable | None] = None  # of the architecture's modules in files of other programs, where it has one
     SELECTING: ClassVar[tuple[str, ...]] = ("exclude_patterns", "include_patterns", "network_reg_dims")  # a file answers them
 
@@ -192,6 +204,12 @@ class NetworkArguments:
         """What the learning rate is multiplied by in this block; None where blocks have no rates of their own."""
         return None
 
+    def _idle(self, names: Iterable[str], why: str) -> Iterator[str]:
+        """One line about those of ``names`` that are given."""
+        if given := [name for name in names if getattr(self, name) is not None]:
+            does, it = ("does", "it") if len(given) == 1 else ("do", "them")
+            yield f"{', '.join(given[:-1])}{' and ' if given[1:] else ''}{given[-1]} {does} nothing: {why}; drop {it}"
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the values as they stand together."""
         yield from ()
@@ -211,8 +229,7 @@ def parse_arguments(kind: type[A], given: Mapping[str, Any]) -> A:
     problems, values = [], {}
     for name, value in given.items():
         if name not in known:
-            near = did_you_mean(name, listed)
-            problems.append(f"--network_args: {name} is not an argument of this network{near}; it knows {', '.join(listed)}")
+            problems.append(f"--network_args: {name} is not an argument of this network{_instead(name, listed, kind)}")
         elif value is not None:
             try:
                 values[name] = known[name].metadata["parse"](value)

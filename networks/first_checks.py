@@ -6,6 +6,7 @@ The trainers ask this for this project's own network modules (library/training/m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from library.errors import NetworkError
@@ -23,6 +24,13 @@ MODELS = {  # what each module is for
     "networks.lora_sd3": "Stable Diffusion 3",
 }
 
+ARGUMENTS = {
+    "networks.lora": (Sd1Arguments, Sd2Arguments, SdxlArguments),
+    "networks.lora_anima": (AnimaArguments,),
+    "networks.lora_lumina": (LuminaArguments,),
+    "networks.lora_sd3": (Sd3Arguments,),
+}
+
 
 def arguments_class(architecture: str, *, v2: bool) -> type[NetworkArguments] | None:
     """``architecture``: the name that it has in caches; ``v2``: of Stable Diffusion it is 2.x. None where nothing is known."""
@@ -34,6 +42,16 @@ def arguments_class(architecture: str, *, v2: bool) -> type[NetworkArguments] | 
         "sdxl": SdxlArguments,
     }
     return known.get(architecture)
+
+
+def modules_with(name: str) -> list[str]:
+    """This project's network modules that have the argument ``name``, by the first that is for each model."""
+    return [module for module, kinds in ARGUMENTS.items() if any(name in known_arguments(kind) for kind in kinds)]
+
+
+def known_arguments(kind: type[NetworkArguments]) -> set[str]:
+    """Those of --network_args: what is a flag of its own is none."""
+    return {item.name for item in fields(kind)} - set(component_flags(kind))
 
 
 def argument_problems(kind: type[NetworkArguments], given: Mapping[str, Any]) -> Iterator[str]:

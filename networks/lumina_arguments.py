@@ -38,6 +38,7 @@ def parse_train_blocks(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LuminaArguments(NetworkArguments):
+    PAGE: ClassVar[str] = "docs/lumina_train_network.md"
     NAMES: ClassVar[NameTable | None] = LUMINA_NAMES
     SELECTING: ClassVar[tuple[str, ...]] = (
         *NetworkArguments.SELECTING, "attn_dim", "mlp_dim", "mod_dim", "refiner_dim", "embedder_dims", "train_block_indices",
@@ -70,6 +71,12 @@ class LuminaArguments(NetworkArguments):
         return self.split_qkv
 
     def warnings(self) -> Iterator[str]:
-        for name in ("conv_dim", "conv_alpha"):
-            if getattr(self, name) is not None:
-                yield f"{name} does nothing: Lumina Image 2.0 has no convolutions; drop it"
+        yield from self._idle(("conv_dim", "conv_alpha"), "Lumina Image 2.0 has no convolutions")
+        if self.include_patterns:  # which may take what is left out in again
+            return
+        if not {NOISE_REFINER, CONTEXT_REFINER}.intersection(TRAINED[self.train_blocks]):
+            yield from self._idle(("refiner_dim",), f"train_blocks={self.train_blocks} leaves out the refiners")
+        elif None not in (self.attn_dim, self.mlp_dim, self.mod_dim):
+            yield from self._idle(("refiner_dim",), "attn_dim, mlp_dim and mod_dim are those of all layers of the refiners")
+        if LAYERS not in TRAINED[self.train_blocks]:
+            yield from self._idle(("train_block_indices",), f"train_blocks={self.train_blocks} leaves out the main layers")

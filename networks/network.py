@@ -101,6 +101,7 @@ class LoRANetwork(nn.Module):
                                "only a model without LoRA modules; drop the flag")  # fmt: skip
         # a target holds on to its layer, and so to the weights of its model
         self._targets = {lora.lora_name: self._targets[lora.lora_name] for lora in self.loras}
+        log_network(list(self._targets.values()))
         for lora in self.loras:
             lora.apply_to()
             self.add_module(lora.lora_name, lora)
@@ -189,7 +190,7 @@ class LoRANetwork(nn.Module):
 
     def _row(self, lora: LoRAModule, rates: Sequence[float]) -> Row:
         place = self._targets[lora.lora_name].candidate
-        part = " ".join(filter(None, (place.rules.label, place.component)))
+        part = " ".join(filter(None, (place.rules.title, place.component)))
         parameters = sum(parameter.numel() for parameter in lora.parameters())
         pairs = max(len(lora.parts), 1)
         rank = lora.lora_dim // pairs
@@ -461,7 +462,7 @@ def architecture_of(arguments: NetworkArguments) -> str:
 
 def tell(warnings: Iterable[str]) -> None:
     for line in warnings:
-        logger.warning("--network_args: %s", line)
+        logger.warning("warning: --network_args: %s", line)
 
 
 def learned_beside(weights: Mapping[str, Mapping[str, Tensor]], known: Collection[str]) -> list[str]:
@@ -497,13 +498,12 @@ def _dropouts(arguments: NetworkArguments, neuron: float | None) -> Dropouts:
 
 
 def _network(targets: Sequence[Target], arguments: NetworkArguments, multiplier: float, dropouts: Dropouts) -> LoRANetwork:
-    log_network(targets)
     return LoRANetwork(targets, multiplier=multiplier, dropouts=dropouts, arguments=arguments)
 
 
 def log_network(targets: Sequence[Target]) -> None:
     """One line per model: modules, ranks."""
-    for label in dict.fromkeys(target.candidate.rules.label for target in targets):
-        members = [target for target in targets if target.candidate.rules.label == label]
+    for title in dict.fromkeys(target.candidate.rules.title for target in targets):
+        members = [target for target in targets if target.candidate.rules.title == title]
         ranks = sorted({target.rank for target in members})
-        logger.info("LoRA for %s: %d modules, rank %s", label, len(members), ", ".join(map(str, ranks)))
+        logger.info("LoRA for %s: %d modules, rank %s", title, len(members), ", ".join(map(str, ranks)))

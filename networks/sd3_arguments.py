@@ -27,6 +27,7 @@ LAYERS = {"attn": r"attn2?", "mlp": "mlp", "mod": "adaLN_modulation"}
 
 @dataclass(frozen=True, kw_only=True)
 class Sd3Arguments(NetworkArguments):
+    PAGE: ClassVar[str] = "docs/sd3_train_network.md"
     NAMES: ClassVar[NameTable | None] = SD3_NAMES
     SELECTING: ClassVar[tuple[str, ...]] = (
         *NetworkArguments.SELECTING, *(f"{half}_{layer}_dim" for half in HALVES for layer in LAYERS), "emb_dims",
@@ -63,6 +64,8 @@ class Sd3Arguments(NetworkArguments):
         return (*((pattern, rank) for pattern, rank in given if rank is not None), *embedders)
 
     def warnings(self) -> Iterator[str]:
-        for name in ("conv_dim", "conv_alpha"):
-            if getattr(self, name) is not None:
-                yield f"{name} does nothing: the only convolution of Stable Diffusion 3 is x_embedder, whose rank is in emb_dims"
+        why = "the only convolution of Stable Diffusion 3 is x_embedder, whose rank is in emb_dims"
+        yield from self._idle(("conv_dim", "conv_alpha"), why)
+        if self.train_block_indices == frozenset() and not self.include_patterns:
+            of_blocks = [f"{half}_{layer}_dim" for half in HALVES for layer in LAYERS]
+            yield from self._idle(of_blocks, "train_block_indices=none leaves out all blocks")

@@ -46,6 +46,13 @@ class ModelRules:
     parts_of: Callable[[str, nn.Module], tuple[int, ...]] = lambda path, layer: ()
     ranks: tuple[tuple[str, int], ...] = ()  # (regex on whole paths, rank instead of the run's); the first match, 0 = no LoRA
 
+    @property
+    def title(self) -> str:
+        """What people read: ``"denoiser"``, ``"text encoder 2"``; a model's only text encoder has no number."""
+        if not self.label.startswith(TEXT_ENCODER_LABEL):
+            return "denoiser"
+        return f"text encoder {self.prefix[len(self.prefix.rstrip('0123456789')) :]}".rstrip()
+
     def rank_of(self, path: str) -> int | None:
         """What ``ranks`` says of it."""
         return next((rank for pattern, rank in self.ranks if re.fullmatch(pattern, path)), None)

@@ -92,7 +92,7 @@ def test_base_weights_of_the_text_encoder_alone(runs, tmp_path, caplog):
     file = runs.folder / "te" / "tiny.safetensors"
     caplog.set_level(logging.INFO)
     runs.train(*STEPS, "--dry_run", "--base_weights", file)
-    assert [line for line in caplog.messages if line.startswith("LoRA for")] == ["LoRA for unet: 20 modules, rank 4"]
+    assert [line for line in caplog.messages if line.startswith("LoRA for")] == ["LoRA for denoiser: 20 modules, rank 4"]
     runs.train(*STEPS, "--base_weights", file)  # it is in the cached texts
     assert runs.lora()
 

@@ -348,15 +348,15 @@ def unused_warnings(prompts: Sequence[SamplePrompt], settings: Collection[str] =
         yield f"the model does not use {', '.join(unused)} of a prompt: without effect"
 
 
-def sample_warnings(prompts: Sequence[SamplePrompt], supported: Collection[str], model: str) -> Iterator[str]:
+def sample_warnings(prompts: Sequence[SamplePrompt], supported: Collection[str], model: str, *, title: str) -> Iterator[str]:
     """What pictures of a training show otherwise than their prompts seem to say. ``supported``: see ``SamplePrompt.unused``;
-    ``model``: the architecture's name."""
+    ``model``: the architecture's name; ``title``: as people call it."""
     unused = sorted({name for prompt in prompts for name in prompt.unused(supported)})
     if unused:
-        yield f"{model} does not use {', '.join(unused)}; the pictures ignore it"
+        yield f"{title} does not use {', '.join(unused)}; the pictures ignore it"
     other = sorted({text for prompt in prompts for text in prompt.unknown_values(supported)})
     if other:
-        yield f"{model} does not know {', '.join(other)}; the pictures are drawn as if it were not there"
+        yield f"{title} does not know {', '.join(other)}; the pictures are drawn as if it were not there"
     for steps in sorted({prompt.sample_steps for prompt in prompts if prompt.sample_steps is not None}):
         if steps != drawn_steps(steps):
             yield f"--s {steps} (sample_steps) is cut to {drawn_steps(steps)}: a picture takes 1 to {MAX_STEPS} steps"

@@ -104,7 +104,7 @@ def job_lines(data: CheckedData, part: str) -> Iterator[str]:
     """What is there, and what will be made."""
     images = len(data.training_set.all_items)
     where = data.options.caches.cache_dir or "beside the images"
-    yield f"caching {NAMES[part]} of {images:,} images for {data.architecture.name} ({where})"
+    yield f"caching {NAMES[part]} of {images:,} images for {data.options.MODEL} ({where})"
     yield from cache_lines(NAMES[part], job_cache(data))
     if data.text_cache is not None:
         yield from variant_lines(data.training_set, data.text_cache.variants)

@@ -120,7 +120,7 @@ def cache_lines(kind: str, cache: LatentCache | TextCache) -> Iterator[str]:
         yield f"  {kind}: {state.total} to be cached in memory{contents}, about {state.bytes_needed / MIB:,.1f} MiB"
         return
     stale = len(state.stale)
-    yield f"  {kind}: {state.valid} of {state.total}{contents} cached on disk, {state.missing} missing, {stale} to be made again"
+    yield f"  {kind}: {state.valid} of {state.total} cached on disk, {state.missing} missing, {stale} to be made again{contents}"
     reasons = Counter(reason for _, reason in state.stale)
     yield from (f"    {reason}: {count}" for reason, count in reasons.most_common())
 

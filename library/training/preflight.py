@@ -290,7 +290,7 @@ def prompt_warnings(prompts: tuple[SamplePrompt, ...], architecture: Architectur
     texts = list(_encoded_texts(prompts, architecture, options))
     cut = dict(architecture.cut_prompts([text for _, text in texts], options))
     lost = (f"prompt {index + 1} {lost_text(text, cut[text])}" for index, text in texts if text in cut)
-    for warning in (*sample_warnings(prompts, architecture.prompt_settings, architecture.name), *lost):
+    for warning in (*sample_warnings(prompts, architecture.prompt_settings, architecture.name, title=options.MODEL), *lost):
         yield f"--sample_prompts: {warning}"
 
 

@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 
 from library.training.models.networks import own_network_modules
-from networks.first_checks import MODELS, argument_problems, arguments_class, file_problem
+from networks.first_checks import ARGUMENTS, MODELS, argument_problems, arguments_class, file_problem, modules_with
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_own_module_says_what_it_is_for():
     assert set(MODELS) == set(own_network_modules())
+
+
+def test_every_page_that_arguments_name_is_there():
+    kinds = [kind for kinds in ARGUMENTS.values() for kind in kinds]
+    assert all((ROOT / kind.PAGE).is_file() for kind in kinds) and set(ARGUMENTS) == set(own_network_modules())
+    assert modules_with("train_llm_adapter") == ["networks.lora_anima"] and modules_with("mlp_lr") == []
 
 
 def test_needs_no_torch():
@@ -33,7 +39,14 @@ def test_needs_no_torch():
         ("lumina", {"embedder_dims": "4,4"}, r"embedder_dims=4,4 cannot be used: it has 2 values: give 3 ranks"),
         ("sd3", {"emb_dims": "[4,4]"}, r"emb_dims=\[4,4\] cannot be used: it has 2 values: give 6 ranks"),
         ("sd3", {"x_atn_dim": "4"}, r"x_atn_dim is not an argument of this network \(did you mean x_attn_dim\?\)"),
-        ("anima", {"rank_droput": "0.1"}, r"rank_droput is not an argument of this network \(did you mean rank_dropout\?\)"),
+        (
+            "anima",
+            {"rank_droput": "0.1"},
+            r"rank_droput is not an argument of this network \(did you mean rank_dropout\?\); see docs/",
+        ),
+        ("lumina", {"train_t5xxl": "true"}, r"train_t5xxl is not an .* network: it belongs to networks\.lora_sd3; drop it$"),
+        ("sd3", {"refiner_dim": "4"}, r"network: it belongs to networks\.lora_lumina; drop it$"),
+        ("sdxl", {"zzzz": "4"}, r"network; it knows exclude_patterns, "),
     ],
 )
 def test_arguments(architecture, given, said):

@@ -20,6 +20,7 @@ from library.anima.text_layout import TextEncoderConfig
 from library.errors import CheckpointError, NetworkError
 from library.files.safetensors_file import read_header
 from networks import lora_anima
+from networks.selection import ModelRules
 
 SPECS = os.environ.get("SPECS_DIR")
 
@@ -163,7 +164,8 @@ def test_verbose_shows_a_table_once_rates_are_known(published_denoiser, publishe
     with caplog.at_level(logging.INFO):
         network = create(published_denoiser, [published_text_encoder], dim=16, alpha=8, train_llm_adapter="true", verbose="true",
                          loraplus_unet_lr_ratio=16, network_reg_lrs=r".*mlp.*=0", cross_attn_lr=2e-4)  # fmt: skip
-        assert caplog.messages == ["LoRA for textencoder 1: 196 modules, rank 16", "LoRA for unet: 340 modules, rank 16"]
+        network.apply_to([published_text_encoder], published_denoiser)
+        assert caplog.messages == ["LoRA for text encoder: 196 modules, rank 16", "LoRA for denoiser: 340 modules, rank 16"]
         network.prepare_optimizer_params([3e-5], 1e-4)
     heading, *rows = caplog.messages[2:]
     end = rows.index("")
@@ -182,8 +184,8 @@ def test_verbose_shows_a_table_once_rates_are_known(published_denoiser, publishe
     assert by_path["blocks.0.cross_attn.k_proj"][2:4] == ["0.0002 / 0.0032", "49,152"]
     assert by_path["blocks.0.mlp.layer1"][2] == "not trained"
     assert [tuple(re.split(" {2,}", line)[:2]) for line in totals] == [
-        ("textencoder 1", "196"), ("unet self_attn", "112"), ("unet cross_attn", "112"), ("unet mlp", "56"),
-        ("unet llm_adapter", "60"), ("all", "536"),
+        ("text encoder", "196"), ("denoiser self_attn", "112"), ("denoiser cross_attn", "112"), ("denoiser mlp", "56"),
+        ("denoiser llm_adapter", "60"), ("all", "536"),
     ]  # fmt: skip
     assert totals[-1].endswith(f"{sum(lora.lora_down.weight.numel() + lora.lora_up.weight.numel() for lora in network.loras):,}")
 
@@ -193,7 +195,7 @@ def test_without_verbose_there_is_no_table(tiny_denoiser, caplog):
         network = create(tiny_denoiser, dim=2, alpha=0)
         network.apply_to(None, tiny_denoiser)
         network.prepare_optimizer_params(None, 1e-4)
-    assert caplog.messages == ["LoRA for unet: 20 modules, rank 2"]
+    assert caplog.messages == ["LoRA for denoiser: 20 modules, rank 2"]
 
 
 def test_two_networks_in_one_process_do_not_disturb_each_other(tiny_denoiser, tmp_path):
@@ -408,3 +410,15 @@ def test_a_missing_file(tiny_denoiser, tmp_path):
     for name in ("no.safetensors", "no.pt"):
         with pytest.raises(CheckpointError, match=f"cannot read .*{name}"):
             lora_anima.create_network_from_weights(1.0, tmp_path / name, None, None, tiny_denoiser)
+
+
+def test_only_what_is_trained_is_told(tiny_denoiser, caplog):
+    rules = [ModelRules(prefix=prefix, label=label, candidates="") for prefix, label in (
+        ("lora_te", "textencoder 1"), ("lora_te", "textencoder"), ("lora_te2", "textencoder 2"), ("lora_unet", "unet"))]  # fmt: skip
+    assert [each.title for each in rules] == ["text encoder", "text encoder", "text encoder 2", "denoiser"]
+    with caplog.at_level(logging.INFO):
+        network = create(tiny_denoiser, dim=2)
+        assert caplog.messages == []
+        with pytest.raises(NetworkError, match="no LoRA is left to train"):
+            network.apply_to(None, tiny_denoiser, apply_unet=False)
+    assert caplog.messages == []

@@ -17,6 +17,8 @@ from library.lumina.checkpoint import build_denoiser
 from library.lumina.layout import NextDitConfig
 from library.lumina.text import LuminaTextEncoder
 from networks import lora_lumina
+from networks.arguments import parse_arguments
+from networks.lumina_arguments import LuminaArguments
 from tests.networks.lumina_models import denoiser, gemma, randomize
 
 SPECS = os.environ.get("SPECS_DIR")
@@ -252,9 +254,20 @@ def test_arguments_that_do_nothing_are_told(tiny, caplog):
     with caplog.at_level(logging.WARNING):
         create(tiny, conv_dim="4", conv_alpha="1")
     assert caplog.messages == [
-        f"--network_args: {name} does nothing: Lumina Image 2.0 has no convolutions; drop it"
-        for name in ("conv_dim", "conv_alpha")
+        "warning: --network_args: conv_dim and conv_alpha do nothing: Lumina Image 2.0 has no convolutions; drop them"
     ]
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"refiner_dim": 4, "train_blocks": "transformer"}, ["refiner_dim does nothing: train_blocks=transformer leaves out the ref"]),
+    ({"refiner_dim": 4, "train_blocks": "transformer", "include_patterns": ".*refiner.*"}, []),
+    ({"refiner_dim": 4, "attn_dim": 2, "mlp_dim": 2, "mod_dim": 2}, ["refiner_dim does nothing: attn_dim, mlp_dim and mod_dim"]),
+    ({"train_block_indices": "0", "train_blocks": "refiners"}, ["train_block_indices does nothing: train_blocks=refiners leaves"]),
+    ({"refiner_dim": 4, "attn_dim": 2, "train_blocks": "noise_refiner"}, []),
+])  # fmt: skip
+def test_ranks_that_no_module_has_are_told(given, told):
+    found = list(parse_arguments(LuminaArguments, given).warnings())
+    assert len(found) == len(told) and all(line.startswith(words) for line, words in zip(found, told, strict=True))
 
 
 def test_dropouts_and_learning_rates(tiny):

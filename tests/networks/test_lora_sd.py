@@ -202,8 +202,8 @@ def test_odd_arguments_are_told(published, caplog):
     with caplog.at_level(logging.WARNING, logger="networks.network"):
         create(published["sd1"], conv_alpha="2", down_lr_weight="1,1")
     assert [record.getMessage() for record in caplog.records] == [
-        "--network_args: down_lr_weight has 2 values for 12 blocks: 1 is taken for the others",
-        "--network_args: conv_alpha does nothing without conv_dim or conv_block_dims: 3x3 convolutions have no LoRA",
+        "warning: --network_args: down_lr_weight has 2 values for 12 blocks: 1 is taken for the others",
+        "warning: --network_args: conv_alpha does nothing without conv_dim or conv_block_dims: 3x3 convolutions have no LoRA",
     ]
 
 

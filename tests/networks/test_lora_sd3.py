@@ -14,7 +14,9 @@ from torch import nn
 
 from library.errors import NetworkError
 from networks import lora, lora_sd3
+from networks.arguments import parse_arguments
 from networks.layer import LoRAModule, SplitLoRAModule
+from networks.sd3_arguments import Sd3Arguments
 from tests.networks.sd3_models import KINDS, denoiser_of, text_encoders, tiny_denoiser, tiny_text_encoders
 from tests.networks.sd_models import randomize
 
@@ -218,8 +220,18 @@ def test_arguments_that_cannot_be_used(given, said, module):
 def test_arguments_of_convolutions_do_nothing(caplog):
     with caplog.at_level(logging.WARNING):
         network = created(conv_dim="8", conv_alpha="2")
-    assert "conv_dim does nothing: the only convolution of Stable Diffusion 3 is x_embedder" in caplog.text
-    assert "conv_alpha does nothing" in caplog.text and paths(network) == paths(created())
+    (line,) = [message for message in caplog.messages if "conv" in message]
+    assert line.startswith(
+        "warning: --network_args: conv_dim and conv_alpha do nothing: the only convolution of Stable Diffusion 3"
+    )
+    assert paths(network) == paths(created())
+
+
+def test_ranks_of_blocks_that_have_no_lora_are_told():
+    given = {"train_block_indices": "none", "x_attn_dim": 4, "context_mod_dim": 2, "emb_dims": "[1,1,1,1,1,1]"}
+    assert list(parse_arguments(Sd3Arguments, given).warnings()) == [
+        "context_mod_dim and x_attn_dim do nothing: train_block_indices=none leaves out all blocks; drop them"
+    ]
 
 
 def test_another_model_is_refused():

@@ -165,7 +165,7 @@ def test_a_negative_prompt_without_guidance_is_told():
 def test_a_negative_prompt_of_a_sample_without_guidance_is_told(values, cause):
     prompt = SamplePrompt(prompt="a", index=0, negative_prompt="b", width=1024, height=1024, **values)
     told = [f"prompt 1: --n does nothing with {cause}, which draws without guidance"] if cause else []
-    assert list(sample_warnings([prompt], LUMINA_SETTINGS, "lumina")) == told
+    assert list(sample_warnings([prompt], LUMINA_SETTINGS, "lumina", title="Lumina Image 2.0")) == told
 
 
 def test_what_samples_of_a_training_draw_otherwise_is_told():
@@ -173,10 +173,10 @@ def test_what_samples_of_a_training_draw_otherwise_is_told():
     odd = SamplePrompt(prompt="a", index=2, sample_sampler="euler_a", sample_steps=5000, negative_prompt="b", scale=1.0,
                        width=16384, renorm_cfg=1.0)  # fmt: skip
     usual = SamplePrompt(prompt="a", index=0, sample_sampler="euler", sample_steps=1000, negative_prompt="b", width=64)
-    assert not list(sample_warnings([usual], supported, "anima"))
-    unused, sampler, steps, size, negative = sample_warnings([usual, odd], supported, "anima")
-    assert unused == "anima does not use --rcfg (renorm_cfg); the pictures ignore it"
-    assert sampler.startswith("anima does not know --ss euler_a (sample_sampler; known: er_sde, euler)")
+    assert not list(sample_warnings([usual], supported, "anima", title="Anima"))
+    unused, sampler, steps, size, negative = sample_warnings([usual, odd], supported, "anima", title="Anima")
+    assert unused == "Anima does not use --rcfg (renorm_cfg); the pictures ignore it"
+    assert sampler.startswith("Anima does not know --ss euler_a (sample_sampler; known: er_sde, euler)")
     assert steps == "--s 5000 (sample_steps) is cut to 1000: a picture takes 1 to 1000 steps"
     assert "16384x512 has 8 times" in size and negative.startswith("prompt 3: --n does nothing with --l 1")
 
@@ -215,10 +215,10 @@ def test_samples_of_a_flow_model_have_its_defaults(model, expected):
 
 def test_sizes_of_samples_that_are_rounded_are_told_once():
     prompts = [SamplePrompt(prompt="a", index=n, width=100) for n in range(2)] + [SamplePrompt(prompt="a", index=2)]
-    assert list(sample_warnings(prompts, {"width"}, "lumina")) == [
+    assert list(sample_warnings(prompts, {"width"}, "lumina", title="Lumina Image 2.0")) == [
         "sizes are rounded down to multiples of 16 pixels (width x height): 100x1024 to 96x1024"
     ]
-    assert list(sample_warnings(prompts, {"width"}, "sdxl")) == [
+    assert list(sample_warnings(prompts, {"width"}, "sdxl", title="SDXL")) == [
         "sizes are rounded down to multiples of 8 pixels (width x height): 100x512 to 96x512"
     ]
 

@@ -42,7 +42,7 @@ def test_a_cache_is_filled(read, tmp_path, part, files, capsys):
     assert len(list((tmp_path / "pictures").glob("*.safetensors"))) == 5 + (part == "text")  # and the prompts' file
     assert (data.latent_cache or data.text_cache).state().is_complete
     shown = capsys.readouterr().out
-    assert "of 5 images for tiny (beside the images)" in shown and "5 missing" in shown or "6 missing" in shown
+    assert "of 5 images for Anima (beside the images)" in shown and "5 missing" in shown or "6 missing" in shown
     assert "on disk, " in shown and "of them made now; train with --cache_" in shown
 
 
