@@ -88,7 +88,10 @@ def test_the_plan_tells_model_optimizer_and_what_is_cached(runs):
     prompts = runs.folder / "prompts.txt"
     prompts.write_text("a cat --n dark")
     lines = plan_lines(runs.checked("--cache_text_encoder_outputs_to_disk", f"--sample_prompts={prompts}"), NetworkSize(1, 2, 3))
-    assert any("0 of 7 cached on disk" in line and line.endswith(" (4 captions, 2 texts of sample pictures and the empty one)") for line in lines)
+    assert any(
+        "0 of 7 cached on disk" in line and line.endswith(" (4 captions, 2 texts of sample pictures and the empty one)")
+        for line in lines
+    )
 
 
 def test_schedules_of_the_optimizer_and_of_others_are_named(runs, monkeypatch):
