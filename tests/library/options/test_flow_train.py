@@ -89,7 +89,7 @@ def test_each_required_flag(script, name):
 def test_models_may_be_inside_the_checkpoint_and_the_dataset_on_the_command_line(script):
     options = read(script)
     assert options.model.vae is None and options.dataset.dataset_config == Path("my.toml")
-    assert list(warnings_of(options)) == [] and options.objective == "velocity of a rectified flow"
+    assert list(warnings_of(options)) == [] and options.objective == options.flow.objective
 
 
 MODELS = {SD3: "SD3", LUMINA: "Lumina Image 2.0"}
