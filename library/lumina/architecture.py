@@ -14,7 +14,6 @@ from library.files.model_parts import model_line
 from library.files.weights_source import WeightsSource
 from library.lumina.layout import LuminaLayouts
 from library.lumina.source import (
-    LATENT_CHANNELS,
     SCALE,
     SHIFT,
     check_system_prompt,
@@ -30,6 +29,7 @@ from library.lumina.source import (
 )
 from library.lumina.system_prompt import with_system_prompt
 from library.sd.fingerprint import part_fingerprint
+from library.sd.latents import coder_recipe, scale_and_shift
 
 if TYPE_CHECKING:
     from library.dataset.items import TrainingSet
@@ -116,17 +116,11 @@ class LuminaArchitecture:
 
     def latent_recipe(self, layouts: LuminaLayouts, options: Any) -> LatentRecipe:
         assert layouts.vae is not None  # asked for
-        dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype
-        scale, shift = self.scale_and_shift(layouts)
-        fingerprint = f"{part_fingerprint(layouts.vae)}-{scale}-{shift}"
-        return LatentRecipe(arch=self.name, vae_fingerprint=fingerprint, dtype=dtype, channels=LATENT_CHANNELS)
+        return coder_recipe(self.name, layouts.vae, options, *self.scale_and_shift(layouts))
 
     def scale_and_shift(self, layouts: LuminaLayouts) -> tuple[float, float]:
         """latents = (z - shift) * scale: as the VAE's own config says, else as published."""
-        config = None if layouts.vae is None else layouts.vae.config
-        if config is None:
-            return SCALE, SHIFT
-        return (SCALE if config.scale is None else config.scale, SHIFT if config.shift is None else config.shift)
+        return scale_and_shift(layouts.vae, published=(SCALE, SHIFT))
 
     def text_recipe(self, layouts: LuminaLayouts, options: Any) -> TextRecipe:
         assert layouts.text is not None and layouts.tokenizer is not None  # asked for

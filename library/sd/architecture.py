@@ -28,6 +28,7 @@ from library.sd.clip_layout import ClipConfig, clip_part, clip_skip_problem
 from library.sd.clip_layout import Layout as ClipNames
 from library.sd.clip_tokenizer import CLIP_L, OPEN_CLIP_H, PIECE, PROMPT_PIECES, TokenizerKind, load_tokenizers
 from library.sd.fingerprint import part_fingerprint
+from library.sd.latents import coder_recipe
 from library.sd.layout import SD_SCALE, SDXL_SCALE, Marks, StableDiffusionLayouts
 from library.sd.model_kind import check_kind, prediction_problem, read_marks, unmarked_velocity_warning, zero_snr_warning
 from library.sd.source import MODEL_FLAG, TEXT_ENCODERS, UNET, VAE, VAE_FLAG, ModelSource, find_model, find_vae
@@ -167,9 +168,7 @@ class StableDiffusionArchitecture:
 
     def latent_recipe(self, layouts: StableDiffusionLayouts, options: Any) -> LatentRecipe:
         assert layouts.vae is not None  # asked for
-        dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype
-        fingerprint = f"{part_fingerprint(layouts.vae)}-{self.scale_of(layouts)}"
-        return LatentRecipe(arch=self.name, vae_fingerprint=fingerprint, dtype=dtype, channels=LATENT_CHANNELS)
+        return coder_recipe(self.name, layouts.vae, options, self.scale_of(layouts))
 
     def scale_of(self, layouts: StableDiffusionLayouts) -> float:
         """What raw latents are multiplied by."""

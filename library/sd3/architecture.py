@@ -16,6 +16,7 @@ from library.files.weights_source import Part, WeightsSource
 from library.sd.architecture import hub_token, placed_vae
 from library.sd.clip_tokenizer import PIECE
 from library.sd.fingerprint import part_fingerprint
+from library.sd.latents import coder_recipe, scale_and_shift
 from library.sd.source import MODEL_FLAG, VAE_FLAG, find_vae
 from library.sd.vae_layout import VaeConfig
 from library.sd.vae_layout import find_vae as find_vae_place
@@ -126,17 +127,11 @@ class Sd3Architecture:
 
     def latent_recipe(self, layouts: Sd3Layouts, options: Any) -> LatentRecipe:
         assert layouts.vae is not None  # asked for
-        dtype = "float32" if options.model.no_half_vae else options.run.weight_dtype
-        scale, shift = self.scale_and_shift(layouts)
-        fingerprint = f"{part_fingerprint(layouts.vae)}-{scale}-{shift}"
-        return LatentRecipe(arch=self.name, vae_fingerprint=fingerprint, dtype=dtype, channels=CHANNELS)
+        return coder_recipe(self.name, layouts.vae, options, *self.scale_and_shift(layouts))
 
     def scale_and_shift(self, layouts: Sd3Layouts) -> tuple[float, float]:
         """latents = (z - shift) * scale: as the VAE's own config says, else as published."""
-        config = None if layouts.vae is None else layouts.vae.config
-        if config is None:
-            return SCALE, SHIFT
-        return (SCALE if config.scale is None else config.scale, SHIFT if config.shift is None else config.shift)
+        return scale_and_shift(layouts.vae, published=(SCALE, SHIFT))
 
     def text_recipe(self, layouts: Sd3Layouts, options: Any) -> TextRecipe:
         text, sd3 = layouts.text, options.sd3

@@ -15,8 +15,7 @@ LUMINA = Effects(
         },
         "library/lumina/test_architecture.py": {
             "test_a_path_on_the_command_line_wins": "pretrained_model_name_or_path gemma2 ae",
-            "test_text_depends_on_encoder_precision_length_prompt_and_tokenizer": "gemma2_max_token_length "
-            "system_prompt",
+            "test_text_depends_on_encoder_precision_length_prompt_and_tokenizer": "gemma2_max_token_length system_prompt",
         },
         "library/lumina/test_tokenizer.py": {"test_what_is_named_wins": "gemma2_tokenizer"},
         "library/training/test_timestep_picture.py": {

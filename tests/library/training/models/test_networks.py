@@ -130,7 +130,10 @@ def test_a_folder_is_no_lora_file(tmp_path, flag):
     ("name", "said"),
     [
         ("networks.lora_animo", r"networks\.lora_animo cannot be found \(did you mean networks\.lora_anima\?\)$"),
-        ("networks.xyzxyzxyzxyz", r"the network modules of this project are networks\.lora, networks\.lora_anima, networks\.lora_lumina, networks\.lora_sd3$"),
+        (
+            "networks.xyzxyzxyzxyz",
+            r"the network modules of this project are networks\.lora, networks\.lora_anima, networks\.lora_lumina, networks\.lora_sd3$",
+        ),
         ("networks", r"networks cannot be found"),
         (
             "networks.lora_formats",
