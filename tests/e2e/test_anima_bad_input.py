@@ -107,7 +107,7 @@ def test_a_resolution_that_no_bucket_allows(attempt, tmp_path):
         (["--network_module=networks.lora_anmia"], ["networks.lora_anmia", "networks.lora_anima"]),
         (["--optimizer_type=AdamV"], ["AdamV", "AdamW"]),
         (["--lr_scheduler=cosin"], ["cosin", "cosine"]),
-        (["--learning_rat=1e-4"], ["--learning_rat", "--learning_rate"]),
+        (["--lerning_rate=1e-4"], ["--lerning_rate", "--learning_rate"]),
         (["--resume=nowhere-state"], ["nowhere-state"]),
         (["--network_weights=nowhere.safetensors"], ["--network_weights", "nowhere.safetensors"]),
         (["--base_weights", "nowhere.safetensors"], ["--base_weights", "nowhere.safetensors"]),

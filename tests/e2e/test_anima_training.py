@@ -65,9 +65,6 @@ def test_the_command_of_the_guide(run_script, tiny_anima, dataset, tmp_path):
     assert same_lora(tmp_path / "out" / "my_anima_lora.safetensors", tmp_path / "out2" / "my_anima_lora.safetensors")
 
 
-@pytest.mark.parametrize(
-    "live", [["--mixed_precision=no"], ["--mixed_precision=bf16", "--full_bf16", "--gradient_accumulation_steps=2"]]
-)
 def test_folders_named_with_repeats(run_script, tiny_anima, picture_folder, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
