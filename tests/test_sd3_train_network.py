@@ -47,6 +47,7 @@ def test_two_network_modules_train_alike(runs):
     assert runs.metadata("networks.lora")["ss_network_module"] == "networks.lora"
 
 
+@pytest.mark.slow
 def test_save_format_names_the_modules_as_diffusers_does(runs):
     for output, flags in {"plain": (), "diffusers": ("--save_format=diffusers",), "comfy": ("--save_format=comfy",)}.items():
         runs.train(*LATENTS, *flags, output=output)
@@ -62,6 +63,7 @@ TEXT_FLAGS = ["--t5xxl_max_token_length=8", "--apply_lg_attn_mask", "--apply_t5_
               "--clip_g_dropout_rate=1", "--t5_dropout_rate=1"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_flags_of_the_text_train_otherwise(runs):
     found = []
     for flags in ([], *([flag] for flag in TEXT_FLAGS)):
@@ -70,6 +72,7 @@ def test_flags_of_the_text_train_otherwise(runs):
         assert not any(same_tensors(found[-1], other) for other in found[:-1]), flags
 
 
+@pytest.mark.slow
 def test_dropped_encoders_are_still_there_in_validation_and_pictures(runs):
     """A rate of 1 takes all text out of the training alone."""
     dropouts = ("--clip_l_dropout_rate=1", "--clip_g_dropout_rate=1", "--t5_dropout_rate=1")
@@ -133,6 +136,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(runs, trai
     runs.train(*LATENTS, "--dry_run", "--t5xxl_device=cuda:99")  # there is nothing to put there
 
 
+@pytest.mark.slow
 def test_numbers_of_t5_count(runs):
     base = (*ALONE, "--mixed_precision=bf16")
     for dtype in ("bf16", "float32", "fp8"):
@@ -181,6 +185,7 @@ class TestT5CachedWhileTheClipsTrain:
         runs.train(*base, output="live")
         assert same_tensors(runs.lora("cached"), runs.lora("live"))
 
+    @pytest.mark.slow
     def test_base_weights_of_t5_alone(self, runs):
         """They are in what is cached, and live encoders have no part in them."""
         only_t5 = ("--network_train_text_encoder_only", "--text_encoder_lr", "0", "0", "0.1", *TestTrainT5.T5)
@@ -202,6 +207,7 @@ class TestT5CachedWhileTheClipsTrain:
         runs.train(*flags, f"--resume={state}", output="resumed")
         assert same_tensors(runs.lora("whole"), runs.lora("resumed"))
 
+    @pytest.mark.slow
     def test_pictures_are_those_without_a_cache(self, runs):
         cached, live = (runs.drawn(*flags, prompt=PREVIEW) for flags in (("--cache_text_encoder_outputs",), ()))
         assert len(cached) == 1 and cached == live

@@ -48,6 +48,7 @@ def test_weighted_captions_count_cached_or_not(make_runs, base):
     assert runs.changes("--weighted_captions", base=base)
 
 
+@pytest.mark.slow
 def test_cached_texts_of_other_settings_are_not_used(make_runs):
     runs = make_runs("sd1")
     caption_all(runs.pictures, f"a (very:1.5) red [thing], {LONG}")
@@ -65,6 +66,7 @@ DDPM = ["--zero_terminal_snr --v_parameterization", "--min_snr_gamma=1", "--v_pr
         "--scale_v_pred_loss_like_noise_pred --v_parameterization", "--min_timestep=900", "--max_timestep=100"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_flags_of_the_noise_levels_reach_the_training(make_runs):
     """With SGD: AdamW's first step is the same whatever a loss is multiplied with."""
     runs = make_runs("sd1")
@@ -97,6 +99,7 @@ def test_flags_of_noise_and_loss_all_train_otherwise(make_runs):
 
 
 @pytest.mark.parametrize(("kind", "form"), [("sd1", "vae"), ("sdxl", "vae_folder")])
+@pytest.mark.slow
 def test_another_vae_makes_other_latents(make_runs, tiny_sd, kind, form):
     assert make_runs(kind).changes(f"--vae={tiny_sd[form]}")
 
@@ -105,6 +108,7 @@ def test_no_half_vae_encodes_in_float32(make_runs):
     assert make_runs("sdxl").changes("--no_half_vae", base=(*ALONE, "--mixed_precision=bf16"))
 
 
+@pytest.mark.slow
 def test_8_bits_of_the_denoiser_alone_or_of_the_text_encoders_too(make_runs):
     runs = make_runs("sdxl")
     base = (*LATENTS, "--mixed_precision=bf16", "--network_train_unet_only")
@@ -114,6 +118,7 @@ def test_8_bits_of_the_denoiser_alone_or_of_the_text_encoders_too(make_runs):
     assert not same_tensors(plain, unet) and not same_tensors(plain, everything) and not same_tensors(unet, everything)
 
 
+@pytest.mark.slow
 def test_attention_that_needs_no_package_differs_by_rounding_at_most(make_runs):
     runs = make_runs("sd1")
     runs.train(*ALONE, output="plain")
@@ -131,6 +136,7 @@ def test_full_bf16_keeps_the_lora_in_16_bits(make_runs):
 # ---------------------------------------------------------------- network and rates
 
 
+@pytest.mark.slow
 def test_rates_of_two_text_encoders_by_list_or_by_flags_of_their_own(make_runs):
     runs = make_runs("sdxl")
     runs.train(*LATENTS, "--text_encoder_lr", "1e-3", "5e-4", output="listed")
@@ -162,6 +168,7 @@ def test_save_format_names_the_modules_as_diffusers_does(make_runs, kind, text):
 
 
 @pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_sampler_of_sample_pictures(make_runs, tmp_path, kind):
     runs = make_runs(kind)
     samplers = ("ddim", "euler_a", "dpmsolver++")

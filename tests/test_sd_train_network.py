@@ -22,6 +22,7 @@ def make_runs(tmp_path, tiny_sd, picture_folder):
     return lambda kind: Runs(kind, tmp_path, tiny_sd, pictures)
 
 
+@pytest.mark.slow
 def test_folder_and_pickle_train_as_the_single_file_does(make_runs, tiny_sd):
     runs = make_runs("sd1")
     runs.train(*CACHES, output="file")
@@ -30,6 +31,7 @@ def test_folder_and_pickle_train_as_the_single_file_does(make_runs, tiny_sd):
         assert same_tensors(runs.lora("file"), runs.lora(form)), form
 
 
+@pytest.mark.slow
 def test_sdxl_folder_trains_as_the_single_file_does(make_runs, tiny_sd):
     runs = make_runs("sdxl")
     runs.train(*CACHES, output="file")

@@ -32,7 +32,7 @@ def deep_runs(runs, kind, tmp_path) -> Runs:
     return runs
 
 
-@over("anima", "sd3", "lumina", slow=("sd1", "sd2", "sdxl", "sd35m", "sd35l"))
+@over("sd3", "lumina", slow=("anima", "sd1", "sd2", "sdxl", "sd35m", "sd35l"))
 def test_denoiser_and_text_encoders_are_trained_together(runs, kind):
     trainer = runs.train(*LATENTS)
     lora = runs.lora()
@@ -41,14 +41,14 @@ def test_denoiser_and_text_encoders_are_trained_together(runs, kind):
     assert [name for name in trainer.learner.rates() if name == "lr/unet"] and runs.metadata()["ss_base_model_version"]
 
 
-@over("anima", "lumina", slow=("sd1", "sdxl", "sd3"))
+@over("lumina", slow=("anima", "sd1", "sdxl", "sd3"))
 def test_text_encoders_alone(runs, kind):
     runs.train(*LATENTS, "--network_train_text_encoder_only", "--text_encoder_lr=1e-3")
     lora = runs.lora()
     assert trained(lora) == set(KINDS[kind].text_prefixes) and not any(key.startswith("lora_unet") for key in lora)
 
 
-@over("anima", "sd3", slow=("sd1", "sdxl", "lumina"))
+@over("sd3", slow=("anima", "sd1", "sdxl", "lumina"))
 def test_the_denoiser_alone(runs):
     for flags in (("--network_train_unet_only",), ("--text_encoder_lr=0",)):
         runs.train(*LATENTS, *flags)
@@ -61,14 +61,14 @@ def test_cached_text_and_a_trained_text_encoder_exclude_each_other(runs):
         runs.checked(*CACHES, "--text_encoder_lr=1e-4")
 
 
-@over("anima", "sd3", "lumina", slow=("sd1",))
+@over("sd3", slow=("anima", "sd1", "lumina"))
 def test_rates_of_their_own(runs, kind):
     trainer = runs.train(*LATENTS, "--text_encoder_lr=5e-4", "--unet_lr=2e-3")
     rates = trainer.learner.rates()
     assert rates.pop("lr/unet") == 2e-3 and list(rates.values()) == [5e-4] * len(KINDS[kind].text_prefixes)
 
 
-@over("anima", "sd3", "lumina", slow=("sd1", "sdxl", "sd35m"))
+@over("anima", "lumina", slow=("sd1", "sd3", "sdxl", "sd35m"))
 def test_gradient_checkpointing_changes_nothing(runs):
     runs.train(*LATENTS, *DROPOUTS, output="plain")
     for flag in ("--gradient_checkpointing", "--cpu_offload_checkpointing"):
@@ -76,7 +76,7 @@ def test_gradient_checkpointing_changes_nothing(runs):
         assert same_tensors(runs.lora("plain"), runs.lora(flag)), flag
 
 
-@over("anima", "sd3", "lumina", slow=("sd35m", "sd35l"))
+@over("sd3", slow=("anima", "lumina", "sd35m", "sd35l"))
 def test_swapped_blocks_change_nothing(deep_runs):
     """With dropout, samples and validation."""
     runs, most = deep_runs, BLOCKS - 2
@@ -96,7 +96,7 @@ def test_swapped_blocks_change_nothing(deep_runs):
         runs.checked(*flags, f"--blocks_to_swap={most + 1}")
 
 
-@over("anima", "sd3", "lumina", slow=("sd1", "sdxl", "sd35m"))
+@over("sd3", "lumina", slow=("anima", "sd1", "sdxl", "sd35m"))
 def test_resumed_equals_uninterrupted(runs):
     flags = ("--cache_latents", "--max_train_steps=4", "--network_dropout=0.2", "--gradient_accumulation_steps=2",
              "--optimizer_type=AdamW8bit", "--noise_offset=0.1")  # fmt: skip
@@ -114,7 +114,7 @@ CHANGED = {
 }
 
 
-@over("sd3", "lumina", slow=("anima",))
+@over("lumina", slow=("anima", "sd3"))
 def test_options_that_changed_since_a_state_was_saved_are_told(runs, kind):
     runs.train(*ONE_STEP, "--save_state")
     state = f"--resume={runs.folder / 'out' / 'tiny-state'}"
@@ -125,7 +125,7 @@ def test_options_that_changed_since_a_state_was_saved_are_told(runs, kind):
     assert not any(" was " in warning for warning in runs.checked(*ONE_STEP, "--max_train_steps=2", state).warnings)
 
 
-@over("sd1", "sd3", "lumina", slow=("anima", "sdxl", "sd35m"))
+@over("sd3", "lumina", slow=("anima", "sd1", "sdxl", "sd35m"))
 def test_cold_warm_and_live_train_on_the_same_values(runs):
     """Latents are drawn from what the image coder says of an image: by the image alone, cached or not."""
     alone = ("--network_train_unet_only", "--max_train_steps=2")
@@ -138,7 +138,7 @@ def test_cold_warm_and_live_train_on_the_same_values(runs):
     assert live.average.mean == pytest.approx(cold.average.mean, rel=1e-5)  # encoders in other batches round otherwise
 
 
-@over("sd1", "sd3", "lumina", slow=("anima", "sdxl", "sd35m"))
+@over("sd1", "sd3", slow=("anima", "sdxl", "sd35m", "lumina"))
 def test_a_new_network_has_nothing_to_learn_from_preserved_images(runs):
     runs.write_dataset(custom_attributes={"diff_output_preservation": True})
     trainer = runs.train("--cache_latents", "--max_train_steps=1", "--learning_rate=0", "--unet_lr=1e-3")
@@ -180,7 +180,7 @@ def test_preserved_targets_are_made_with_the_text_encoder_as_it_was(runs):
     assert not torch.equal(plain[1], with_network[1])
 
 
-@over("anima", "sd3", "lumina", slow=("sd1",))
+@over("lumina", slow=("anima", "sd1", "sd3"))
 def test_validation_looks_at_fixed_noise_and_changes_nothing(runs):
     """And measures the base model with the text encoder as it was."""
     validation = ("--validation_split=0.5", "--validate_every_n_steps=1")
@@ -194,7 +194,7 @@ def test_validation_looks_at_fixed_noise_and_changes_nothing(runs):
     assert again.validation.notes() == trainer.validation.notes()
 
 
-@over("anima", "sd3", "lumina", slow=("sd1", "sd2", "sdxl", "sd35m", "sd35l"))
+@over("sd3", "lumina", slow=("anima", "sd1", "sd2", "sdxl", "sd35m", "sd35l"))
 def test_samples_are_drawn_with_what_is_trained_and_change_nothing(runs, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a cat --w 64 --h 80 --s 2 --d 3 --n a bad picture\nanother --s 1 --l 1 --w 64 --h 64\n"
@@ -218,7 +218,7 @@ def test_what_changes_the_training_of_every_model(runs, tmp_path):
     assert not same_tensors(runs.lora("plain"), runs.lora("masked"))
 
 
-@over("anima", "sd3", "lumina", slow=("sd1", "sdxl", "sd35l"))
+@over("anima", slow=("sd1", "sdxl", "sd3", "sd35l", "lumina"))
 @pytest.mark.parametrize(
     "flags",
     [
@@ -238,7 +238,7 @@ def test_fused_updates_change_nothing(runs, flags):
     assert all(weight.grad is None for weight in fused.network.parameters())
 
 
-@over("anima", slow=("sd1", "sd3", "lumina"))
+@over(slow=("anima", "sd1", "sd3", "lumina"))
 def test_a_resumed_fused_run_equals_an_uninterrupted_one(runs):
     settings = (*CACHED_IN_MEMORY, "--network_train_unet_only", "--max_train_steps=4", "--max_grad_norm=0",
                 "--fused_backward_pass", "--network_dropout=0.2")  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_resumed_fused_run_equals_an_uninterrupted_one(runs):
     assert same_tensors(runs.lora("whole"), runs.lora("resumed"))
 
 
-@over("sd3", "lumina", slow=("anima",))
+@over("lumina", slow=("anima", "sd3"))
 def test_samplers_of_sample_pictures(runs):
     """--sample_sampler, or that of a prompt."""
     euler, by_prompt = runs.drawn(prompt="a cat --w 64 --h 64 --s 4 --d 3\na cat --w 64 --h 64 --s 4 --d 3 --ss er_sde\n")
@@ -255,14 +255,14 @@ def test_samplers_of_sample_pictures(runs):
     assert euler != by_prompt == by_flag
 
 
-@over("sd3", "lumina", slow=("anima", "sd1", "sdxl", "sd35m"))
+@over("lumina", slow=("anima", "sd1", "sdxl", "sd3", "sd35m"))
 def test_weights_in_8_bits(runs):
     runs.train(*LATENTS, "--mixed_precision=bf16", "--fp8_base")
     runs.train(*LATENTS, "--mixed_precision=bf16", output="plain")
     assert "lora_unet" in trained(runs.lora()) and not same_tensors(runs.lora(), runs.lora("plain"))
 
 
-@over("anima", slow=("sd3", "lumina", "sd35m"))
+@over(slow=("anima", "sd3", "lumina", "sd35m"))
 def test_attention_kernels_that_need_no_package(runs):
     runs.train(*LATENTS, output="plain")
     for flags in (("--split_attn",), ("--sdpa",), ("--attn_mode=torch",), ("--attn_mode=sdpa", "--split_attn")):
@@ -272,7 +272,7 @@ def test_attention_kernels_that_need_no_package(runs):
         assert all(torch.allclose(plain[key], other[key], atol=1e-5) for key in plain)
 
 
-@over("anima", slow=("sd1", "sd3", "sd35m", "lumina"))
+@over(slow=("anima", "sd1", "sd3", "sd35m", "lumina"))
 def test_compiled_blocks_train_alike(runs, caplog):
     caplog.set_level("INFO")
     trainer = runs.train(*CACHES, "--torch_compile", "--dynamo_backend=eager", output="compiled")

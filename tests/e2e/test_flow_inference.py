@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import script_command
-from tests.e2e.kinds import CACHED, model_flags, run_flags, write_dataset
+from tests.e2e.kinds import CACHED, model_flags, over, run_flags, write_dataset
 from tests.e2e.test_anima_inference import levels
 
 # script, its names of the flags of training, and what makes it compute in float32 on the CPU
@@ -36,7 +36,7 @@ def flags_of(request):
     return flags
 
 
-@pytest.mark.parametrize("kind", SCRIPTS)
+@over("sd3", slow=("lumina",))
 def test_samples_of_a_training_come_out_again(run_script, request, flags_of, picture_folder, tmp_path, kind):
     """Bit by bit: the LoRA is beside the weights, as while training."""
     prompts = tmp_path / "prompts.txt"

@@ -75,7 +75,7 @@ def test_without_caches_and_in_other_precisions(run_script, kind, models, datase
     assert {str(weight.dtype) for weight in lora(tmp_path / "out" / "tiny.safetensors").values()} == {expected}
 
 
-@over("anima", "sd3", slow=("sdxl", "lumina"))
+@over("sd3", slow=("anima", "sdxl", "lumina"))
 def test_warm_caches_need_no_encoder_and_change_nothing(run_script, kind, models, dataset, tmp_path):
     flags = [*models, *CACHED, "--network_train_unet_only", "--max_train_steps=3"]
     cold = run_script(KINDS[kind].script, *flags, *run_flags(kind, tmp_path / "cold", dataset))

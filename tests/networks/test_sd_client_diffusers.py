@@ -106,13 +106,13 @@ def their_outputs(models: Models) -> list[Tensor]:
     ("kind", "layout", "arguments"),
     [
         ("sd1", None, {}),
-        ("sd1", None, CONVOLUTIONS),
-        ("sdxl", None, {}),
+        pytest.param("sd1", None, CONVOLUTIONS, marks=pytest.mark.slow),
+        pytest.param("sdxl", None, {}, marks=pytest.mark.slow),
         ("sdxl", None, CONVOLUTIONS),
-        ("sd1", "diffusers", CONVOLUTIONS),
+        pytest.param("sd1", "diffusers", CONVOLUTIONS, marks=pytest.mark.slow),
         ("sd2", "diffusers", {}),
-        ("sd2", "diffusers", CONVOLUTIONS),
-        ("sdxl", "diffusers", CONVOLUTIONS),
+        pytest.param("sd2", "diffusers", CONVOLUTIONS, marks=pytest.mark.slow),
+        pytest.param("sdxl", "diffusers", CONVOLUTIONS, marks=pytest.mark.slow),
     ],
 )
 def test_a_saved_file_changes_diffusers_output_as_ours(kind, layout, arguments, tmp_path):

@@ -270,9 +270,7 @@ def test_one_argument_may_hold_blanks(argument):
 def test_objective():
     assert read(SD).objective == "noise prediction (epsilon); timesteps 0 to 999 are drawn evenly"
     weighed = read(SDXL, "--v_parameterization --min_snr_gamma=5 --min_timestep=100 --debiased_estimation_loss")
-    assert weighed.objective == (
-        "velocity (v); timesteps 100 to 999 are drawn evenly, min_snr_gamma=5, debiased_estimation_loss"
-    )
+    assert weighed.objective == ("velocity (v); timesteps 100 to 999 are drawn evenly, min_snr_gamma=5, debiased_estimation_loss")
 
 
 def test_bucket_sides_that_are_not_used():
