@@ -13,10 +13,10 @@ from library.anima.vae_layout import VaeLayout, read_vae_layout
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
-from library.errors import CheckpointError, OptionError, ProblemList
+from library.errors import CheckpointError, ProblemList
 from library.files.model_parts import model_line
 from library.files.safetensors_file import file_fingerprint
-from library.nn.blocks import swap_problem
+from library.nn.blocks import check_block_swap
 from library.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class AnimaArchitecture:
         if "denoiser" in parts:
             with problems.collect():
                 found["denoiser"] = read_denoiser_layout(model.pretrained_model_name_or_path, anima.llm_adapter_path)
-                check_block_swap(options, found["denoiser"])
+                check_block_swap(options, found["denoiser"].config.blocks)
         if "text" in parts:
             with problems.collect():
                 found["text"] = read_text_encoder_layout(anima.qwen3)
@@ -146,12 +146,6 @@ def tokenizer_files(options: Any) -> TokenizerFiles:
 def unmarked_tokens(options: Any) -> int:
     """Of a text of no more bytes both encoders see the whole: T5 adds a mark at each end."""
     return min(options.anima.qwen3_max_token_length, options.anima.t5_max_token_length) - 2
-
-
-def check_block_swap(options: Any, denoiser: DenoiserLayout) -> None:
-    """Raises OptionError where the model has too few blocks for --blocks_to_swap, in scripts that have that flag."""
-    if problem := swap_problem(getattr(getattr(options, "memory", None), "blocks_to_swap", None), denoiser.config.blocks):
-        raise OptionError(problem)
 
 
 def fit_problems(layouts: AnimaLayouts) -> Iterator[str]:

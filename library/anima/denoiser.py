@@ -22,7 +22,7 @@ from library.anima.layout import CONTEXT_ROWS, DenoiserConfig
 from library.nn.attention import NormedAttention
 from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
-from library.nn.modulation import gated, modulated
+from library.nn.modulation import gated, modulated, split_modulation
 from library.nn.norms import RmsNorm, layer_norm
 from library.nn.patches import unpatchify
 from library.nn.rope import RopeTable, rope_angles, rope_table
@@ -231,11 +231,6 @@ def modulation(config: DenoiserConfig, parts: int) -> nn.Sequential:
     """(B, D) -> (B, parts * D). The checkpoint counts a SiLU as layer 0; ``embed_time`` has done it for all."""
     down = nn.Linear(config.width, config.adaln_dim, bias=False)
     return nn.Sequential(nn.Identity(), down, nn.Linear(config.adaln_dim, parts * config.width, bias=False))
-
-
-def split_modulation(values: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """(B, parts * D) -> shift, scale and, of three, gate: (B, 1, D) each."""
-    return values.unsqueeze(1).chunk(parts, dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -8,4 +8,3 @@ through them.
 from __future__ import annotations
 
 DENOISER_FP8_LAYERS = r"blocks\.\d+\.((self|cross)_attn\.(q|k|v|output)_proj|mlp\.layer[12])"
-TEXT_ENCODER_FP8_LAYERS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"  # not the embedding

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from library.errors import CheckpointError
 from library.files.key_check import compare_keys
 from library.files.model_path import ANIMA_DIT, COSMOS_DIT, LLM_ADAPTER, described, find_model_file, recognise, with_article
+from library.files.model_sizes import block_count, positive, scaled_float8_problem, usual_side
 from library.files.safetensors_file import SafetensorsHeader, read_header
 
 DIT_FLAG, ADAPTER_FLAG = "--pretrained_model_name_or_path", "--llm_adapter_path"
@@ -24,7 +24,6 @@ RECOMPUTED = "pos_embedder."  # rotary buffers that some files carry
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 VAE_SCALE = 8  # pixels per latent side
 CONTEXT_ROWS = 512  # of text; the model was trained with this many, and zero rows take part in attention
-FP8_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "scaled_fp8")  # ends of names; ComfyUI's
 MIN_HEAD_DIM = 12  # below that the height and width shares of the rotary channels are too narrow for their formula
 
 Shapes = dict[str, tuple[int, ...]]
@@ -161,17 +160,6 @@ def layout_problems(config: DenoiserConfig, shapes: Shapes) -> Iterator[str]:
         yield f"its adapter's head width is {config.adapter.head_dim}; even numbers are allowed"
 
 
-def scaled_float8_problem(names: Iterable[str]) -> str:
-    """Empty where no weight has a scale beside it. Plain float8 files have none, and are read."""
-    scales = [name for name in names if name.endswith(FP8_SCALES)]
-    if not scales:
-        return ""
-    return (
-        f"its weights are float8 with scales of their own ({len(scales):,} of them, such as {scales[0]}), which is not read; "
-        "give the bfloat16 or float16 file, whose weights can be kept in 8 bits, too (--fp8_base; for pictures --fp8_scaled)"
-    )
-
-
 def dtype_problems(sources: tuple[TensorSource, ...]) -> Iterator[str]:
     used = Counter(source.header.tensors[key].dtype for source in sources for key in source.names)
     for dtype in sorted(set(used) - WEIGHT_DTYPES):
@@ -234,17 +222,6 @@ def channels_and_patch(shapes: Shapes) -> tuple[int, int]:
     return max(outputs // patch**2, 1), patch
 
 
-def block_count(shapes: Shapes, prefix: str) -> int:
-    numbers = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes)
-    return 1 + max((int(match.group(1)) for match in numbers if match), default=0)
-
-
-def usual_side(shapes: Shapes, pattern: str, axis: int, published: int) -> int:
-    """The side on ``axis`` that most tensors of that name have; ``published`` when none is there."""
-    sides = Counter(shape[axis] for name, shape in shapes.items() if len(shape) > axis and re.fullmatch(pattern, name))
-    return sides.most_common(1)[0][0] if sides else published
-
-
 def settings_of(header: SafetensorsHeader) -> dict[str, Any]:
     """What shapes cannot tell: ``config.json`` beside the file, else the JSON entry ``config`` in its header, else nothing."""
     beside = header.path.with_name("config.json")
@@ -255,13 +232,6 @@ def settings_of(header: SafetensorsHeader) -> dict[str, Any]:
         where = str(beside) if beside.is_file() else f"the config entry of {header.path}"
         raise CheckpointError(f"{where} is not readable as JSON ({error}); mend or remove it") from error
     return settings if isinstance(settings, dict) else {}
-
-
-def positive(settings: Mapping[str, Any], name: str, published: float) -> float:
-    value = settings.get(name, published)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise CheckpointError(f"the model's config says {name} = {value!r}; give a positive number (published: {published})")
-    return float(value)
 
 
 # ---------------------------------------------------------------- names

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.anima.layout import VAE_SCALE, DenoiserConfig
 from library.anima.text_layout import TextEncoderConfig
+from library.nn.decoder_layers import DECODER_FP8_LAYERS
 from library.nn.memory_use import LiveEncoders, MemoryUse
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def encoder_values(layouts: AnimaLayouts, live: LiveEncoders) -> Iterator[int]:
     """Weights of the encoders in use, those in 8 bits as half; of a VAE in a pickle file nothing is known yet."""
     if live.text and layouts.text is not None:
         shapes = {name: shape for source in layouts.text.sources for name, shape in source.shapes().items()}
-        rounded = re.compile(rf"{TEXT_ENCODER_FP8_LAYERS}\.weight") if live.text_in_fp8 else None
+        rounded = re.compile(rf"{DECODER_FP8_LAYERS}\.weight") if live.text_in_fp8 else None
         for name, shape in shapes.items():
             yield math.prod(shape) // (2 if rounded and rounded.fullmatch(name) else 1)
     if live.vae and layouts.vae is not None and layouts.vae.header is not None:

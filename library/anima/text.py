@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.anima.text_layout import TextEncoderConfig, TextEncoderLayout
 from library.anima.tokenizers import AnimaTokenizers, TokenizerFiles
 from library.files.safetensors_file import read_tensors
+from library.nn.decoder_layers import DECODER_FP8_LAYERS
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 from library.nn.transfer import sent
@@ -193,7 +193,7 @@ def build_text_encoder(
     tokenizers.check_vocabulary(layout.config.vocabulary)
     model = build_qwen3(layout.config)
     if fp8:
-        use_fp8(model, TEXT_ENCODER_FP8_LAYERS)
+        use_fp8(model, DECODER_FP8_LAYERS)
     return AnimaTextEncoder(model, tokenizers, layout.config.width).eval()
 
 

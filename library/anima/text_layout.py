@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.anima.layout import (
-    Shapes,
-    TensorSource,
-    block_count,
-    positive,
-    scaled_float8_problem,
-    settings_of,
-    usual_side,
-)
+from library.anima.layout import Shapes, TensorSource, settings_of
 from library.errors import CheckpointError
 from library.files.key_check import compare_keys
 from library.files.model_path import QWEN3, find_model_file, recognise_keys, with_article
+from library.files.model_sizes import block_count, positive, scaled_float8_problem, usual_side
 from library.files.safetensors_file import SafetensorsHeader, read_header
 
 FLAG = "--qwen3"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.anima.architecture import check_block_swap
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
@@ -28,6 +27,7 @@ from library.lumina.source import (
     vae_part,
 )
 from library.lumina.system_prompt import with_system_prompt
+from library.nn.blocks import check_block_swap
 from library.sd.fingerprint import part_fingerprint
 from library.sd.latents import coder_recipe, scale_and_shift
 
@@ -66,7 +66,7 @@ class LuminaArchitecture:
         if "denoiser" in readable and checkpoint is not None:
             with problems.collect():
                 found["denoiser"] = denoiser_part(checkpoint)
-                check_block_swap(options, found["denoiser"])
+                check_block_swap(options, found["denoiser"].config.blocks)
         if "text" in readable:
             with problems.collect():
                 found["text"] = text_part(options, checkpoint)

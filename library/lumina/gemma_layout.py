@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.anima.layout import block_count, positive, scaled_float8_problem, usual_side
 from library.errors import CheckpointError
 from library.files.json_text import header_settings, read_model_settings
 from library.files.key_check import compare_keys
 from library.files.model_path import GEMMA, described, recognise_keys
+from library.files.model_sizes import block_count, positive, scaled_float8_problem, usual_side
 from library.files.weights_source import Part, Piece, WeightsSource
 
 BUNDLE = "text_encoders.gemma2_2b."  # of all-in-one files

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.files.weights_source import Part, changed_shape
 from library.lumina.gemma_layout import GemmaConfig
 from library.lumina.layout import LuminaLayouts, NextDitConfig
 from library.lumina.source import TOKENS
+from library.nn.decoder_layers import DECODER_FP8_LAYERS
 from library.nn.memory_use import LiveEncoders, MemoryUse
 
 VAE_SCALE = 8  # pixels of a latent
@@ -65,7 +65,7 @@ def trained_text_values(config: GemmaConfig, tokens: int, captions: int) -> dict
 def encoder_values(layouts: LuminaLayouts, live: LiveEncoders) -> Iterator[int]:
     """Weights of the encoders in use, those in 8 bits as half."""
     if live.text and layouts.text is not None:
-        rounded = re.compile(rf"{TEXT_ENCODER_FP8_LAYERS}\.weight") if live.text_in_fp8 else None
+        rounded = re.compile(rf"{DECODER_FP8_LAYERS}\.weight") if live.text_in_fp8 else None
         for name, size in _weights(layouts.text):
             yield size // (2 if rounded and rounded.fullmatch(name) else 1)
     if live.vae and layouts.vae is not None:

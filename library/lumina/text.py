@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
 from library.files.weights_source import Part, module_tensors
 from library.lumina.gemma import build_gemma, run_gemma
 from library.lumina.gemma_layout import GemmaConfig
 from library.lumina.system_prompt import with_system_prompt
 from library.lumina.tokenizer import PAD_ID, GemmaTokenizer, GemmaTokenizerFile
+from library.nn.decoder_layers import DECODER_FP8_LAYERS
 from library.nn.fp8 import use_fp8
 from library.nn.loading import load_into
 from library.nn.transfer import sent
@@ -98,7 +98,7 @@ def build_text_encoder(
     tokenizer.check_vocabulary(part.config.vocabulary)
     model = build_gemma(part.config)
     if fp8:
-        use_fp8(model, TEXT_ENCODER_FP8_LAYERS)
+        use_fp8(model, DECODER_FP8_LAYERS)
     return LuminaTextEncoder(model, tokenizer, width=part.config.width, system_prompt=system_prompt).eval()
 
 

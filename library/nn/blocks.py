@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from library.errors import OptionError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -29,3 +31,9 @@ def swap_problem(blocks_to_swap: int | None, blocks: int) -> str | None:
         return None
     cure = f"give at most {limit}" if limit else "these are too few to swap any; drop the flag"
     return f"--blocks_to_swap is {blocks_to_swap}, but this model has {blocks} blocks: {cure}"
+
+
+def check_block_swap(options: Any, blocks: int) -> None:
+    """Raises OptionError where a model with that many blocks cannot do with --blocks_to_swap, in scripts that have that flag."""
+    if problem := swap_problem(getattr(getattr(options, "memory", None), "blocks_to_swap", None), blocks):
+        raise OptionError(problem)

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def split_modulation(values: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """(B, parts * D) -> ``parts`` of (B, 1, D)."""
+    return values.unsqueeze(1).chunk(parts, dim=-1)
+
+
 def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """shift + normed * (1 + scale); normed (B, N, D), shift and scale (B, 1, D)"""
     return _plus_product(shift, normed, 1 + scale)

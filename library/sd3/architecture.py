@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from library.anima.architecture import check_block_swap
 from library.dataset.caches.latent_cache import LatentRecipe
 from library.dataset.caches.text_cache import TextRecipe
 from library.dataset.token_use import TokenCounter, TokenLengths, TokenLimit, TokenUse, cut_caption_warnings, cut_texts
@@ -13,6 +12,7 @@ from library.errors import CheckpointError, ProblemList
 from library.files.model_parts import model_line
 from library.files.model_path import LUMINA, described, recognise_keys
 from library.files.weights_source import Part, WeightsSource
+from library.nn.blocks import check_block_swap
 from library.sd.architecture import hub_token, placed_vae
 from library.sd.clip_tokenizer import PIECE
 from library.sd.fingerprint import part_fingerprint
@@ -77,7 +77,7 @@ class Sd3Architecture:
         if "denoiser" in parts and checkpoint is not None:
             with problems.collect():
                 found["denoiser"] = denoiser_part(checkpoint)
-                check_block_swap(options, found["denoiser"])
+                check_block_swap(options, found["denoiser"].config.blocks)
         lacks_checkpoint = is_needed and checkpoint is None  # which is told; what it would hold is not missing besides
         if "text" in parts:
             found["text"] = read_text(options, checkpoint, problems, lacks_checkpoint=lacks_checkpoint)

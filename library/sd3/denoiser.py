@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.anima.denoiser import split_modulation, unpatchify
 from library.errors import TrainingError
 from library.nn.attention import KernelAttention
 from library.nn.blocks import BlockRunner, run_plainly
 from library.nn.embeddings import time_sinusoid
-from library.nn.modulation import gated, modulated
+from library.nn.modulation import gated, modulated, split_modulation
 from library.nn.norms import RmsNorm, layer_norm
+from library.nn.patches import unpatchify
 from library.sd3.layout import TIME_WIDTH, MmditConfig, position_problem
 from library.sd3.positions import ScaledPositions, centre_window, table_side, windows_at
 

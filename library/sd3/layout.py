@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from library.anima.layout import block_count, scaled_float8_problem, usual_side
 from library.errors import CheckpointError
 from library.files.json_text import header_settings
 from library.files.key_check import compare_keys
+from library.files.model_sizes import block_count, scaled_float8_problem, usual_side
 from library.files.weights_source import Part, Piece, WeightsSource
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.anima.layout import block_count, scaled_float8_problem, usual_side
 from library.errors import CheckpointError
 from library.files.key_check import compare_keys
 from library.files.model_path import recognise_keys, with_article
+from library.files.model_sizes import block_count, scaled_float8_problem, usual_side
 from library.files.weights_source import Part, Piece, WeightsSource
 
 Shapes = dict[str, tuple[int, ...]]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from library.anima.checkpoint import build_denoiser
 from library.anima.denoiser import AnimaDenoiser
-from library.anima.fp8_layers import DENOISER_FP8_LAYERS, TEXT_ENCODER_FP8_LAYERS
+from library.anima.fp8_layers import DENOISER_FP8_LAYERS
 from library.anima.layout import AdapterConfig, DenoiserConfig
 from library.anima.text import build_qwen3
 from library.anima.text_layout import TextEncoderConfig
+from library.nn.decoder_layers import DECODER_FP8_LAYERS
 from library.nn.fp8 import FP8, fp8_layers, in_dtype, quantised, use_fp8
 from library.nn.loading import load_into
 from networks import lora_anima
@@ -153,7 +154,7 @@ def text_figure(tokens: int = 64) -> Figure:
     with torch.no_grad():
         exact, ours = (
             loaded(build_qwen3(QWEN), weights, layers=layers).eval()(input_ids=ids, use_cache=False).last_hidden_state
-            for layers in ("", TEXT_ENCODER_FP8_LAYERS)
+            for layers in ("", DECODER_FP8_LAYERS)
         )
     how = f"{QWEN.blocks} layers of width {QWEN.width}, against bfloat16"
     return Figure(name="fp8 text encoder: error", value=off(ours, exact), unit="of the states", how=how)

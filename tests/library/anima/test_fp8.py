@@ -154,11 +154,11 @@ def test_a_lora_on_the_text_encoder_gets_its_gradients_through_8_bit_layers(qwen
 
 
 def test_the_published_text_encoder_keeps_only_its_embedding_wide():
-    from library.anima.fp8_layers import TEXT_ENCODER_FP8_LAYERS
     from library.anima.text import build_qwen3
+    from library.nn.decoder_layers import DECODER_FP8_LAYERS
 
     model = build_qwen3(TextEncoderConfig(blocks=2))
-    assert len(use_fp8(model, TEXT_ENCODER_FP8_LAYERS)) == 14
+    assert len(use_fp8(model, DECODER_FP8_LAYERS)) == 14
     assert {type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None} == {
         "Fp8Linear", "Embedding", "Qwen3RMSNorm",
     }  # fmt: skip
