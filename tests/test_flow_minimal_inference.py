@@ -97,6 +97,7 @@ SCRIPTS = {
     ),
 }  # fmt: skip
 both = pytest.mark.parametrize("kind", PAIR)
+lumina_first = pytest.mark.parametrize("kind", ["lumina", pytest.param("sd3", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def test_names_of_the_reference(draw, kind):
     assert match is not None and match.groups() in ((), (str(SEED),))
 
 
-@both
+@lumina_first
 def test_pictures_of_a_batch_are_those_of_their_seeds(draw, kind):
     together = draw(kind, "--images_per_prompt=3", "--batch_size=2", "--sampler=er_sde", "--output_type=latent")
     found = {read_header(path).metadata["seed"]: dict(read_tensors(read_header(path)))["latent"] for path in together}
@@ -317,7 +318,7 @@ def test_settings_change_the_picture(latents, kind, flag):
     assert differ(latents(kind, flag), latents(kind))
 
 
-@both
+@lumina_first
 def test_savers_of_memory_change_nothing(latents, kind):
     for flags in (["--offload", "--attn_mode=sdpa"], ["--text_encoder_cpu", "--split_attn"]):
         assert torch.equal(latents(kind, *flags), latents(kind)), flags
@@ -343,6 +344,7 @@ def test_sd3_draws_without_t5_and_says_so(maker, latents, models):
     assert differ(latents("sd3", files=clips), latents("sd3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd35_medium", "sd35_large"])
 def test_sd35_draws(latents, models, kind):
     assert latents("sd3", files={"--ckpt_path": models("sd3")[kind]}).isfinite().all()
@@ -405,7 +407,7 @@ def test_layouts_of_other_programs(latents, lora_file, kind, layout, arguments):
     assert differ(found, latents(kind))
 
 
-@both
+@lumina_first
 def test_patterns_choose_the_text_encoders_and_the_denoiser(latents, lora_file, kind):
     file = lora_file(kind)
     plain, whole = latents(kind), latents(kind, "--lora_weights", file)
@@ -425,7 +427,7 @@ def test_what_a_file_has_for_t5_is_told_where_there_is_none(maker, models, lora_
     assert line == f"warning: {with_t5} changes T5 too, which is left out: there is no T5 (--t5xxl)"
 
 
-@both
+@lumina_first
 def test_prompts_set_the_strengths_of_files(draw, latents, lora_file, tmp_path, kind):
     first, second = (lora_file(kind, f"{name}.safetensors", seed=seed) for seed, name in enumerate("ab"))
     prompts = tmp_path / "prompts.txt"
@@ -534,7 +536,7 @@ def test_prompts_that_are_cut_are_told(maker, caplog, kind):
 # ---------------------------------------------------------------- the console
 
 
-@both
+@lumina_first
 def test_interactive_lines(draw, latents, lora_file, monkeypatch, capsys, kind):
     lines = "a cat --d 7 --m 0.5 --n -\nhelp\na cat --q 1\na cat --m 1,2\na cat --d7 --w64 --m1\nquit\nnever\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

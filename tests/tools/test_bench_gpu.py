@@ -34,6 +34,9 @@ PARAMETERS = {
     "Lumina": 2_609_769_152,
 }
 every = pytest.mark.parametrize("label", SUBJECTS)
+lumina = pytest.mark.parametrize(
+    "label", [pytest.param(label, marks=() if label == "Lumina" else pytest.mark.slow) for label in SUBJECTS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,7 @@ def test_the_model_has_the_published_sizes(label):
     assert sum(weight.numel() for weight in subject.build(subject.config).parameters()) == PARAMETERS[label]
 
 
-@every
+@lumina
 def test_what_is_counted_without_computing_is_what_a_step_computes(label):
     subject = tiny(label, "eager")
     step = gpu.training_step(subject.cases[0], subject, side=16, rank=2, device=CPU)
@@ -63,7 +66,7 @@ def test_what_is_counted_without_computing_is_what_a_step_computes(label):
     assert gpu.flops_of(subject, side=16, rank=2) == computed > 0
 
 
-@every
+@lumina
 def test_the_cases_that_run_anywhere(label):
     names = ("eager", "checkpointing", "fp8", "checkpointing, fp8")
     figures = gpu.measure(1, subjects=[tiny(label, *names)], side=8, rank=2, device=CPU)

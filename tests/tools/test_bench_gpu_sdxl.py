@@ -76,6 +76,7 @@ def test_the_real_models_step():
 # ---------------------------------------------------------------- cases
 
 
+@pytest.mark.slow
 def test_the_cases_that_run_anywhere():
     names = ("eager", "checkpointing", "fp8", "checkpointing, fp8")
     figures = gpu.measure(1, subjects=[tiny(*names)], side=8, rank=2, device=CPU)
@@ -112,6 +113,7 @@ def test_gradients_are_finite_and_weights_learn():
     assert all(not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_leaves_the_others(capsys):
     """There are no CUDA graphs on the CPU."""
     subject = tiny("step recorded by the benchmark", "eager")
