@@ -44,6 +44,7 @@ def test_values_in_a_file_with_relative_paths_blanks_and_umlauts(run_script, tin
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_only_what_has_changed_is_encoded_again(run_script, tiny_anima, picture_folder, tmp_path):
     from tools.make_tiny_models import make_anima
 
@@ -88,6 +89,7 @@ def test_ctrl_c_before_training_ends_at_once_and_says_so(start_script, run_scrip
     assert re.search(r"latents: \d of 8 cached on disk, \d missing, 0 to be made again", plan), plan
 
 
+@pytest.mark.slow
 def test_threads_samples_and_logs_leave_the_weights_alone(run_script, tiny_anima, picture_folder, tmp_path):
     dataset = write_dataset(tmp_path / "my.toml", picture_folder(5), caption_dropout_rate=0.3, flip_aug=True)
     fixed = [*model_flags(tiny_anima), "--cache_text_encoder_outputs", "--network_dropout=0.2", "--max_train_steps=6"]

@@ -36,7 +36,7 @@ def flags_of(request):
     return flags
 
 
-@over("sd3", slow=("lumina",))
+@over(slow=("sd3", "lumina"))
 def test_samples_of_a_training_come_out_again(run_script, request, flags_of, picture_folder, tmp_path, kind):
     """Bit by bit: the LoRA is beside the weights, as while training."""
     prompts = tmp_path / "prompts.txt"

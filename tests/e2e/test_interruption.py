@@ -49,7 +49,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
 
 
 @over("anima", slow=("sdxl", "sd3", "lumina"))
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_signal_saves_and_the_run_goes_on(start_script, run_script, kind, flags, uninterrupted, tmp_path, number, status):
     process = start_script(KINDS[kind].script, *flags("stopped"))

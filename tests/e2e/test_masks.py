@@ -55,7 +55,7 @@ def masked(run_script, kind, request, images, tmp_path):
     return run
 
 
-@over("anima", slow=("sd3", "lumina"))
+@over(slow=("anima", "sd3", "lumina"))
 def test_half_a_mask_trains_otherwise_and_caches_hold_it(masked, images, tmp_path):
     masks = write_masks(images, tmp_path / "half")
     plain = masked("plain", *CACHED)

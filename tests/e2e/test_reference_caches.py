@@ -108,7 +108,7 @@ def test_training_on_caches_of_the_reference(kind, request, pictures, tmp_path, 
         assert same_tensors(runs.lora("edited"), runs.lora("taken"))
 
 
-@over("anima", slow=("sd3", "lumina"))
+@over(slow=("anima", "sd3", "lumina"))
 def test_two_processes_share_what_they_take_over(run_script, kind, request, pictures, tmp_path):
     """In memory, where each needs all of it; the tool's own files come first, to be turned into the other program's."""
     models = request.getfixturevalue(KINDS[kind].fixture)

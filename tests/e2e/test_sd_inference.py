@@ -45,6 +45,7 @@ def test_checks_need_no_torch(script):
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_and_one_from_the_console(tiny_sd, run_script, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red house --d 5 --p2 fog\na dog --d 6 --ss ddim --w 96 --n rain\n")
@@ -64,6 +65,7 @@ def test_a_file_of_prompts_and_one_from_the_console(tiny_sd, run_script, tmp_pat
     assert np.array_equal(levels(again), levels(first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl"])
 def test_samples_of_a_training_come_out_again(run_script, tiny_sd, picture_folder, tmp_path, kind):
     """The base model's sample bit by bit; that of the trained LoRA, which acts beside the weights there, up to rounding."""

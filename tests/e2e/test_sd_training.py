@@ -25,7 +25,7 @@ A_MODULE = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd1", "sd2")), "sdxl"])
 def test_the_usual_command(run_script, tiny_sd, dataset, tmp_path, kind):
     """With what people of the reference have in their commands: half precision, a text encoder, convolutions, samples, states."""
     prompts = tmp_path / "prompts.txt"
